@@ -1,0 +1,48 @@
+"""Session: what the three processes must agree on, carried in one environment variable.
+
+The entrypoint writes it before vLLM spawns anything; worker, scheduler and learner read it. Shared-memory names are
+random and stay out of vLLM's own configuration, because whatever lies there is hashed into its compile cache.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.transport.rows import RowLayout
+
+ENVIRONMENT_KEY = "AURORA_SESSION"
+
+
+class Session(BaseModel):
+    """One run of the server."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: AuroraConfig
+    target: Path  # directory of the target checkpoint (safetensors)
+    draft: Path  # directory of the EAGLE-3 checkpoint vLLM loads: version 1
+    hidden_size: int  # of the target
+    num_aux: int
+    dtype: str  # the target's dtype as vLLM runs it, "float32", "bfloat16"
+    ring: str  # names of the shared-memory segments
+    bank: str
+    control: str
+
+    @property
+    def row_layout(self) -> RowLayout:
+        return RowLayout(self.hidden_size, self.num_aux, getattr(torch, self.dtype))
+
+    def export(self) -> None:
+        """Put the session where child processes find it."""
+        os.environ[ENVIRONMENT_KEY] = self.model_dump_json()
+
+    @classmethod
+    def from_environment(cls) -> Session | None:
+        """The session of this run, or None where the process was not started by the entrypoint."""
+        text = os.environ.get(ENVIRONMENT_KEY)
+        return cls.model_validate_json(text) if text else None
