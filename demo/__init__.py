@@ -1,0 +1,1 @@
+"""The demo: a small pretrained model, real prompts, and the loop seen from outside."""
