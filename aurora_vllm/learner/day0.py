@@ -1,0 +1,189 @@
+"""Day-0 draft: an EAGLE-3 checkpoint made from the target's own weights, before any traffic.
+
+A random draft needs tens of thousands of tokens before it proposes anything useful. The target already contains most of what
+a draft needs: a norm and an ``lm_head`` that read the residual stream, and layers that write it. So the draft is one of the
+target's late layers, fed by the residual stream that enters this layer:
+
+    fc          [0 0 I]: the last auxiliary state passes through, the other two start silent
+    q/k/v       [0 | W]: act on the hidden half of ``[embedding, hidden]``, the embedding half starts silent
+    o, MLP      the target layer's own, and so are the norms
+    norm, head  the target's, the head restricted to the draft vocabulary
+
+It does not predict well before training (its input knows token t, it should predict t+2), but it learns an order of
+magnitude faster than a random one: everything it has to learn is a correction.
+
+The format is the one plain vLLM loads with ``--speculative-config '{"method": "eagle3", "model": DIR, ...}'``
+(vllm/model_executor/models/llama_eagle3.py); there is no ``embed_tokens`` in it, which makes vLLM share the target's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
+
+# Keys of the target's config.json that shape a Llama decoder layer, taken over as they are (both spellings of RoPE:
+# transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters).
+_LAYER_KEYS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+    "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "vocab_size",
+    "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
+)  # fmt: skip
+
+
+def make_day0_draft(target: Path, out: Path, draft_vocab_size: int) -> Path:
+    """Write the day-0 draft of a target.
+
+    Args:
+        target: directory of a Llama-shaped checkpoint (Llama, SmolLM2, Mistral, Qwen3): config.json and safetensors.
+        out: directory to write; it appears complete or not at all, and replaces an older one.
+        draft_vocab_size: wanted size of the draft vocabulary; at most V - 1 is used (see below).
+
+    Returns:
+        ``out``, holding config.json and model.safetensors.
+
+    Raises:
+        ValueError: the target has no layers of this shape, says which tensor or key is missing.
+        FileNotFoundError: no config.json or safetensors there.
+    """
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    weights = _Checkpoint(target)
+    aux_layer_ids = auxiliary_layers(config["num_hidden_layers"])
+    layer = min(aux_layer_ids[-1], config["num_hidden_layers"] - 1)
+    # A draft over the full vocabulary, its head equal to the target's, is served by vLLM from the *target's* lm_head
+    # (SpecDecodeBaseProposer._maybe_share_lm_head), which no update may touch. One token less keeps the head the draft's.
+    draft_ids = day0_vocabulary(target, config["vocab_size"], min(draft_vocab_size, config["vocab_size"] - 1))
+    tensors = _draft_tensors(weights, config, layer, len(aux_layer_ids), draft_ids)
+    _write(out, _draft_config(config, aux_layer_ids, len(draft_ids)), tensors)
+    return out
+
+
+def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
+    """Three distinct auxiliary layer ids; id k is the residual stream entering layer k.
+
+    ``(2, L//2, L-3)`` as in EAGLE-3 and vLLM (``get_eagle3_default_aux_hidden_state_layers``) from seven layers on. Below, these
+    coincide and vLLM would silently merge them, so small targets get ids that are spread as far as they go.
+
+    Raises:
+        ValueError: fewer than two layers.
+    """
+    if num_layers >= 7:
+        return 2, num_layers // 2, num_layers - 3
+    if num_layers >= 4:
+        return 1, num_layers // 2, num_layers - 1
+    if num_layers >= 2:
+        return 0, 1, 2
+    raise ValueError(f"an EAGLE-3 draft needs a target of at least 2 layers, this one has {num_layers}")
+
+
+def _draft_tensors(
+    weights: _Checkpoint, config: dict[str, Any], layer: int, num_aux: int, draft_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """EAGLE-3 tensors under their Hugging Face names."""
+    prefix = f"model.layers.{layer}."
+    input_norm = weights[prefix + "input_layernorm.weight"]  # [H]
+    hidden = len(input_norm)
+    head = weights["model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]  # [V, H]
+    fc = torch.zeros(hidden, num_aux * hidden, dtype=head.dtype)
+    fc[:, -hidden:] = torch.eye(hidden, dtype=head.dtype)
+    d2t, t2d = vocabulary_maps(draft_ids, config["vocab_size"])
+
+    tensors = {"fc.weight": fc, "d2t": d2t, "t2d": t2d}
+    for name in ("q", "k", "v"):
+        weight = weights[f"{prefix}self_attn.{name}_proj.weight"]  # [heads * head_dim, H]
+        norm = weights.get(f"{prefix}self_attn.{name}_norm.weight")
+        if norm is not None:
+            weight = _fold_head_norm(weight, norm, input_norm)
+        tensors[f"midlayer.self_attn.{name}_proj.weight"] = torch.cat([torch.zeros_like(weight), weight], dim=1)
+    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
+        tensors[f"midlayer.{name}.weight"] = weights[f"{prefix}{name}.weight"]
+    tensors["midlayer.hidden_norm.weight"] = input_norm
+    # Normalises the token embedding, as the target's first layer does.
+    tensors["midlayer.input_layernorm.weight"] = weights["model.layers.0.input_layernorm.weight"]
+    tensors["norm.weight"] = weights["model.norm.weight"]
+    tensors["lm_head.weight"] = head[draft_ids]
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
+    """Fold Qwen3's per-head q_norm/k_norm into the projection, since a Llama draft layer has no place for it.
+
+    RMSNorm divides by the head's RMS, which depends on the token; the fold divides by its expectation over an input of unit
+    RMS scaled by ``input_norm`` with independent components. An approximation: the draft is trained from here on anyway.
+
+    Args:
+        weight: [heads * head_dim, H]; norm: [head_dim]; input_norm: [H].
+    """
+    heads = weight.float().view(-1, len(norm), weight.shape[1])  # [heads, head_dim, H]
+    expected_rms = (heads * input_norm.float()).square().sum(-1).mean(-1).sqrt()  # [heads]
+    folded = heads * norm.float()[None, :, None] / expected_rms[:, None, None]
+    return folded.view_as(weight).to(weight.dtype)
+
+
+def _draft_config(config: dict[str, Any], aux_layer_ids: tuple[int, ...], draft_vocab_size: int) -> dict[str, Any]:
+    missing = [key for key in ("hidden_size", "num_attention_heads", "rms_norm_eps") if key not in config]
+    if missing:
+        raise ValueError(f"the target's config.json has no {', '.join(missing)}: not a Llama-shaped model")
+    return {
+        **{key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "draft_vocab_size": draft_vocab_size,
+        # Where vLLM reads them: GPUModelRunner._get_eagle3_aux_layers_from_config, llama_eagle3.LlamaModel.
+        "eagle_aux_hidden_state_layer_ids": list(aux_layer_ids),
+        "num_aux_hidden_states": len(aux_layer_ids),
+        "target_hidden_size": config["hidden_size"],
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+    }
+
+
+def _write(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Write into a directory beside ``out``, then rename: nobody ever sees half a checkpoint."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        staging.chmod(0o755)  # mkdtemp's 0700 would hide it from a server that runs as another user
+        replaced = staging.with_name(staging.name + "-replaced")
+        if out.exists():
+            out.rename(replaced)
+        staging.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+class _Checkpoint:
+    """Tensors of a safetensors checkpoint, sharded or not, read one at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"no safetensors files in {directory}")
+        self._directory = directory
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                self._file_of.update(dict.fromkeys(tensors.keys(), file))
+
+    def get(self, name: str) -> torch.Tensor | None:
+        return self[name] if name in self._file_of else None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._file_of:
+            raise ValueError(f"no day-0 draft from {self._directory}: it has no tensor {name}")
+        with safe_open(self._file_of[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
