@@ -41,7 +41,7 @@ class RowFlag(IntFlag):
 
     NONE = 0
     REJECTED = 1  # behind the first rejected draft: a branch off the path, not the path
-    END = 2  # no payload: the request is over, POSITION is its number of positions
+    END = 2  # no payload, no position: the request is over
     DROPPED = 4  # with END: rows are missing, the request must not be used
 
 

@@ -1,0 +1,197 @@
+"""How many tokens to draft, decided by measured tokens per second.
+
+Acceptance alone is the wrong signal: a draft that is often right can still cost more than it saves once the batch is
+compute-bound. So every draft length K, 0 included, is rated by ``expected accepted length / measured step time`` at the
+present batch size, and the best rate wins. Numbers in, decisions out: this file knows neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+UNTRIED_COST_PER_DRAFT = 0.08  # optimistic guess, of a plain step, so that a promising K is tried and then measured
+STEPS_TO_KNOW = 4  # measurements of a (batch, K) pair before its time counts as known
+PROBE_STEPS = 6
+PROBE_EVERY = 240  # steps between two looks at the alternative
+KEEP_MARGIN = 0.02  # a change must promise this much
+SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
+WINDOW = 600.0  # live verifications remembered
+WEIGHT_OF_OLDER_VERSION = 0.25
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A draft length and, in words, why."""
+
+    draft_length: int
+    reason: str
+
+
+def batch_bucket(batch_size: int) -> int:
+    """Batch sizes whose step times are pooled: 1, 2, 3, 4, then powers of two."""
+    return batch_size if batch_size <= 4 else 1 << (batch_size - 1).bit_length()
+
+
+@dataclass
+class AcceptanceEstimate:
+    """Chance that draft i is accepted given that those before it were, from live verdicts and the learner's shadow.
+
+    Args:
+        positions: largest draft length.
+        prior: conditional chance to assume before any evidence; 0 for a draft nobody has tried.
+    """
+
+    positions: int
+    prior: float = 0.0
+    _trials: list[float] = field(init=False)
+    _hits: list[float] = field(init=False)
+    _shadow: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._trials = [0.0] * self.positions
+        self._hits = [0.0] * self.positions
+        self._shadow = [self.prior] * self.positions
+
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """One verified request of one step."""
+        keep = 1.0 - 1.0 / WINDOW
+        for i in range(min(num_drafts, self.positions)):
+            if num_accepted < i:
+                break
+            self._trials[i] = self._trials[i] * keep + 1.0
+            self._hits[i] = self._hits[i] * keep + (1.0 if num_accepted > i else 0.0)
+
+    def new_version(self) -> None:
+        """Other weights are live: what the older ones did says less."""
+        self._trials = [x * WEIGHT_OF_OLDER_VERSION for x in self._trials]
+        self._hits = [x * WEIGHT_OF_OLDER_VERSION for x in self._hits]
+
+    def shadow(self, accepted_per_position: Sequence[float]) -> None:
+        """The learner's simulation of the live weights: share of steps in which drafts 0..i were all accepted."""
+        before = 1.0
+        for i, share in enumerate(accepted_per_position[: self.positions]):
+            self._shadow[i] = min(share / before, 1.0) if before > 0 else 0.0
+            before = share
+
+    def expected_length(self, draft_length: int) -> float:
+        """Mean tokens gained per verification with K drafts, the bonus token included (vLLM's acceptance length)."""
+        length, chain = 1.0, 1.0
+        for i in range(draft_length):
+            hits = self._hits[i] + SHADOW_WEIGHT * self._shadow[i]
+            chain *= hits / (self._trials[i] + SHADOW_WEIGHT)
+            length += chain
+        return length
+
+
+@dataclass
+class StepTimes:
+    """Seconds of a decode step by (batch bucket, K), exponentially averaged."""
+
+    smoothing: float = 0.1
+    _mean: dict[tuple[int, int], float] = field(default_factory=dict)
+    _count: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def observe(self, batch_size: int, draft_length: int, seconds: float) -> None:
+        key = (batch_bucket(batch_size), draft_length)
+        count = self._count.get(key, 0)
+        if count == 0:
+            self._mean[key] = seconds
+        else:
+            seconds = min(seconds, 3.0 * self._mean[key])  # a pause of the machine is no property of K
+            weight = max(self.smoothing, 1.0 / (count + 1))
+            self._mean[key] += weight * (seconds - self._mean[key])
+        self._count[key] = count + 1
+
+    def known(self, bucket: int, draft_length: int) -> bool:
+        return self._count.get((bucket, draft_length), 0) >= STEPS_TO_KNOW
+
+    def predict(self, bucket: int, draft_length: int) -> float | None:
+        """Measured time, or a line through plain decoding and the nearest measured K; None without a plain time."""
+        plain = self._mean.get((bucket, 0))
+        if plain is None or not self.known(bucket, 0):
+            return None
+        if draft_length == 0 or self.known(bucket, draft_length):
+            return self._mean[(bucket, draft_length)]
+        measured = [k for (b, k) in self._count if b == bucket and k > 0 and self.known(b, k)]
+        if measured:
+            nearest = min(measured, key=lambda k: abs(k - draft_length))
+            slope = (self._mean[(bucket, nearest)] - plain) / nearest
+            return plain + max(slope, 0.0) * draft_length
+        return plain * (1.0 + UNTRIED_COST_PER_DRAFT * draft_length)
+
+
+@dataclass
+class _BucketState:
+    draft_length: int = 0
+    steps: int = 0
+    probe_left: int = 0
+    probe_length: int = 0
+
+
+@dataclass
+class DraftLengthController:
+    """Chooses K for the next step.
+
+    Args:
+        max_draft_length: K is in 0..max_draft_length.
+        mode: "auto" weighs; "always" and "never" fix K.
+        prior: conditional acceptance to assume before evidence (0: wait for the learner's shadow).
+    """
+
+    max_draft_length: int
+    mode: str = "auto"
+    prior: float = 0.0
+    times: StepTimes = field(default_factory=StepTimes)
+    acceptance: AcceptanceEstimate = field(init=False)
+    _buckets: dict[int, _BucketState] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.acceptance = AcceptanceEstimate(self.max_draft_length, self.prior)
+
+    def decide(self, batch_size: int) -> Decision:
+        """K for a step over this many requests. Call once for each step."""
+        if self.mode == "never":
+            return Decision(0, "speculation is switched off by the settings")
+        if self.mode == "always":
+            return Decision(self.max_draft_length, "draft length is fixed by the settings")
+        bucket = batch_bucket(batch_size)
+        state = self._buckets.setdefault(bucket, _BucketState())
+        state.steps += 1
+        if not self.times.known(bucket, 0):
+            return Decision(0, f"measuring plain decoding at batch {bucket}")
+        if state.probe_left > 0:
+            state.probe_left -= 1
+            return Decision(state.probe_length, f"probing K={state.probe_length} at batch {bucket}")
+
+        gains = {k: self.gain(bucket, k) for k in range(self.max_draft_length + 1)}
+        best = max(gains, key=lambda k: gains[k])
+        if gains[best] > gains[state.draft_length] * (1.0 + KEEP_MARGIN) or gains[state.draft_length] < 1.0:
+            state.draft_length = best
+        chosen = state.draft_length
+        if state.steps >= PROBE_EVERY:
+            state.steps = 0
+            self._start_probe(state, gains)
+        verb = "pays" if chosen else "does not pay"
+        shown = chosen or max(range(1, self.max_draft_length + 1), key=lambda k: gains[k])
+        reason = (
+            f"drafting {verb} at batch {bucket}: K={shown} gives {gains[shown]:.2f}x of plain decoding "
+            f"(acceptance length {self.acceptance.expected_length(shown):.2f})"
+        )
+        return Decision(chosen, reason)
+
+    def gain(self, bucket: int, draft_length: int) -> float:
+        """Tokens per second with K drafts over tokens per second without, as measured or predicted."""
+        plain, speculative = self.times.predict(bucket, 0), self.times.predict(bucket, draft_length)
+        if plain is None or speculative is None:
+            return 1.0 if draft_length == 0 else 0.0
+        return self.acceptance.expected_length(draft_length) * plain / speculative
+
+    def _start_probe(self, state: _BucketState, gains: dict[int, float]) -> None:
+        """Plain decoding is looked at again while drafting; drafting again while off, if it is not hopeless."""
+        if state.draft_length > 0:
+            state.probe_length, state.probe_left = 0, PROBE_STEPS
+            return
+        candidate = max(range(1, self.max_draft_length + 1), key=lambda k: gains[k])
+        if gains[candidate] >= 0.9:
+            state.probe_length, state.probe_left = candidate, PROBE_STEPS

@@ -1,0 +1,111 @@
+"""What the worker carries for the learner: the hook, the trace writer and the swapper, tied to one session."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from aurora_vllm.session import Session
+from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from aurora_vllm.spec_decode.runner_v1 import V1Adapter
+from aurora_vllm.spec_decode.stager import Stager
+from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
+from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
+from aurora_vllm.transport.bank import WeightBank
+from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.ring import RingProducer
+from aurora_vllm.transport.segment import Segment
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+logger = logging.getLogger("vllm.aurora")
+
+LEARN_KEY = "aurora_learn"  # vllm_xargs: {"aurora_learn": false} keeps a request out
+CHECKPOINT_VERSION = 1  # what vLLM loaded from disk
+
+
+class Attachment:
+    """Everything aurora does in the worker process. No method raises into the serving path."""
+
+    def __init__(self, session: Session, runner: Any) -> None:
+        self._control = ControlBlock.attach(Segment.attach(session.control))
+        worker = self._control.worker
+        worker.pid = os.getpid()
+        worker.live_version = CHECKPOINT_VERSION
+        self._writer = TraceWriter(
+            sink=RingProducer.attach(Segment.attach(session.ring)),
+            layout=session.row_layout,
+            control=self._control,
+            sample_rate=session.config.sample_rate,
+        )
+        self._capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
+        self._stager = self._make_stager(session, runner)
+        V1Adapter(runner, on_step=self._on_step, live_version=lambda: int(worker.live_version))
+        worker.capture_on = 1
+        worker.attached = 1
+
+    @classmethod
+    def to_worker(cls, worker: Any) -> Attachment | None:
+        """Attach to a vLLM worker whose model is loaded; None where there is no session or nothing to attach to."""
+        session = Session.from_environment()
+        if session is None:
+            return None
+        runner = worker.model_runner
+        if not hasattr(runner, "drafter"):
+            logger.warning("aurora: %s has no drafter of the V1 runner; serving goes on as plain vLLM", type(runner))
+            return None
+        return cls(session, runner)
+
+    def step_starts(self, scheduler_output: SchedulerOutput) -> None:
+        """Between two steps: new weights go live, requests come and go."""
+        self._control.worker.heartbeat_ns = time.time_ns()
+        if self._stager is not None:
+            self._stager.commit_if_ready()
+        self._capture.run(lambda: self._follow_requests(scheduler_output))
+
+    def close(self) -> None:
+        if self._stager is not None:
+            self._stager.close()
+
+    def _follow_requests(self, step: SchedulerOutput) -> None:
+        for request_id in step.finished_req_ids:
+            self._writer.end(request_id)
+        for new in step.scheduled_new_reqs:
+            params = new.sampling_params
+            if params is None or not new.prompt_token_ids:
+                continue
+            wish = (params.extra_args or {}).get(LEARN_KEY, True)
+            self._writer.begin(
+                new.req_id,
+                prompt_length=len(new.prompt_token_ids),
+                temperature=params.temperature,
+                may_learn=str(wish).lower() not in ("false", "0", "no"),
+            )
+        if not step.total_num_scheduled_tokens:
+            self._writer.flush_ends()  # nothing will be sampled: the last request just ended
+
+    def _on_step(self, build: Callable[[], StepTrace]) -> None:
+        self._capture.run(lambda: self._writer.write(build()))
+
+    def _count_capture_error(self, message: str) -> None:
+        worker = self._control.worker
+        worker.capture_errors += 1
+        worker.message = message
+        if self._capture.open:
+            worker.capture_on = 0
+
+    def _make_stager(self, session: Session, runner: Any) -> Stager | None:
+        """The swapper, or None (said in the control block) where this draft cannot take other weights."""
+        bank = WeightBank.attach(Segment.attach(session.bank))
+        try:
+            draft = LiveDraft(runner.get_draft_model(), runner.get_model())
+            draft.check(bank.specs)
+        except SwapRefused as refusal:
+            logger.warning("aurora: weights cannot be swapped: %s", refusal)
+            self._control.worker.refusal = str(refusal)
+            return None
+        return Stager(bank, draft, self._control)

@@ -1,0 +1,98 @@
+"""vLLM's V1 runner (GPUModelRunner and its CPU subclass) -> StepTrace.
+
+Three attributes of the *instance* are wrapped; the class stays as it is. Every wrap calls the original and passes its
+result on unchanged:
+
+- ``sample_tokens`` remembers the step's ``execute_model_state`` (vLLM clears it before it samples),
+- ``_sample`` knows the verdict; it runs in every step, also near ``max_model_len`` where vLLM does not draft,
+- ``propose_draft_token_ids`` notes which weights proposed, and does without the draft model where K is 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from aurora_vllm.spec_decode.trace import StepTrace
+
+OnStep = Callable[[Callable[[], StepTrace]], None]
+
+
+class V1Adapter:
+    """Wraps one V1 runner.
+
+    Args:
+        runner: vLLM's ``GPUModelRunner`` after ``load_model``.
+        on_step: receives, for every sampled step, a function that builds its StepTrace; must not raise.
+        live_version: version of the weights the draft runs with now.
+    """
+
+    def __init__(self, runner: Any, on_step: OnStep, live_version: Callable[[], int]) -> None:
+        self._runner = runner
+        self._on_step = on_step
+        self._live_version = live_version
+        self._state: Any = None
+        self._proposed_by = live_version()
+        self._propose_signature = inspect.signature(runner.propose_draft_token_ids)
+        runner.sample_tokens = self._wrap(runner.sample_tokens, self._sample_tokens)
+        runner._sample = self._wrap(runner._sample, self._sample)
+        runner.propose_draft_token_ids = self._wrap(runner.propose_draft_token_ids, self._propose)
+
+    @staticmethod
+    def _wrap(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return replacement(original, *args, **kwargs)
+
+        return wrapped
+
+    def _sample_tokens(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._state = self._runner.execute_model_state
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._state = None
+
+    def _sample(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        if self._state is not None:
+            self._on_step(functools.partial(self._trace, self._state, output))
+        return output
+
+    def _propose(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        step = self._propose_signature.bind_partial(*args, **kwargs).arguments.get("scheduler_output")
+        self._proposed_by = self._live_version()
+        if step is not None and step.num_spec_tokens_to_schedule == 0 and not _has_prefill(step):
+            # vLLM would still run the draft over the step's tokens to keep its KV cache complete. A decode step
+            # that nobody drafts from does not pay for that; prompts do, because prefix caching hands them on.
+            return torch.empty(len(self._runner.input_batch.req_ids), 0, dtype=torch.int64, device=self._runner.device)
+        return original(*args, **kwargs)
+
+    def _trace(self, state: Any, output: Any) -> StepTrace:
+        runner = self._runner
+        request_ids = list(runner.input_batch.req_ids)
+        step = state.scheduler_output
+        drafts = step.scheduled_spec_decode_tokens
+        total = step.total_num_scheduled_tokens
+        discarded = runner.discard_request_mask.np
+        return StepTrace(
+            request_ids=request_ids,
+            lengths=[step.num_scheduled_tokens[name] for name in request_ids],
+            num_drafts=[len(drafts.get(name, ())) for name in request_ids],
+            emits=[not discarded[i] for i in range(len(request_ids))],
+            token_ids=runner.input_ids.gpu[:total],
+            positions=runner._get_positions(total),
+            aux_hidden_states=state.aux_hidden_states or (),
+            last_hidden_states=state.hidden_states,
+            sampled=output.sampled_token_ids,
+            draft_version=self._proposed_by,
+        )
+
+
+def _has_prefill(step: Any) -> bool:
+    drafts = step.scheduled_spec_decode_tokens
+    return any(count - len(drafts.get(name, ())) > 1 for name, count in step.num_scheduled_tokens.items())

@@ -1,0 +1,140 @@
+"""vLLM's scheduler with a draft length chosen at run time (``--scheduler-cls``).
+
+vLLM can look K up by batch size (dynamic speculative decoding, ``dynamic_sd_lookup``); the lookup table is replaced by
+the controller. What the scheduler sees anyway, verdicts and step times, is what the controller decides on.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from aurora_vllm.control.profit import Decision, DraftLengthController
+from aurora_vllm.session import Session
+from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.segment import Segment
+
+TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a checkpoint the user names, until it is measured
+
+
+class _ChosenDraftLength:
+    """Stands where vLLM keeps its table of K by batch size."""
+
+    def __init__(self, advisor: DraftLengthAdvisor) -> None:
+        self._advisor = advisor
+
+    def __getitem__(self, batch_size: int) -> int:
+        return self._advisor.draft_length(batch_size)
+
+
+class DraftLengthAdvisor:
+    """Feeds the controller from scheduler events and reports its decisions in the control block."""
+
+    def __init__(self, session: Session, max_draft_length: int) -> None:
+        config = session.config
+        self._control = ControlBlock.attach(Segment.attach(session.control))
+        self._controller = DraftLengthController(
+            max_draft_length=max_draft_length,
+            mode=config.speculate,
+            prior=0.0 if config.draft is None else TRUST_IN_A_GIVEN_DRAFT,
+        )
+        self._breaker = CircuitBreaker("choosing the draft length")
+        self._max_draft_length = max_draft_length
+        self._version = 0
+        self._proposed_by = 0
+        self._drafting = 0  # K the step in flight drafts with
+        self._started = 0.0
+        self._last = Decision(0, "")
+
+    def step_starts(self) -> None:
+        self._started = time.perf_counter()
+
+    def draft_length(self, batch_size: int) -> int:
+        """K for the step being scheduled; 0 if choosing fails."""
+        decision = [Decision(0, "choosing the draft length failed")]
+        self._breaker.run(lambda: decision.__setitem__(0, self._decide(batch_size)))
+        self._drafting = decision[0].draft_length
+        return self._drafting
+
+    def step_ends(self, scheduler_output: Any) -> None:
+        self._breaker.run(lambda: self._observe_step(scheduler_output, time.perf_counter() - self._started))
+
+    def drafts_arrived(self) -> None:
+        """The drafts just taken from the worker were proposed by the version that is live now."""
+        self._proposed_by = int(self._control.worker.live_version)
+
+    def verified(self, num_drafts: int, num_accepted: int) -> None:
+        """One request's drafts came back."""
+        self._breaker.run(lambda: self._observe_verdict(num_drafts, num_accepted))
+
+    def _decide(self, batch_size: int) -> Decision:
+        live = int(self._control.worker.live_version)
+        learner = self._control.learner
+        if live != self._version:
+            self._version = live
+            self._controller.acceptance.new_version()
+        if int(learner.shadow_version) == live and int(learner.shadow_steps) > 0:
+            self._controller.acceptance.shadow([float(x) for x in learner.shadow_accepted_per_position])
+        decision = self._controller.decide(batch_size)
+        scheduler = self._control.scheduler
+        scheduler.heartbeat_ns = time.time_ns()
+        if decision.draft_length != self._last.draft_length:
+            scheduler.draft_length = decision.draft_length
+        if decision.reason != self._last.reason:
+            scheduler.reason = decision.reason
+        self._last = decision
+        return decision
+
+    def _observe_step(self, scheduler_output: Any, seconds: float) -> None:
+        counts = scheduler_output.num_scheduled_tokens
+        if not counts:
+            return
+        scheduler = self._control.scheduler
+        scheduler.steps += 1
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if drafts:
+            scheduler.spec_steps += 1
+        # Only steps that verified as many drafts as they proposed, and held no prompt, tell what K costs.
+        if all(counts[name] == 1 + self._drafting == 1 + len(drafts.get(name, ())) for name in counts):
+            self._controller.times.observe(len(counts), self._drafting, seconds)
+
+    def _observe_verdict(self, num_drafts: int, num_accepted: int) -> None:
+        self._controller.acceptance.observe(num_drafts, num_accepted)
+        per_position = [int(num_accepted > i) for i in range(self._max_draft_length)]
+        self._control.scheduler.record(self._proposed_by, 1, num_drafts, num_accepted, per_position)
+
+
+class AuroraScheduler(Scheduler):
+    """Plain vLLM scheduling; only K is chosen step by step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        session = Session.from_environment()
+        self._advisor = None
+        if session is not None and self.num_spec_tokens:
+            self._advisor = DraftLengthAdvisor(session, self.num_spec_tokens)
+            self.dynamic_sd_lookup = _ChosenDraftLength(self._advisor)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        if self._advisor is not None:
+            self._advisor.step_starts()
+        return super().schedule(*args, **kwargs)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._advisor is not None:
+            self._advisor.step_ends(scheduler_output)
+        return outputs
+
+    def update_draft_token_ids(self, draft_token_ids: Any) -> None:
+        if self._advisor is not None:
+            self._advisor.drafts_arrived()
+        super().update_draft_token_ids(draft_token_ids)
+
+    def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
+        if self._advisor is not None and kwargs.get("num_draft_tokens"):
+            self._advisor.verified(kwargs["num_draft_tokens"], kwargs["num_accepted_tokens"])
+        return super().make_spec_decoding_stats(*args, **kwargs)

@@ -1,0 +1,240 @@
+"""The live draft's weights, exchanged with a published version between two steps.
+
+A swap is an *exchange*: every live tensor trades its content with a staged one. Addresses stay, so compiled code and
+CUDA graphs stay valid, and exchanging once more is the rollback. All that can fail (reading the bank, checksum, shape,
+dtype, finiteness, packing for the CPU) happens while staging, on another thread; the exchange itself cannot fail
+half-way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from aurora_vllm.transport.bank import TensorSpec
+
+
+class SwapRefused(ValueError):
+    """These weights cannot go into this draft. The text says which tensor and why; the live version stays."""
+
+
+class Exchange(Protocol):
+    """Two places that trade contents."""
+
+    def __call__(self) -> None: ...
+
+
+@dataclass
+class _TensorExchange:
+    live: torch.Tensor
+    staged: torch.Tensor
+
+    def __call__(self) -> None:
+        kept = self.live.clone()
+        self.live.copy_(self.staged)
+        self.staged.copy_(kept)
+
+
+@dataclass
+class _HandlerExchange:
+    """vLLM's CPU linear multiplies through a oneDNN handler that holds repacked weights; the layer's own weight is
+    empty by then. The handler's address lies in a one-element tensor that compiled code reads at every call
+    (vllm._custom_ops.CPUDNNLGEMMHandler), so trading the two addresses trades the weights."""
+
+    live: Any
+    staged: Any  # owns the weights that are not live: its destructor frees them
+
+    def __call__(self) -> None:
+        kept = self.live.handler_tensor.clone()
+        self.live.handler_tensor.copy_(self.staged.handler_tensor)
+        self.staged.handler_tensor.copy_(kept)
+
+
+@dataclass(frozen=True)
+class _Destination:
+    """Where some checkpoint tensors live in vLLM's draft: stacked along dim 0 in this order."""
+
+    sources: tuple[str, ...]
+    module: nn.Module
+    parameter: str
+    rows: int  # of the live tensor; a vocabulary padded by vLLM has more rows than the checkpoint
+    columns: int | None  # None for vectors
+    dtype: torch.dtype
+
+    @property
+    def label(self) -> str:
+        return " + ".join(self.sources)
+
+
+@dataclass
+class StagedWeights:
+    """A version that is ready to go live, or the one that just left."""
+
+    version: int
+    exchanges: Sequence[Exchange]
+
+    @torch.inference_mode()
+    def exchange(self) -> None:
+        for exchange in self.exchanges:
+            exchange()
+
+
+class LiveDraft:
+    """The running EAGLE-3 draft of one worker.
+
+    Args:
+        draft: vLLM's ``Eagle3LlamaForCausalLM`` (or a class of the same layout).
+        target: the target model; used to notice shared modules only.
+
+    Raises:
+        SwapRefused: the draft shares its ``lm_head`` with the target, is quantised, or has a layer whose weights
+            cannot be reached.
+    """
+
+    def __init__(self, draft: nn.Module, target: nn.Module) -> None:
+        if _shares(draft.lm_head, getattr(target, "lm_head", None)):
+            raise SwapRefused("the draft's lm_head is the target's own module; writing it would change the target")
+        self._destinations = _destinations(draft)
+        for destination in self._destinations:
+            _kind(destination)  # raises where the weights cannot be reached
+
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Compare what a bank carries with what this draft has.
+
+        Raises:
+            SwapRefused: names the first tensor that is missing, unknown, or of another shape or dtype.
+        """
+        given = {spec.name: spec for spec in specs}
+        wanted = {name for destination in self._destinations for name in destination.sources}
+        if set(given) != wanted:
+            different = ", ".join(sorted(set(given) ^ wanted))
+            raise SwapRefused(f"the bank and the running draft have different tensors: {different}")
+        for destination in self._destinations:
+            parts = [given[name] for name in destination.sources]
+            _check_shape(destination, [part.shape for part in parts], [part.dtype for part in parts])
+
+    def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> StagedWeights:
+        """Copy, check and pack a version, off the serving path. tensors: checkpoint names -> CPU or device tensors.
+
+        Raises:
+            SwapRefused: a tensor is missing, has another shape or dtype, or is not finite.
+        """
+        exchanges: list[Exchange] = []
+        for destination in self._destinations:
+            missing = [name for name in destination.sources if name not in tensors]
+            if missing:
+                raise SwapRefused(f"{missing[0]}: not in the published version")
+            parts = [tensors[name] for name in destination.sources]
+            _check_shape(destination, [tuple(part.shape) for part in parts], [part.dtype for part in parts])
+            weight = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+                raise SwapRefused(f"{destination.label}: not finite")
+            exchanges.append(_stage(destination, weight))
+        return StagedWeights(version, exchanges)
+
+
+def _shares(module: nn.Module, other: nn.Module | None) -> bool:
+    if other is None:
+        return False
+    if module is other:
+        return True
+    mine, theirs = getattr(module, "weight", None), getattr(other, "weight", None)
+    if mine is None or theirs is None or not mine.numel():
+        return False
+    return mine.data_ptr() == theirs.data_ptr()
+
+
+def _destinations(draft: nn.Module) -> list[_Destination]:
+    """vLLM's parameters for each checkpoint tensor (llama_eagle3.py, ``hf_to_vllm_mapper`` read backwards)."""
+    model, layer = draft.model, draft.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    prefix = "midlayer."
+    linears: list[tuple[tuple[str, ...], nn.Module]] = [
+        (("fc.weight",), model.fc),
+        (tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv"), attention.qkv_proj),
+        ((f"{prefix}self_attn.o_proj.weight",), attention.o_proj),
+        (tuple(f"{prefix}mlp.{name}_proj.weight" for name in ("gate", "up")), mlp.gate_up_proj),
+        ((f"{prefix}mlp.down_proj.weight",), mlp.down_proj),
+        (("lm_head.weight",), draft.lm_head),
+    ]
+    norms: list[tuple[str, nn.Module]] = [
+        (f"{prefix}hidden_norm.weight", layer.hidden_norm),
+        (f"{prefix}input_layernorm.weight", layer.input_layernorm),
+        (f"{prefix}post_attention_layernorm.weight", layer.post_attention_layernorm),
+        ("norm.weight", model.norm),
+    ]
+    found = []
+    for sources, module in linears:
+        if getattr(module, "bias", None) is not None:
+            raise SwapRefused(f"{sources[0]}: a draft layer with a bias is not supported")
+        rows, columns = _linear_shape(sources[0], module)
+        found.append(_Destination(sources, module, "weight", rows, columns, module.weight.dtype))
+    for name, module in norms:
+        found.append(_Destination((name,), module, "weight", module.weight.shape[0], None, module.weight.dtype))
+    mapping = getattr(draft, "draft_id_to_target_id", None)
+    if mapping is not None:
+        found.append(_Destination(("d2t",), draft, "draft_id_to_target_id", mapping.shape[0], None, mapping.dtype))
+    return found
+
+
+def _linear_shape(name: str, module: nn.Module) -> tuple[int, int]:
+    weight = getattr(module, "weight", None)
+    method = type(getattr(module, "quant_method", None)).__name__
+    if weight is None or not method.startswith("Unquantized"):
+        raise SwapRefused(f"{name}: quantised draft layers ({method}) cannot be updated in place")
+    if weight.numel():
+        return weight.shape[0], weight.shape[1]
+    handler = _onednn_handler(module)
+    if handler is None:
+        raise SwapRefused(f"{name}: vLLM repacked this layer in a way that is not known here")
+    return handler.n, handler.k
+
+
+def _onednn_handler(module: nn.Module) -> Any | None:
+    """The oneDNN handler in the closure of ``layer.cpu_linear`` (vllm dispatch_cpu_unquantized_gemm), if any."""
+    for cell in getattr(getattr(module, "cpu_linear", None), "__closure__", None) or ():
+        if type(cell.cell_contents).__name__ == "CPUDNNLGEMMHandler":
+            return cell.cell_contents
+    return None
+
+
+def _kind(destination: _Destination) -> str:
+    module = destination.module
+    if destination.columns is None or not hasattr(module, "cpu_linear"):
+        return "parameter"
+    if _onednn_handler(module) is not None:
+        return "onednn"
+    if module.cpu_linear is torch.nn.functional.linear or not getattr(module.cpu_linear, "__closure__", None):
+        return "parameter"  # vLLM's fallback multiplies by layer.weight itself
+    raise SwapRefused(f"{destination.label}: vLLM repacked this layer in a way that is not known here")
+
+
+def _check_shape(
+    destination: _Destination, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
+) -> None:
+    for name, dtype in zip(destination.sources, dtypes, strict=True):
+        if dtype != destination.dtype:
+            raise SwapRefused(f"{name}: dtype {dtype}, the running draft has {destination.dtype}")
+    rows = sum(shape[0] if shape else 0 for shape in shapes)
+    columns = {shape[1:] for shape in shapes}
+    wanted_columns = () if destination.columns is None else (destination.columns,)
+    padded = destination.sources == ("lm_head.weight",)
+    fits = rows <= destination.rows if padded else rows == destination.rows
+    if columns != {wanted_columns} or not fits:
+        got = " + ".join(str(list(shape)) for shape in shapes)
+        raise SwapRefused(f"{destination.label}: shape {got}, the running draft has [{destination.rows}, {destination.columns}]")
+
+
+def _stage(destination: _Destination, weight: torch.Tensor) -> Exchange:
+    if weight.shape[0] < destination.rows:
+        weight = torch.cat([weight, weight.new_zeros(destination.rows - weight.shape[0], *weight.shape[1:])])
+    if _kind(destination) == "onednn":
+        from vllm import _custom_ops
+
+        return _HandlerExchange(_onednn_handler(destination.module), _custom_ops.create_onednn_mm(weight.t(), 32))
+    live = getattr(destination.module, destination.parameter)
+    return _TensorExchange(live.data, weight.to(live.device))

@@ -1,0 +1,47 @@
+"""AuroraWorker: vLLM's worker, with the learner's eyes and hands attached after the model is loaded.
+
+Chosen by ``--worker-cls``. It is the platform's own worker class in everything; three methods are extended, each calls
+the original. Whatever fails here leaves plain serving behind.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms import current_platform
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+
+from aurora_vllm.spec_decode.attachment import Attachment, logger
+from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class AuroraWorker(PlatformWorker):
+    """vLLM's worker with capture and weight swaps."""
+
+    _aurora: Attachment | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if current_platform.is_cpu() and mend_cpu_sampling():
+            logger.info("aurora: replaced vLLM's expand_batch_to_tokens on the CPU, which loses its output (vllm#55005)")
+        try:
+            self._aurora = Attachment.to_worker(self)
+        except Exception:
+            logger.exception("aurora: could not attach; serving goes on as plain vLLM")
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        if self._aurora is not None:
+            self._aurora.step_starts(scheduler_output)
+        return super().execute_model(scheduler_output)
+
+    def shutdown(self) -> None:
+        if self._aurora is not None:
+            self._aurora.close()
+        super().shutdown()
