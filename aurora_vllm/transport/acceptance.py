@@ -1,0 +1,108 @@
+"""The acceptance table: what was accepted of each of the last 64 draft versions.
+
+Written by the scheduler alone. A row is several words, so it has a sequence word that is odd while the row is written;
+a reader that finds it odd, or changed, looks again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from aurora_vllm.transport.fence import Fence
+
+ROWS = 64
+POSITIONS = 8  # draft positions, the largest K
+_WORDS = 16  # int64 words of a row; two cache lines
+TABLE_BYTES = ROWS * _WORDS * 8
+
+# Words of a row. TOUCHED counts records, so the row with the smallest is the one to reuse: a version that came back by
+# a rollback is not old.
+_SEQUENCE, _TOUCHED, _VERSION, _NUM_DRAFTS, _DRAFT_TOKENS, _ACCEPTED, _POSITION = 0, 1, 2, 3, 4, 5, 6
+
+
+@dataclass(frozen=True)
+class VersionAcceptance:
+    """Counts of one draft version, as vLLM counts them (SpecDecodingStats)."""
+
+    version: int
+    num_drafts: int  # verifications: request-steps that had drafts
+    num_draft_tokens: int
+    num_accepted: int
+    accepted_per_position: tuple[int, ...]  # [8]
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per verification, bonus token included: 1 + accepted / drafts; 1 before the first."""
+        return 1 + self.num_accepted / self.num_drafts if self.num_drafts else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with the mean acceptance length."""
+        plain = asdict(self) | {"mean_acceptance_length": self.mean_acceptance_length}
+        return plain | {"accepted_per_position": list(self.accepted_per_position)}
+
+
+class AcceptanceTable:
+    """64 rows over `buf` (uint8 [TABLE_BYTES])."""
+
+    def __init__(self, buf: memoryview) -> None:
+        self._words = buf.cast("q")
+        self._fence = Fence()
+        self._row_of = {
+            self._words[at + _VERSION]: at for at in range(0, ROWS * _WORDS, _WORDS) if self._words[at + _TOUCHED]
+        }
+        self._touched = max((self._words[at + _TOUCHED] for at in self._row_of.values()), default=0)
+
+    def record(
+        self, version: int, num_drafts: int, draft_tokens: int, accepted: int, accepted_per_position: Sequence[int]
+    ) -> None:
+        """Add counts to a version's row; a version without one takes the row that was not added to for longest.
+
+        Args:
+            accepted_per_position: how many drafts were accepted at position 0, 1, …; those past the eighth are ignored.
+        """
+        words, at = self._words, self._row_of.get(version)
+        fresh = at is None
+        if at is None:
+            at = min(range(0, ROWS * _WORDS, _WORDS), key=lambda row: words[row + _TOUCHED])
+            self._row_of = {v: row for v, row in self._row_of.items() if row != at} | {version: at}
+        sequence = words[at] | 1  # a writer killed midway left it odd
+        words[at] = sequence
+        self._fence()
+        if fresh:
+            for word in range(_VERSION, _WORDS):
+                words[at + word] = 0
+            words[at + _VERSION] = version
+        self._touched += 1
+        words[at + _TOUCHED] = self._touched
+        words[at + _NUM_DRAFTS] += num_drafts
+        words[at + _DRAFT_TOKENS] += draft_tokens
+        words[at + _ACCEPTED] += accepted
+        for position, count in enumerate(accepted_per_position[:POSITIONS]):
+            words[at + _POSITION + position] += int(count)
+        self._fence()
+        words[at] = sequence + 1
+
+    def rows(self) -> list[VersionAcceptance]:
+        """Rows in ascending order of version. One whose writer died in the middle of it is left out."""
+        found = filter(None, map(self._read, range(0, ROWS * _WORDS, _WORDS)))
+        return sorted(found, key=lambda row: row.version)
+
+    def _read(self, at: int) -> VersionAcceptance | None:
+        for attempt in range(20):
+            if attempt:
+                time.sleep(0.0005)  # the writer may have lost the CPU in the middle
+            sequence = self._words[at]
+            self._fence()
+            row = self._words[at : at + _WORDS].tolist()
+            self._fence()
+            if sequence % 2 == 0 and self._words[at] == sequence:
+                if not row[_TOUCHED]:
+                    return None
+                version, drafts, tokens, accepted = row[_VERSION:_POSITION]
+                return VersionAcceptance(
+                    version, drafts, tokens, accepted, tuple(row[_POSITION : _POSITION + POSITIONS])
+                )
+        return None

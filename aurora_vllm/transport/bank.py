@@ -1,0 +1,283 @@
+"""The weight bank: versions of the draft's weights from the learner to the worker.
+
+Three slots, one more than the worker holds (its live and its previous version), so there is always one to write to.
+One writer (learner), one reader (worker). Each slot has a sequence word, odd while the slot is being written, and a
+CRC-32 over its tensors, version and evidence. A writer killed midway leaves an odd word: that version reads as torn,
+the other slots are as they were.
+
+How the worker takes version `new` while `live` is running, without ever using memory that changes under it::
+
+    publication = bank.read(new)            # TornPublish: stay with live
+    ...                                     # look at the tensors
+    bank.hold(live=new, previous=live)      # first claim the slot,
+    if not publication.still_valid():       # then see whether it is still what was checked
+        bank.hold(live, previous)           # the learner was faster: stay with live
+    ...                                     # swap; the views in publication.tensors stay good while the version is held
+
+The learner does the mirror image: it marks the slot as being written, then looks whether the worker has claimed it.
+Whichever comes second sees the first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aurora_vllm.transport.fence import Fence
+from aurora_vllm.transport.segment import Segment
+
+MAGIC = int.from_bytes(b"AURORABK", "little")
+FORMAT = 1
+SLOTS = 3
+ALIGNMENT = 64
+PAGE = 4096
+EVIDENCE_BYTES = 16384
+CRC_CHUNK = 8 << 20  # bytes; large, because the GIL is taken back between two chunks
+
+# Indices of int64 words in the header; slot i has its own cache line at _SLOT + 8 * i.
+_MAGIC, _FORMAT, _SPEC_BYTES, _PUBLISHED, _HELD_LIVE, _HELD_PREVIOUS, _SLOT = 0, 1, 2, 8, 16, 17, 24
+_SEQUENCE, _VERSION, _CHECKSUM, _EVIDENCE = 0, 1, 2, 3
+_SPECS_AT = 512  # byte offset of the specs' JSON
+
+
+class TornPublish(RuntimeError):
+    """The version asked for is not, or not wholly, in the bank."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor of the bank."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One version, read and checked. `tensors` are views into the slot: do not write to them."""
+
+    version: int
+    tensors: dict[str, torch.Tensor]
+    evidence: dict[str, Any]
+    checksum: int
+    _bank: WeightBank
+    _slot: int
+    _sequence: int
+
+    def still_valid(self) -> bool:
+        """Whether the slot has not been written to since the read; what was copied out before this is then whole."""
+        self._bank._fence()
+        return bool(self._bank._slot_word(self._slot, _SEQUENCE) == self._sequence)
+
+
+def bank_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Size of the segment that holds a bank of these tensors."""
+    header, slot = _sizes(specs, _encode(specs))
+    return header + SLOTS * slot
+
+
+class WeightBank:
+    """Use :meth:`create` or :meth:`attach`."""
+
+    def __init__(self, segment: Segment) -> None:
+        words = segment.buf[:PAGE].cast("q") if segment.size >= PAGE else None
+        if words is None or words[_MAGIC] != MAGIC or words[_FORMAT] != FORMAT:
+            raise ValueError(f"segment {segment.name} holds no weight bank of format {FORMAT}")
+        encoded = bytes(segment.buf[_SPECS_AT : _SPECS_AT + words[_SPEC_BYTES]])
+        self.specs = _decode(encoded)
+        header, self._slot_bytes = _sizes(self.specs, encoded)
+        if segment.size < header + SLOTS * self._slot_bytes:
+            raise ValueError(f"segment {segment.name} is too small for its weight bank")
+        self._words = words
+        self._fence = Fence()
+        self._slots = [segment.buf[header + i * self._slot_bytes :][: self._slot_bytes] for i in range(SLOTS)]
+
+    @classmethod
+    def create(cls, segment: Segment, specs: Sequence[TensorSpec]) -> WeightBank:
+        """Lay out an empty bank in a fresh segment of at least ``bank_bytes(specs)`` bytes.
+
+        Raises:
+            ValueError: the segment is too small, or a name occurs twice.
+        """
+        if len({spec.name for spec in specs}) != len(specs):
+            raise ValueError("a tensor's name occurs twice in the bank's specs")
+        if segment.size < bank_bytes(specs):
+            raise ValueError(f"a weight bank of {bank_bytes(specs)} bytes does not fit into {segment.size} bytes")
+        encoded = _encode(specs)
+        words = segment.buf[:PAGE].cast("q")
+        words[_FORMAT], words[_SPEC_BYTES] = FORMAT, len(encoded)
+        segment.buf[_SPECS_AT : _SPECS_AT + len(encoded)] = encoded
+        Fence()()
+        words[_MAGIC] = MAGIC  # last: whoever finds it finds the rest
+        return cls(segment)
+
+    @classmethod
+    def attach(cls, segment: Segment) -> WeightBank:
+        """Raises ValueError where the segment holds no bank."""
+        return cls(segment)
+
+    # --- learner ---
+
+    def publish(self, version: int, tensors: Mapping[str, torch.Tensor], evidence: dict[str, Any]) -> None:
+        """Copy a version in and make it the published one. Only the learner calls this.
+
+        It never writes to a slot whose version the worker holds. Where the worker holds two, a published version that
+        it has not taken yet is the one overwritten.
+
+        Args:
+            version: larger than every published one.
+            tensors: exactly the names of `specs`, each of its shape and dtype, on any device.
+            evidence: why this version is better; JSON, at most 16 KiB.
+
+        Raises:
+            ValueError: names, a shape, a dtype, the version or the evidence are wrong. Nothing was written.
+        """
+        encoded = json.dumps(evidence).encode()
+        if len(encoded) > EVIDENCE_BYTES:
+            raise ValueError(f"evidence of {len(encoded)} bytes, at most {EVIDENCE_BYTES} fit")
+        if version <= self.published():
+            raise ValueError(f"version {version} is not newer than the published {self.published()}")
+        self._check(tensors)
+        slot = self._claim_slot()
+        with torch.no_grad():
+            for name, view in self._views(slot).items():
+                view.copy_(tensors[name])
+        self._slots[slot][-EVIDENCE_BYTES:][: len(encoded)] = encoded
+        self._set_slot_word(slot, _EVIDENCE, len(encoded))
+        self._set_slot_word(slot, _CHECKSUM, self._checksum(slot, version, len(encoded)))
+        self._set_slot_word(slot, _VERSION, version)
+        self._fence()
+        self._set_slot_word(slot, _SEQUENCE, self._slot_word(slot, _SEQUENCE) + 1)  # even again
+        self._fence()
+        self._words[_PUBLISHED] = version
+
+    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        expected = {spec.name for spec in self.specs}
+        if missing := sorted(expected - set(tensors)):
+            raise ValueError(f"missing tensors: {', '.join(missing)}")
+        if extra := sorted(set(tensors) - expected):
+            raise ValueError(f"tensors the bank has no place for: {', '.join(extra)}")
+        for spec in self.specs:
+            tensor = tensors[spec.name]
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise ValueError(
+                    f"{spec.name}: {tuple(tensor.shape)} {tensor.dtype}, the bank holds {spec.shape} {spec.dtype}"
+                )
+
+    def _claim_slot(self) -> int:
+        """Mark the oldest slot that is not held as being written; its index."""
+        while True:
+            held = self.held()
+            slot = min(
+                (
+                    i
+                    for i in range(SLOTS)
+                    if self._slot_word(i, _VERSION) not in held or not self._slot_word(i, _VERSION)
+                ),
+                key=lambda i: self._slot_word(i, _VERSION),
+            )
+            version, sequence = self._slot_word(slot, _VERSION), self._slot_word(slot, _SEQUENCE)
+            writing = sequence + 1 + sequence % 2  # odd, and new even where a dead writer left an odd one
+            self._set_slot_word(slot, _SEQUENCE, writing)
+            self._fence()  # store the mark before looking at what is held: see the module's docstring
+            if not version or version not in self.held():
+                self._set_slot_word(slot, _VERSION, 0)
+                self._fence()
+                return slot
+            self._set_slot_word(slot, _SEQUENCE, writing + 1)  # the worker claimed it meanwhile; nothing was written
+
+    # --- worker ---
+
+    def published(self) -> int:
+        """The newest version, 0 before the first. One load: may be asked at every step."""
+        return int(self._words[_PUBLISHED])
+
+    def hold(self, live: int, previous: int) -> None:
+        """Only the worker calls this: the slots of these versions must not be overwritten (0: none)."""
+        self._words[_HELD_LIVE] = live
+        self._words[_HELD_PREVIOUS] = previous
+        self._fence()
+
+    def held(self) -> tuple[int, int]:
+        """The versions the worker holds: (live, previous)."""
+        return int(self._words[_HELD_LIVE]), int(self._words[_HELD_PREVIOUS])
+
+    def read(self, version: int) -> Publication:
+        """A version, zero copy, its checksum verified (most of the time goes there; it releases the GIL).
+
+        Raises:
+            TornPublish: the version is not in the bank (any more), or changed during the read, or its checksum is off.
+        """
+        for slot in range(SLOTS):
+            sequence = self._slot_word(slot, _SEQUENCE)
+            self._fence()
+            if sequence % 2 == 0 and version > 0 and self._slot_word(slot, _VERSION) == version:
+                break
+        else:
+            raise TornPublish(f"version {version} is not in the bank, or its publish was not finished")
+        stored, length = self._slot_word(slot, _CHECKSUM), self._slot_word(slot, _EVIDENCE)
+        checksum = self._checksum(slot, version, length, sequence)
+        encoded = bytes(self._slots[slot][-EVIDENCE_BYTES:][:length])
+        self._fence()
+        if self._slot_word(slot, _SEQUENCE) != sequence:
+            raise TornPublish(f"version {version} was overwritten while it was read")
+        if checksum != stored:
+            raise TornPublish(f"version {version}: checksum {checksum:08x}, published as {stored:08x}")
+        return Publication(version, self._views(slot), json.loads(encoded), checksum, self, slot, sequence)
+
+    # --- slots ---
+
+    def _slot_word(self, slot: int, word: int) -> int:
+        return int(self._words[_SLOT + 8 * slot + word])
+
+    def _set_slot_word(self, slot: int, word: int, value: int) -> None:
+        self._words[_SLOT + 8 * slot + word] = value
+
+    def _views(self, slot: int) -> dict[str, torch.Tensor]:
+        memory = torch.frombuffer(self._slots[slot], dtype=torch.uint8)
+        views, start = {}, 0
+        for spec in self.specs:
+            views[spec.name] = memory[start : start + spec.nbytes].view(spec.dtype).view(spec.shape)
+            start += _aligned(spec.nbytes, ALIGNMENT)
+        return views
+
+    def _checksum(self, slot: int, version: int, evidence_length: int, sequence: int | None = None) -> int:
+        """CRC-32 of version, evidence and tensors. With `sequence` it stops early once the slot is being overwritten."""
+        memory = self._slots[slot]
+        weights = len(memory) - EVIDENCE_BYTES
+        crc = zlib.crc32(version.to_bytes(8, "little"))
+        crc = zlib.crc32(memory[weights:][: max(0, evidence_length)], crc)
+        for start in range(0, weights, CRC_CHUNK):
+            if sequence is not None and self._slot_word(slot, _SEQUENCE) != sequence:
+                break
+            crc = zlib.crc32(memory[start : min(start + CRC_CHUNK, weights)], crc)
+        return crc
+
+
+def _aligned(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def _sizes(specs: Sequence[TensorSpec], encoded: bytes) -> tuple[int, int]:
+    """Bytes of the header and of one slot: the tensors, each on a multiple of 64 bytes, then the evidence."""
+    weights = sum(_aligned(spec.nbytes, ALIGNMENT) for spec in specs)
+    return _aligned(_SPECS_AT + len(encoded), PAGE), _aligned(weights, PAGE) + EVIDENCE_BYTES
+
+
+def _encode(specs: Sequence[TensorSpec]) -> bytes:
+    return json.dumps([[s.name, list(s.shape), str(s.dtype).removeprefix("torch.")] for s in specs]).encode()
+
+
+def _decode(encoded: bytes) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, shape, dtype in json.loads(encoded)]

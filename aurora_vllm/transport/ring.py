@@ -1,0 +1,199 @@
+"""The trace ring: rows from the worker to the learner, one producer, one consumer, nobody waits.
+
+A page of header, then `capacity` rows. ``head`` counts the rows ever published and is written by the producer alone,
+``tail`` counts the rows ever consumed and is written by the consumer alone; each is one aligned 8-byte word on a cache
+line of its own. A row is published by storing ``head`` after its bytes, and given back by storing ``tail`` after they
+were copied out, so a process that dies at any point leaves whole rows or none (see :class:`.fence.Fence` for the order
+of these stores). A restarted side attaches and goes on at its own counter.
+
+The rows are one uint8 tensor next to the header: where it lives on a GPU, only the code that makes that tensor and the
+ordering in ``commit`` change.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aurora_vllm.transport.fence import Fence
+from aurora_vllm.transport.segment import Segment
+
+MAGIC = int.from_bytes(b"AURORING", "little")
+FORMAT = 1
+HEADER_BYTES = 4096
+ALIGNMENT = 64
+
+# Indices of int64 words in the header.
+_MAGIC, _FORMAT, _ROW_BYTES, _CAPACITY, _HEAD, _TAIL = 0, 1, 2, 3, 8, 16
+
+
+def ring_bytes(row_bytes: int, capacity: int) -> int:
+    """Size of the segment that holds a ring of `capacity` rows.
+
+    Raises:
+        ValueError: row_bytes is no positive multiple of 64, or capacity is below 1.
+    """
+    if row_bytes < 1 or row_bytes % ALIGNMENT or capacity < 1:
+        raise ValueError(
+            f"a ring needs rows of a multiple of {ALIGNMENT} bytes and at least one: {row_bytes} x {capacity}"
+        )
+    return HEADER_BYTES + row_bytes * capacity
+
+
+class _Ring:
+    """Header words and rows of a ring that is laid out already."""
+
+    def __init__(self, segment: Segment) -> None:
+        words = segment.buf[:HEADER_BYTES].cast("q") if segment.size >= HEADER_BYTES else None
+        if words is None or words[_MAGIC] != MAGIC or words[_FORMAT] != FORMAT:
+            raise ValueError(f"segment {segment.name} holds no ring of format {FORMAT}")
+        self.row_bytes, self.capacity = words[_ROW_BYTES], words[_CAPACITY]
+        if segment.size < ring_bytes(self.row_bytes, self.capacity):
+            raise ValueError(f"segment {segment.name} is too small for its ring")
+        self._words = words
+        rows = torch.frombuffer(
+            segment.buf, dtype=torch.uint8, offset=HEADER_BYTES, count=self.capacity * self.row_bytes
+        )
+        self._rows = rows.view(self.capacity, self.row_bytes)
+        self._fence = Fence()
+
+    def _views(self, start: int, count: int) -> list[torch.Tensor]:
+        """Rows start .. start + count (ever-growing numbers) as one view, or two where they wrap."""
+        if count == 0:
+            return []
+        first = start % self.capacity
+        if first + count <= self.capacity:
+            return [self._rows[first : first + count]]
+        return [self._rows[first:], self._rows[: first + count - self.capacity]]
+
+
+class RingProducer(_Ring):
+    """The worker's side."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__(segment)
+        self._head: int = self._words[_HEAD]
+        self._reserved = 0
+
+    @classmethod
+    def create(cls, segment: Segment, row_bytes: int, capacity: int) -> RingProducer:
+        """Lay out an empty ring in a fresh segment of at least ``ring_bytes(row_bytes, capacity)`` bytes.
+
+        Raises:
+            ValueError: the segment is too small, or a size is bad (see :func:`ring_bytes`).
+        """
+        if segment.size < ring_bytes(row_bytes, capacity):
+            raise ValueError(f"{capacity} rows of {row_bytes} bytes do not fit into {segment.size} bytes")
+        words = segment.buf[:HEADER_BYTES].cast("q")
+        words[_FORMAT], words[_ROW_BYTES], words[_CAPACITY] = FORMAT, row_bytes, capacity
+        words[_HEAD] = words[_TAIL] = 0
+        Fence()()
+        words[_MAGIC] = MAGIC  # last: whoever finds it finds the rest
+        return cls(segment)
+
+    @classmethod
+    def attach(cls, segment: Segment) -> RingProducer:
+        """Go on where the last producer stopped; what it had reserved and not committed is gone.
+
+        Raises:
+            ValueError: the segment holds no ring.
+        """
+        return cls(segment)
+
+    @property
+    def written(self) -> int:
+        """Rows ever published, by this producer and those before it."""
+        return self._head
+
+    def free(self) -> int:
+        """Rows that could be reserved now. It can only grow until the next commit."""
+        return self.capacity - (self._head - self._words[_TAIL])
+
+    def reserve(self, count: int) -> list[torch.Tensor] | None:
+        """Room for the next `count` rows, to be filled and then published by :meth:`commit`; never waits.
+
+        A second call before the commit forgets the first: the same room, with its own count.
+
+        Returns:
+            uint8 views [k, row_bytes] whose k add up to count (one, two where the ring wraps, none for count 0), or
+            None where they do not fit. They hold whatever was there before: write every byte that will be read.
+        """
+        self._reserved = 0
+        if count < 0:
+            raise ValueError(f"cannot reserve {count} rows")
+        if count > self.free():
+            return None
+        self._fence()  # the consumer's last read of this room comes before our first write to it
+        self._reserved = count
+        return self._views(self._head, count)
+
+    def commit(self) -> None:
+        """Publish the rows reserved last, all at once; nothing where nothing is reserved."""
+        if self._reserved:
+            self._fence()
+            head = self._head + self._reserved
+            self._words[_HEAD] = head
+            self._head, self._reserved = head, 0
+
+
+class RingConsumer(_Ring):
+    """The learner's side."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__(segment)
+        self._tail: int = self._words[_TAIL]
+
+    @classmethod
+    def attach(cls, segment: Segment) -> RingConsumer:
+        """Go on where the last consumer stopped.
+
+        Raises:
+            ValueError: the segment holds no ring.
+        """
+        return cls(segment)
+
+    def available(self) -> int:
+        """Rows that can be read now."""
+        return int(self._words[_HEAD]) - self._tail
+
+    def read(self, max_rows: int) -> torch.Tensor:
+        """Take the oldest rows, at most max_rows: a private copy, uint8 [n, row_bytes], n = 0 where there are none.
+
+        Their room is given back once they are copied: a consumer that dies before that leaves them to the next one.
+        """
+        count = max(0, min(max_rows, self.available()))
+        rows = torch.empty((count, self.row_bytes), dtype=torch.uint8)
+        if count:
+            self._fence()
+            done = 0
+            for view in self._views(self._tail, count):
+                rows[done : done + len(view)].copy_(view)
+                done += len(view)
+            self._fence()
+            self._tail += count
+            self._words[_TAIL] = self._tail
+        return rows
+
+
+class RingGauge:
+    """How full a ring is, for those who neither write nor read it (status route, metrics)."""
+
+    def __init__(self, segment: Segment) -> None:
+        ring = _Ring(segment)
+        self.capacity = ring.capacity  # rows
+        self._words = ring._words
+
+    @classmethod
+    def attach(cls, segment: Segment) -> RingGauge:
+        """Raises ValueError where the segment holds no ring."""
+        return cls(segment)
+
+    @property
+    def used(self) -> int:
+        """Rows published and not yet consumed."""
+        tail = self._words[_TAIL]  # first: the other way round, both may move and leave a negative number
+        return min(self.capacity, int(self._words[_HEAD]) - tail)
+
+    @property
+    def written(self) -> int:
+        """Rows ever published."""
+        return int(self._words[_HEAD])

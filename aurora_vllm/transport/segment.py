@@ -1,0 +1,178 @@
+"""Segment: a piece of POSIX shared memory, made by one process and mapped by others.
+
+A file in ``/dev/shm``, not :mod:`multiprocessing.shared_memory`: that module's resource tracker unlinks a segment when
+*any* process that attached it ends, so a learner that crashes would take the server's memory with it.
+
+The name says who made the segment: ``aurora-<pid>-<start time of that pid>-<random>-<kind>``. A server that was killed
+cannot remove its segments, so the next one calls :func:`sweep`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+SHM = Path("/dev/shm")
+_NAME = re.compile(r"aurora-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{16}-[a-z0-9_]+")
+
+
+class NoSharedMemory(RuntimeError):
+    """There is no room, or no right, to make a segment. One line, fit to be shown to a user."""
+
+
+class Segment:
+    """Shared memory of a fixed size, mode 0600, zeroed when made. Use :meth:`create` or :meth:`attach`.
+
+    As a context manager it closes, and unlinks where this object created it.
+    """
+
+    def __init__(self, name: str, mapping: mmap.mmap, created: bool) -> None:
+        self.name = name
+        self.size = len(mapping)
+        self._created = created
+        self._buf: memoryview | None = memoryview(mapping)
+
+    @classmethod
+    def create(cls, kind: str, size: int) -> Segment:
+        """Make and map a segment of `size` bytes; `kind` ([a-z0-9_]) ends its name.
+
+        Every page is allocated now, so no later store can fail (a tmpfs out of room answers a store with SIGBUS).
+
+        Raises:
+            NoSharedMemory: it does not fit, or /dev/shm is missing or not writable.
+            ValueError: size below 1 or a kind with other characters.
+        """
+        pid = os.getpid()
+        name = f"aurora-{pid}-{process_start_time(pid)}-{secrets.token_hex(8)}-{kind}"
+        if size < 1 or _NAME.fullmatch(name) is None:
+            raise ValueError(f"cannot make a segment of kind {kind!r} and {size} bytes")
+        path = SHM / name
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise NoSharedMemory(f"cannot create shared memory in {SHM}: {error.strerror}") from error
+        try:
+            os.fchmod(fd, 0o600)  # whatever the umask
+            # The mapping keeps a duplicate of fd, so this lock lives as long as the mapping or the process. sweep()
+            # asks for it too: an owner in another pid namespace looks dead by its pid, and is not.
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            _allocate(fd, kind, size)
+            return cls(name, mmap.mmap(fd, size), created=True)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def attach(cls, name: str) -> Segment:
+        """Map a segment another process made.
+
+        Raises:
+            FileNotFoundError: no such segment.
+            PermissionError: it belongs to another user.
+            ValueError: not a segment's name.
+        """
+        if _NAME.fullmatch(name) is None:
+            raise ValueError(f"not the name of a segment: {name!r}")
+        fd = os.open(SHM / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if status.st_uid != os.geteuid():
+                raise PermissionError(f"shared memory {name} belongs to another user")
+            return cls(name, mmap.mmap(fd, status.st_size), created=False)
+        finally:
+            os.close(fd)
+
+    @property
+    def buf(self) -> memoryview:
+        """The memory, writable, uint8 [size]. Tensors and arrays made from it keep the mapping alive."""
+        if self._buf is None:
+            raise ValueError(f"segment {self.name} is closed")
+        return self._buf
+
+    def close(self) -> None:
+        """Let go of the memory; idempotent.
+
+        It is unmapped when the last view of it (tensor, array, memoryview) is gone, never under one: a tensor over
+        unmapped memory would crash the process at its next use.
+        """
+        self._buf = None
+
+    def unlink(self) -> None:
+        """Remove the name; idempotent. Processes that have it mapped keep the memory."""
+        (SHM / self.name).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if self._created:
+            self.unlink()
+
+
+def sweep() -> list[str]:
+    """Unlink this user's segments whose owner is dead; their names.
+
+    Dead: no process has the owner's pid, or the one that has it started at another time (the pid was reused), or it is
+    a zombie; and nobody holds the owner's lock.
+    """
+    removed = []
+    for path in sorted(SHM.glob("aurora-*")) if SHM.is_dir() else []:
+        match = _NAME.fullmatch(path.name)
+        if match is None or process_start_time(int(match["pid"])) == int(match["start"]):
+            continue
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # another user's, or gone meanwhile
+            continue
+        try:
+            if os.fstat(fd).st_uid != os.geteuid():
+                continue
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            removed.append(path.name)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+    return removed
+
+
+def process_start_time(pid: int) -> int | None:
+    """When a living process started, in clock ticks since boot (field 22 of /proc/pid/stat); None for a dead one."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()  # the command, in parentheses, may hold spaces and parentheses
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _allocate(fd: int, kind: str, size: int) -> None:
+    room = os.fstatvfs(fd)
+    free = room.f_bavail * room.f_frsize
+    reason = "not enough room"
+    if size <= free:
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as error:
+            reason = error.strerror or reason
+    raise NoSharedMemory(
+        f"cannot make shared memory for the {kind}: wanted {_mib(size)}, free in {SHM} {_mib(free)} ({reason}); "
+        f"give it more room (docker run --shm-size, or mount -o remount,size=… {SHM}) or ask for less"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
