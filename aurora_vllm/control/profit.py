@@ -14,6 +14,7 @@ UNTRIED_COST_PER_DRAFT = 0.08  # optimistic guess, of a plain step, so that a pr
 STEPS_TO_KNOW = 4  # measurements of a (batch, K) pair before its time counts as known
 PROBE_STEPS = 6
 PROBE_EVERY = 240  # steps between two looks at the alternative
+WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
 SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
 WINDOW = 600.0  # live verifications remembered
@@ -193,5 +194,5 @@ class DraftLengthController:
             state.probe_length, state.probe_left = 0, PROBE_STEPS
             return
         candidate = max(range(1, self.max_draft_length + 1), key=lambda k: gains[k])
-        if gains[candidate] >= 0.9:
+        if gains[candidate] >= 0.9 and self.acceptance.expected_length(candidate) >= WORTH_A_PROBE:
             state.probe_length, state.probe_left = candidate, PROBE_STEPS

