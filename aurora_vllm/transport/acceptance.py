@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from aurora_vllm.transport.fence import Fence
+from aurora_vllm.transport.block import POSITIONS
+from aurora_vllm.transport.fence import fence
 
 ROWS = 64
-POSITIONS = 8  # draft positions, the largest K
 _WORDS = 16  # int64 words of a row; two cache lines
 TABLE_BYTES = ROWS * _WORDS * 8
 
@@ -49,7 +49,6 @@ class AcceptanceTable:
 
     def __init__(self, buf: memoryview) -> None:
         self._words = buf.cast("q")
-        self._fence = Fence()
         self._row_of = {
             self._words[at + _VERSION]: at for at in range(0, ROWS * _WORDS, _WORDS) if self._words[at + _TOUCHED]
         }
@@ -70,7 +69,7 @@ class AcceptanceTable:
             self._row_of = {v: row for v, row in self._row_of.items() if row != at} | {version: at}
         sequence = words[at] | 1  # a writer killed midway left it odd
         words[at] = sequence
-        self._fence()
+        fence()
         if fresh:
             for word in range(_VERSION, _WORDS):
                 words[at + word] = 0
@@ -82,7 +81,7 @@ class AcceptanceTable:
         words[at + _ACCEPTED] += accepted
         for position, count in enumerate(accepted_per_position[:POSITIONS]):
             words[at + _POSITION + position] += int(count)
-        self._fence()
+        fence()
         words[at] = sequence + 1
 
     def rows(self) -> list[VersionAcceptance]:
@@ -95,9 +94,9 @@ class AcceptanceTable:
             if attempt:
                 time.sleep(0.0005)  # the writer may have lost the CPU in the middle
             sequence = self._words[at]
-            self._fence()
+            fence()
             row = self._words[at : at + _WORDS].tolist()
-            self._fence()
+            fence()
             if sequence % 2 == 0 and self._words[at] == sequence:
                 if not row[_TOUCHED]:
                     return None

@@ -21,7 +21,6 @@ Whichever comes second sees the first.
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,38 +28,35 @@ from typing import Any
 
 import torch
 
-from aurora_vllm.transport.fence import Fence
+from aurora_vllm.transport.bank_layout import (
+    ALIGNMENT,
+    EVIDENCE_BYTES,
+    PAGE,
+    SLOTS,
+    SPECS_AT,
+    TensorSpec,
+    aligned,
+    bank_bytes,
+    decode,
+    encode,
+    sizes,
+)
+from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.segment import Segment
 
 MAGIC = int.from_bytes(b"AURORABK", "little")
 FORMAT = 1
-SLOTS = 3
-ALIGNMENT = 64
-PAGE = 4096
-EVIDENCE_BYTES = 16384
 CRC_CHUNK = 8 << 20  # bytes; large, because the GIL is taken back between two chunks
+
+__all__ = ["Publication", "TensorSpec", "TornPublish", "WeightBank", "bank_bytes"]
 
 # Indices of int64 words in the header; slot i has its own cache line at _SLOT + 8 * i.
 _MAGIC, _FORMAT, _SPEC_BYTES, _PUBLISHED, _HELD_LIVE, _HELD_PREVIOUS, _SLOT = 0, 1, 2, 8, 16, 17, 24
 _SEQUENCE, _VERSION, _CHECKSUM, _EVIDENCE = 0, 1, 2, 3
-_SPECS_AT = 512  # byte offset of the specs' JSON
 
 
 class TornPublish(RuntimeError):
     """The version asked for is not, or not wholly, in the bank."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, shape and dtype of one tensor of the bank."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -77,14 +73,8 @@ class Publication:
 
     def still_valid(self) -> bool:
         """Whether the slot has not been written to since the read; what was copied out before this is then whole."""
-        self._bank._fence()
+        fence()
         return bool(self._bank._slot_word(self._slot, _SEQUENCE) == self._sequence)
-
-
-def bank_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Size of the segment that holds a bank of these tensors."""
-    header, slot = _sizes(specs, _encode(specs))
-    return header + SLOTS * slot
 
 
 class WeightBank:
@@ -94,13 +84,12 @@ class WeightBank:
         words = segment.buf[:PAGE].cast("q") if segment.size >= PAGE else None
         if words is None or words[_MAGIC] != MAGIC or words[_FORMAT] != FORMAT:
             raise ValueError(f"segment {segment.name} holds no weight bank of format {FORMAT}")
-        encoded = bytes(segment.buf[_SPECS_AT : _SPECS_AT + words[_SPEC_BYTES]])
-        self.specs = _decode(encoded)
-        header, self._slot_bytes = _sizes(self.specs, encoded)
+        encoded = bytes(segment.buf[SPECS_AT : SPECS_AT + words[_SPEC_BYTES]])
+        self.specs = decode(encoded)
+        header, self._slot_bytes = sizes(self.specs, encoded)
         if segment.size < header + SLOTS * self._slot_bytes:
             raise ValueError(f"segment {segment.name} is too small for its weight bank")
         self._words = words
-        self._fence = Fence()
         self._slots = [segment.buf[header + i * self._slot_bytes :][: self._slot_bytes] for i in range(SLOTS)]
 
     @classmethod
@@ -114,11 +103,11 @@ class WeightBank:
             raise ValueError("a tensor's name occurs twice in the bank's specs")
         if segment.size < bank_bytes(specs):
             raise ValueError(f"a weight bank of {bank_bytes(specs)} bytes does not fit into {segment.size} bytes")
-        encoded = _encode(specs)
+        encoded = encode(specs)
         words = segment.buf[:PAGE].cast("q")
         words[_FORMAT], words[_SPEC_BYTES] = FORMAT, len(encoded)
-        segment.buf[_SPECS_AT : _SPECS_AT + len(encoded)] = encoded
-        Fence()()
+        segment.buf[SPECS_AT : SPECS_AT + len(encoded)] = encoded
+        fence()
         words[_MAGIC] = MAGIC  # last: whoever finds it finds the rest
         return cls(segment)
 
@@ -157,9 +146,9 @@ class WeightBank:
         self._set_slot_word(slot, _EVIDENCE, len(encoded))
         self._set_slot_word(slot, _CHECKSUM, self._checksum(slot, version, len(encoded)))
         self._set_slot_word(slot, _VERSION, version)
-        self._fence()
+        fence()
         self._set_slot_word(slot, _SEQUENCE, self._slot_word(slot, _SEQUENCE) + 1)  # even again
-        self._fence()
+        fence()
         self._words[_PUBLISHED] = version
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -190,10 +179,10 @@ class WeightBank:
             version, sequence = self._slot_word(slot, _VERSION), self._slot_word(slot, _SEQUENCE)
             writing = sequence + 1 + sequence % 2  # odd, and new even where a dead writer left an odd one
             self._set_slot_word(slot, _SEQUENCE, writing)
-            self._fence()  # store the mark before looking at what is held: see the module's docstring
+            fence()  # store the mark before looking at what is held: see the module's docstring
             if not version or version not in self.held():
                 self._set_slot_word(slot, _VERSION, 0)
-                self._fence()
+                fence()
                 return slot
             self._set_slot_word(slot, _SEQUENCE, writing + 1)  # the worker claimed it meanwhile; nothing was written
 
@@ -207,7 +196,7 @@ class WeightBank:
         """Only the worker calls this: the slots of these versions must not be overwritten (0: none)."""
         self._words[_HELD_LIVE] = live
         self._words[_HELD_PREVIOUS] = previous
-        self._fence()
+        fence()
 
     def held(self) -> tuple[int, int]:
         """The versions the worker holds: (live, previous)."""
@@ -221,7 +210,7 @@ class WeightBank:
         """
         for slot in range(SLOTS):
             sequence = self._slot_word(slot, _SEQUENCE)
-            self._fence()
+            fence()
             if sequence % 2 == 0 and version > 0 and self._slot_word(slot, _VERSION) == version:
                 break
         else:
@@ -229,7 +218,7 @@ class WeightBank:
         stored, length = self._slot_word(slot, _CHECKSUM), self._slot_word(slot, _EVIDENCE)
         checksum = self._checksum(slot, version, length, sequence)
         encoded = bytes(self._slots[slot][-EVIDENCE_BYTES:][:length])
-        self._fence()
+        fence()
         if self._slot_word(slot, _SEQUENCE) != sequence:
             raise TornPublish(f"version {version} was overwritten while it was read")
         if checksum != stored:
@@ -249,7 +238,7 @@ class WeightBank:
         views, start = {}, 0
         for spec in self.specs:
             views[spec.name] = memory[start : start + spec.nbytes].view(spec.dtype).view(spec.shape)
-            start += _aligned(spec.nbytes, ALIGNMENT)
+            start += aligned(spec.nbytes, ALIGNMENT)
         return views
 
     def _checksum(self, slot: int, version: int, evidence_length: int, sequence: int | None = None) -> int:
@@ -263,21 +252,3 @@ class WeightBank:
                 break
             crc = zlib.crc32(memory[start : min(start + CRC_CHUNK, weights)], crc)
         return crc
-
-
-def _aligned(size: int, to: int) -> int:
-    return -(-size // to) * to
-
-
-def _sizes(specs: Sequence[TensorSpec], encoded: bytes) -> tuple[int, int]:
-    """Bytes of the header and of one slot: the tensors, each on a multiple of 64 bytes, then the evidence."""
-    weights = sum(_aligned(spec.nbytes, ALIGNMENT) for spec in specs)
-    return _aligned(_SPECS_AT + len(encoded), PAGE), _aligned(weights, PAGE) + EVIDENCE_BYTES
-
-
-def _encode(specs: Sequence[TensorSpec]) -> bytes:
-    return json.dumps([[s.name, list(s.shape), str(s.dtype).removeprefix("torch.")] for s in specs]).encode()
-
-
-def _decode(encoded: bytes) -> list[TensorSpec]:
-    return [TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, shape, dtype in json.loads(encoded)]

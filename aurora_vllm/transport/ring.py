@@ -3,7 +3,7 @@
 A page of header, then `capacity` rows. ``head`` counts the rows ever published and is written by the producer alone,
 ``tail`` counts the rows ever consumed and is written by the consumer alone; each is one aligned 8-byte word on a cache
 line of its own. A row is published by storing ``head`` after its bytes, and given back by storing ``tail`` after they
-were copied out, so a process that dies at any point leaves whole rows or none (see :class:`.fence.Fence` for the order
+were copied out, so a process that dies at any point leaves whole rows or none (see :func:`.fence.fence` for the order
 of these stores). A restarted side attaches and goes on at its own counter.
 
 The rows are one uint8 tensor next to the header: where it lives on a GPU, only the code that makes that tensor and the
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from aurora_vllm.transport.fence import Fence
+from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.segment import Segment
 
 MAGIC = int.from_bytes(b"AURORING", "little")
@@ -54,7 +54,6 @@ class _Ring:
             segment.buf, dtype=torch.uint8, offset=HEADER_BYTES, count=self.capacity * self.row_bytes
         )
         self._rows = rows.view(self.capacity, self.row_bytes)
-        self._fence = Fence()
 
     def _views(self, start: int, count: int) -> list[torch.Tensor]:
         """Rows start .. start + count (ever-growing numbers) as one view, or two where they wrap."""
@@ -86,7 +85,7 @@ class RingProducer(_Ring):
         words = segment.buf[:HEADER_BYTES].cast("q")
         words[_FORMAT], words[_ROW_BYTES], words[_CAPACITY] = FORMAT, row_bytes, capacity
         words[_HEAD] = words[_TAIL] = 0
-        Fence()()
+        fence()
         words[_MAGIC] = MAGIC  # last: whoever finds it finds the rest
         return cls(segment)
 
@@ -108,28 +107,28 @@ class RingProducer(_Ring):
         """Rows that could be reserved now. It can only grow until the next commit."""
         return self.capacity - (self._head - self._words[_TAIL])
 
-    def reserve(self, count: int) -> list[torch.Tensor] | None:
-        """Room for the next `count` rows, to be filled and then published by :meth:`commit`; never waits.
+    def reserve(self, n: int) -> list[torch.Tensor] | None:
+        """Room for the next `n` rows, to be filled and then published by :meth:`commit`; never waits.
 
-        A second call before the commit forgets the first: the same room, with its own count.
+        A second call before the commit forgets the first: the same room, with its own n.
 
         Returns:
-            uint8 views [k, row_bytes] whose k add up to count (one, two where the ring wraps, none for count 0), or
+            uint8 views [k, row_bytes] whose k add up to n (one, two where the ring wraps, none for n = 0), or
             None where they do not fit. They hold whatever was there before: write every byte that will be read.
         """
         self._reserved = 0
-        if count < 0:
-            raise ValueError(f"cannot reserve {count} rows")
-        if count > self.free():
+        if n < 0:
+            raise ValueError(f"cannot reserve {n} rows")
+        if n > self.free():
             return None
-        self._fence()  # the consumer's last read of this room comes before our first write to it
-        self._reserved = count
-        return self._views(self._head, count)
+        fence()  # the consumer's last read of this room comes before our first write to it
+        self._reserved = n
+        return self._views(self._head, n)
 
     def commit(self) -> None:
         """Publish the rows reserved last, all at once; nothing where nothing is reserved."""
         if self._reserved:
-            self._fence()
+            fence()
             head = self._head + self._reserved
             self._words[_HEAD] = head
             self._head, self._reserved = head, 0
@@ -163,12 +162,12 @@ class RingConsumer(_Ring):
         count = max(0, min(max_rows, self.available()))
         rows = torch.empty((count, self.row_bytes), dtype=torch.uint8)
         if count:
-            self._fence()
+            fence()
             done = 0
             for view in self._views(self._tail, count):
                 rows[done : done + len(view)].copy_(view)
                 done += len(view)
-            self._fence()
+            fence()
             self._tail += count
             self._words[_TAIL] = self._tail
         return rows
