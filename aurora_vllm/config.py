@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class AuroraConfig(BaseModel):
@@ -22,7 +22,9 @@ class AuroraConfig(BaseModel):
     )
     draft_vocab_size: int = Field(8192, ge=64, description="draft vocabulary of a day-0 draft")
     cache_dir: Path = Field(
-        Path("~/.cache/aurora_vllm"), description="where day-0 drafts are kept (weights only, never traffic)"
+        Path("~/.cache/aurora_vllm"),
+        validate_default=True,
+        description="where day-0 drafts are kept (weights only, never traffic)"
     )
 
     # --- capture ---
@@ -44,3 +46,9 @@ class AuroraConfig(BaseModel):
 
     # --- housekeeping ---
     seed: int = Field(0, description="seed of learner and sampling of requests")
+
+    @field_validator("draft", "cache_dir")
+    @classmethod
+    def _expand_home(cls, path: Path | None) -> Path | None:
+        # A shell expands ~ in a flag, but nobody does in a YAML file or in a container's environment.
+        return path.expanduser() if path is not None else None

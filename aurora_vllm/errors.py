@@ -1,0 +1,35 @@
+"""What may go wrong before serving, said in one line."""
+
+from __future__ import annotations
+
+import sys
+
+EXIT_BAD_INPUT = 2
+
+
+class AuroraError(Exception):
+    """Bad input. The message is one line: what is wrong; what to do about it. Ends the program with exit code 2."""
+
+    def __init__(self, what: str, do: str = "") -> None:
+        text = f"{what}; {do}" if do else what
+        super().__init__(" ".join(text.split()))  # messages of other libraries come with line breaks
+
+
+class SettingsError(AuroraError):
+    """One or more settings are wrong; ``lines`` holds one message each."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(" | ".join(lines))
+        self.lines = lines
+
+
+def report(error: AuroraError) -> int:
+    """Print the error to stderr, a line per fault, and return the exit code."""
+    for line in error.lines if isinstance(error, SettingsError) else [str(error)]:
+        print(f"aurora_vllm: error: {line}", file=sys.stderr, flush=True)
+    return EXIT_BAD_INPUT
+
+
+def notice(text: str) -> None:
+    """One line to stderr about the layer itself; vLLM's logger may not be set up yet, or no longer."""
+    print(f"aurora_vllm: {text}", file=sys.stderr, flush=True)
