@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +61,7 @@ class Attachment:
 
     def step_starts(self, scheduler_output: SchedulerOutput) -> None:
         """Between two steps: new weights go live, requests come and go."""
-        self._control.worker.heartbeat_ns = time.time_ns()
+        self._control.worker.beat()
         if self._stager is not None:
             self._stager.commit_if_ready()
         self._capture.run(lambda: self._follow_requests(scheduler_output))

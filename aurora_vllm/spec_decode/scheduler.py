@@ -59,28 +59,30 @@ class DraftLengthAdvisor:
         self._drafting = decision[0].draft_length
         return self._drafting
 
-    def step_ends(self, scheduler_output: Any) -> None:
-        self._breaker.run(lambda: self._observe_step(scheduler_output, time.perf_counter() - self._started))
+    def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
+        """A step's results are in. sampled: the tokens each request gained."""
+        seconds = time.perf_counter() - self._started
+        self._breaker.run(lambda: self._observe_step(scheduler_output, sampled, seconds))
 
     def drafts_arrived(self) -> None:
         """The drafts just taken from the worker were proposed by the version that is live now."""
-        self._proposed_by = int(self._control.worker.live_version)
+        self._proposed_by = self._control.worker.live_version
 
     def verified(self, num_drafts: int, num_accepted: int) -> None:
         """One request's drafts came back."""
         self._breaker.run(lambda: self._observe_verdict(num_drafts, num_accepted))
 
     def _decide(self, batch_size: int) -> Decision:
-        live = int(self._control.worker.live_version)
+        live = self._control.worker.live_version
         learner = self._control.learner
         if live != self._version:
             self._version = live
             self._controller.acceptance.new_version()
-        if int(learner.shadow_version) == live and int(learner.shadow_steps) > 0:
-            self._controller.acceptance.shadow([float(x) for x in learner.shadow_accepted_per_position])
+        if learner.shadow_version == live and learner.shadow_steps > 0:
+            self._controller.acceptance.shadow(learner.shadow_accepted_per_position)
         decision = self._controller.decide(batch_size)
         scheduler = self._control.scheduler
-        scheduler.heartbeat_ns = time.time_ns()
+        scheduler.beat()
         if decision.draft_length != self._last.draft_length:
             scheduler.draft_length = decision.draft_length
         if decision.reason != self._last.reason:
@@ -88,12 +90,13 @@ class DraftLengthAdvisor:
         self._last = decision
         return decision
 
-    def _observe_step(self, scheduler_output: Any, seconds: float) -> None:
+    def _observe_step(self, scheduler_output: Any, sampled: list[list[int]], seconds: float) -> None:
         counts = scheduler_output.num_scheduled_tokens
         if not counts:
             return
         scheduler = self._control.scheduler
         scheduler.steps += 1
+        scheduler.generated_tokens += sum(len(tokens) for tokens in sampled)
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if drafts:
             scheduler.spec_steps += 1
@@ -126,7 +129,7 @@ class AuroraScheduler(Scheduler):
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if self._advisor is not None:
-            self._advisor.step_ends(scheduler_output)
+            self._advisor.step_ends(scheduler_output, model_runner_output.sampled_token_ids)
         return outputs
 
     def update_draft_token_ids(self, draft_token_ids: Any) -> None:

@@ -48,10 +48,21 @@ class Stager:
         previous = int(worker.live_version)
         worker.live_version, worker.previous_version = staged.version, previous
         worker.swaps += 1
-        worker.last_swap_ns = time.time_ns()
-        worker.last_swap_stall_us = stall // 1000
+        worker.last_swap_ns = time.monotonic_ns()
+        worker.last_swap_stall_us = stall / 1000
         self._previous = StagedWeights(previous, staged.exchanges)  # what was exchanged out
         self._hold()
+
+    def roll_back(self) -> bool:
+        """Make the previous version live again, between two steps. Returns whether there was one.
+
+        The version that leaves is kept in turn, so a second call undoes the first.
+        """
+        if self._previous is None:
+            return False
+        self._ready = self._previous
+        self.commit_if_ready()
+        return True
 
     def close(self) -> None:
         self._stop.set()

@@ -1,0 +1,138 @@
+"""The shared engine and what a test may ask of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner.day0 import make_day0_draft
+from aurora_vllm.learner.draft import bank_specs, load_draft
+from aurora_vllm.session import ENVIRONMENT_KEY, Session
+from aurora_vllm.transport.bank import WeightBank, bank_bytes
+from aurora_vllm.transport.control import ControlBlock, control_bytes
+from aurora_vllm.transport.ring import RingConsumer, RingProducer, ring_bytes
+from aurora_vllm.transport.rows import RowLayout
+from aurora_vllm.transport.segment import Segment
+
+AUX_LAYERS = (2, 15, 27)
+RING_ROWS = 20_000
+
+
+@dataclass
+class Engine:
+    """vLLM's LLM with an aurora session around it."""
+
+    llm: Any
+    session: Session
+    segments: list[Segment]
+    control: ControlBlock
+    ring: RingConsumer
+    bank: WeightBank
+
+    @classmethod
+    def start(cls, target: Path, directory: Path, speculate: str = "always", **vllm_arguments: Any) -> Engine:
+        draft = make_day0_draft(target, directory / "draft", 4096)
+        layout = RowLayout(576, 3, torch.float32)
+        specs = bank_specs(load_draft(draft), torch.float32)
+        control_segment = Segment.create("control", control_bytes())
+        ring_segment = Segment.create("ring", ring_bytes(layout.row_bytes, RING_ROWS))
+        bank_segment = Segment.create("bank", bank_bytes(specs))
+        control = ControlBlock.create(control_segment)
+        RingProducer.create(ring_segment, layout.row_bytes, RING_ROWS)
+        bank = WeightBank.create(bank_segment, specs)
+        session = Session(
+            config=AuroraConfig(speculate=speculate),
+            target=target,
+            draft=draft,
+            hidden_size=576,
+            num_aux=3,
+            dtype="float32",
+            ring=ring_segment.name,
+            bank=bank_segment.name,
+            control=control_segment.name,
+        )
+        session.export()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine core, scheduler included, in the test's own process
+
+        from vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "model": str(target),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "block_size": 32,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 96,
+            "enable_prefix_caching": True,
+            "kv_cache_memory_bytes": 32 << 20,
+            "disable_log_stats": False,
+            "seed": 0,
+            "worker_cls": "tests.integration.worker.InspectableWorker",
+            "scheduler_cls": "aurora_vllm.spec_decode.scheduler.AuroraScheduler",
+            "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
+        }
+        llm = LLM(**(arguments | vllm_arguments))
+        return cls(llm, session, [control_segment, ring_segment, bank_segment], control, RingConsumer.attach(ring_segment), bank)
+
+    def generate(self, prompts: Sequence[Any], **sampling: Any) -> list[Any]:
+        """Token ids or texts in, vLLM's RequestOutput out, in order. Greedy unless told otherwise."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(**({"temperature": 0.0, "max_tokens": 32, "ignore_eos": True} | sampling))
+        given = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
+        return self.llm.generate(given, params, use_tqdm=False)  # type: ignore[no-any-return]
+
+    def call(self, method: str, *args: Any) -> Any:
+        """An RPC of InspectableWorker."""
+        return self.llm.collective_rpc(method, args=args)[0]
+
+    @property
+    def scheduler(self) -> Any:
+        """The AuroraScheduler, in this process."""
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    @contextmanager
+    def draft_length(self, mode: str) -> Iterator[None]:
+        """Fix K for a while: "never" (0), "always" (3)."""
+        controller = self.scheduler._advisor._controller
+        before, controller.mode = controller.mode, mode
+        try:
+            yield
+        finally:
+            controller.mode = before
+
+    def drain(self) -> torch.Tensor:
+        """All rows that lie in the ring now. uint8 [n, row_bytes]"""
+        return self.ring.read(RING_ROWS)
+
+    def spec_decode_counters(self) -> dict[str, Any]:
+        """vllm:spec_decode_* as vLLM counts them, without the common prefix."""
+        prefix = "vllm:spec_decode_num_"
+        found = {}
+        for metric in self.llm.get_metrics():
+            if metric.name.startswith(prefix):
+                value = getattr(metric, "value", None)
+                found[metric.name.removeprefix(prefix)] = metric.values if value is None else value
+        return found
+
+    def wait_for(self, condition: Any, seconds: float = 10.0) -> None:
+        """Poll until the condition holds; vLLM's engine must not be idle-stepped for worker threads to run."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "condition did not come true in time"
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        os.environ.pop(ENVIRONMENT_KEY, None)
+        for segment in self.segments:
+            segment.unlink()

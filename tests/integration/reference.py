@@ -1,0 +1,89 @@
+"""What transformers says about the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
+
+
+@dataclass
+class RequestRows:
+    """Rows of one request, sorted into the path and the branches that were rejected."""
+
+    path: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # position -> token, aux, last
+    branches: list[list[tuple[int, int, torch.Tensor, torch.Tensor]]] = field(default_factory=list)
+    emitted: dict[int, int] = field(default_factory=dict)  # position -> token the target chose after it
+    temperature_milli: int = 0
+    ended: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of the path, from its first position on."""
+        return [self.path[p][0] for p in sorted(self.path)]
+
+
+def sort_rows(rows: torch.Tensor, layout: RowLayout) -> dict[int, RequestRows]:
+    """Sort raw rows by request. Independent of the learner's assembler on purpose."""
+    meta, aux, last = layout.meta(rows), layout.aux(rows), layout.last(rows)
+    found: dict[int, RequestRows] = {}
+    open_branch: dict[int, int] = {}
+    for i in range(len(rows)):
+        words = meta[i].tolist()
+        key = words[Field.REQUEST_LOW] | words[Field.REQUEST_HIGH] << 31
+        request = found.setdefault(key, RequestRows())
+        if words[Field.FLAGS] & RowFlag.END:
+            request.ended = True
+            continue
+        position, token = words[Field.POSITION], words[Field.TOKEN]
+        request.temperature_milli = words[Field.TEMPERATURE_MILLI]
+        if words[Field.FLAGS] & RowFlag.REJECTED:
+            if open_branch.get(key) != words[Field.STEP]:
+                request.branches.append([])
+                open_branch[key] = words[Field.STEP]
+            request.branches[-1].append((position, token, aux[i], last[i]))
+            continue
+        request.path[position] = (token, aux[i], last[i])
+        if words[Field.EMITTED] >= 0:
+            request.emitted[position] = words[Field.EMITTED]
+    return found
+
+
+def count_verdicts(rows: torch.Tensor, layout: RowLayout) -> dict[str, Any]:
+    """The counters vLLM keeps, counted from rows."""
+    meta = layout.meta(rows)
+    drafts = tokens = accepted = 0
+    per_position = [0, 0, 0]
+    seen = set()
+    for words in meta.tolist():
+        step = (words[Field.REQUEST_LOW], words[Field.REQUEST_HIGH], words[Field.STEP])
+        if words[Field.FLAGS] & RowFlag.END or not words[Field.NUM_DRAFTS] or step in seen:
+            continue
+        seen.add(step)
+        drafts += 1
+        tokens += words[Field.NUM_DRAFTS]
+        accepted += words[Field.NUM_ACCEPTED]
+        for i in range(words[Field.NUM_ACCEPTED]):
+            per_position[i] += 1
+    return {"drafts": drafts, "draft_tokens": tokens, "accepted_tokens": accepted, "accepted_tokens_per_pos": per_position}
+
+
+class Reference:
+    """transformers' forward of the same checkpoint."""
+
+    def __init__(self, target: Path, aux_layers: tuple[int, ...]) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+        self._aux_layers = aux_layers
+
+    @torch.inference_mode()
+    def states(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Aux states [T, n*H] and last hidden states [T, H] of a sequence."""
+        out = self._model.model(torch.tensor([tokens]), output_hidden_states=True)
+        aux = torch.cat([out.hidden_states[layer][0] for layer in self._aux_layers], dim=-1)
+        return aux, out.last_hidden_state[0]

@@ -1,0 +1,87 @@
+"""AuroraWorker with windows: RPCs that let a test look at and touch the running models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from aurora_vllm.spec_decode.worker import AuroraWorker
+
+
+class InspectableWorker(AuroraWorker):
+    """Adds RPCs; changes nothing."""
+
+    @torch.inference_mode()
+    def draft_logits(self, hidden: list[list[float]]) -> list[list[float]]:
+        """Logits of the running draft's lm_head over its draft vocabulary. hidden: [n, H]"""
+        draft = self.model_runner.get_draft_model()
+        out = draft.logits_processor(draft.lm_head, torch.tensor(hidden))
+        return out.tolist()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def target_logits(self, hidden: list[list[float]]) -> list[list[float]]:
+        """Logits of the running target for given final hidden states. hidden: [n, H]"""
+        return self.model_runner.get_model().compute_logits(torch.tensor(hidden)).tolist()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def linear_outputs(self, seed: int) -> dict[str, list[float]]:
+        """What each linear layer of the running draft makes of a fixed random input (one row)."""
+        draft = self.model_runner.get_draft_model()
+        layer = draft.model.layers[0]
+        modules = {
+            "fc": draft.model.fc,
+            "qkv": layer.self_attn.qkv_proj,
+            "o": layer.self_attn.o_proj,
+            "gate_up": layer.mlp.gate_up_proj,
+            "down": layer.mlp.down_proj,
+        }
+        sizes = {"fc": 3 * 576, "qkv": 2 * 576, "o": 576, "gate_up": 576, "down": 1536}
+        outputs: dict[str, list[float]] = {}
+        for name, module in modules.items():
+            generator = torch.Generator().manual_seed(seed)
+            result = module(torch.randn(1, sizes[name], generator=generator))
+            outputs[name] = (result[0] if isinstance(result, tuple) else result).flatten().tolist()
+        return outputs
+
+    def runner_class(self) -> str:
+        return f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}"
+
+    def commit_now(self) -> bool:
+        """A step boundary without a step. Returns whether a stager is there."""
+        stager = self._aurora._stager if self._aurora is not None else None
+        if stager is not None:
+            stager.commit_if_ready()
+        return stager is not None
+
+    def roll_back_now(self) -> bool:
+        return bool(self._aurora is not None and self._aurora._stager and self._aurora._stager.roll_back())
+
+    def share_lm_head_message(self) -> str:
+        """What LiveDraft says to a draft whose lm_head is the target's."""
+        from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
+
+        draft, target = self.model_runner.get_draft_model(), self.model_runner.get_model()
+        own = draft.lm_head
+        draft.lm_head = target.lm_head
+        try:
+            LiveDraft(draft, target)
+        except SwapRefused as refusal:
+            return str(refusal)
+        finally:
+            draft.lm_head = own
+        return ""
+
+    def break_capture(self, times: int) -> None:
+        """Make the next ``times`` trace writes raise."""
+        writer: Any = self._aurora._writer  # type: ignore[union-attr]
+        original = writer.write
+        left = [times]
+
+        def failing(trace: Any) -> int:
+            if left[0] > 0:
+                left[0] -= 1
+                raise RuntimeError("planted")
+            return int(original(trace))
+
+        writer.write = failing
