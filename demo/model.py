@@ -62,7 +62,7 @@ def ensure_model(directory: Path | None = None, console: Console | None = None) 
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent) as scratch:
             _build(Path(scratch), console or Console(stderr=True))
             shutil.rmtree(directory, ignore_errors=True)
-            os.rename(Path(scratch) / "model", directory)
+            (Path(scratch) / "model").rename(directory)
     return directory
 
 
@@ -127,7 +127,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def main(out: Annotated[Path | None, typer.Option(help="where the model goes [default: the shared cache]")] = None) -> None:
+def main(
+    out: Annotated[Path | None, typer.Option(help="where to [default: the shared cache]")] = None,
+) -> None:
     """Build SmolLM2-135M-Instruct as a Hugging Face directory and print where it lies."""
     print(ensure_model(out))
 

@@ -1,0 +1,43 @@
+# aurora_vllm: `make demo` shows the loop, `make test` tests it, `make quality` lints it. Everything runs in $(VENV).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+SOURCES := aurora_vllm demo benchmarks tests tools
+
+.PHONY: help setup model demo test quality format bench lock clean
+
+help:            ## show this list
+	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup:           ## make the environment from the lock file (no work when it fits)
+	@$(PYTHON) tools/environment.py ensure $(VENV)
+
+model: setup     ## put the demo's model together (once per machine)
+	@$(RUN) -m demo.model
+
+demo: model      ## serve, learn, swap, measure: at most 15 minutes, writes build/demo/
+	@$(RUN) -m demo.run $(ARGS)
+
+test: model      ## the whole suite, at most 15 minutes on 2 cores
+	@$(RUN) -m pytest $(ARGS)
+
+quality: setup   ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup    ## let ruff fix and format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: model     ## every benchmark, JSON into build/bench/
+	@mkdir -p build/bench
+	@set -e; for name in ring capture_overhead swap; do \
+		echo "== $$name"; $(RUN) -m benchmarks.$$name --json build/bench/$$name.json; done
+
+lock: setup      ## write the lock file from the environment
+	@$(PYTHON) tools/environment.py freeze $(VENV) > $(VENV)/new.lock && cp $(VENV)/new.lock requirements/cpu.lock
+
+clean:           ## remove what was built here (the model and compile caches stay)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find $(SOURCES) -name __pycache__ -type d -exec rm -rf {} +
