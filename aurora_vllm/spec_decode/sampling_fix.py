@@ -1,11 +1,17 @@
-"""Speculative sampling above temperature 0 on a CPU, repaired from our side.
+"""Two faults of speculative sampling in vLLM's V1 runner, repaired from our side.
 
-vLLM's CPU stand-in for ``expand_kernel`` writes into a temporary and loses it (vllm#55005), so the rejection sampler
-reads each request's temperature, top-k and top-p from uninitialised memory. A probe runs the real function first: once
-upstream is mended, nothing is replaced.
+1. On a CPU, vLLM's stand-in for ``expand_kernel`` writes into a temporary and loses it (vllm#55005), so the rejection
+   sampler reads each request's temperature, top-k and top-p from uninitialised memory. A probe runs the real function
+   first: once upstream is mended, nothing is replaced.
+2. With a draft configured, every step goes through the rejection sampler, steps without a single draft too. There it
+   costs time, and on a CPU a request with ``top_k`` ends the engine ("max(): Expected reduction dim ...": the maximum of
+   no values). Such a step is sent to the plain sampler, which is what the rejection sampler itself asks for its result.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 
@@ -48,3 +54,16 @@ def mend_cpu_sampling() -> bool:
         return False
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     return True
+
+
+def sample_plainly_without_drafts(runner: Any) -> None:
+    """Wrap a V1 runner's ``_sample``: no drafts in the step, no rejection sampler."""
+    original = runner._sample
+
+    @functools.wraps(original)
+    def sample(logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None
+        return original(logits, spec_decode_metadata)
+
+    runner._sample = sample

