@@ -31,18 +31,18 @@ class Attachment:
     """Everything aurora does in the worker process. No method raises into the serving path."""
 
     def __init__(self, session: Session, runner: Any) -> None:
-        self._control = ControlBlock.attach(Segment.attach(session.control))
-        worker = self._control.worker
+        self.control = ControlBlock.attach(Segment.attach(session.control))
+        worker = self.control.worker
         worker.pid = os.getpid()
         worker.live_version = CHECKPOINT_VERSION
-        self._writer = TraceWriter(
+        self.writer = TraceWriter(
             sink=RingProducer.attach(Segment.attach(session.ring)),
             layout=session.row_layout,
-            control=self._control,
+            control=self.control,
             sample_rate=session.config.sample_rate,
         )
-        self._capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
-        self._stager = self._make_stager(session, runner)
+        self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
+        self.stager = self._make_stager(session, runner)
         V1Adapter(runner, on_step=self._on_step, live_version=lambda: int(worker.live_version))
         worker.capture_on = 1
         worker.attached = 1
@@ -61,40 +61,40 @@ class Attachment:
 
     def step_starts(self, scheduler_output: SchedulerOutput) -> None:
         """Between two steps: new weights go live, requests come and go."""
-        self._control.worker.beat()
-        if self._stager is not None:
-            self._stager.commit_if_ready()
-        self._capture.run(lambda: self._follow_requests(scheduler_output))
+        self.control.worker.beat()
+        if self.stager is not None:
+            self.stager.commit_if_ready()
+        self.capture.run(lambda: self._follow_requests(scheduler_output))
 
     def close(self) -> None:
-        if self._stager is not None:
-            self._stager.close()
+        if self.stager is not None:
+            self.stager.close()
 
     def _follow_requests(self, step: SchedulerOutput) -> None:
         for request_id in step.finished_req_ids:
-            self._writer.end(request_id)
+            self.writer.end(request_id)
         for new in step.scheduled_new_reqs:
             params = new.sampling_params
             if params is None or not new.prompt_token_ids:
                 continue
             wish = (params.extra_args or {}).get(LEARN_KEY, True)
-            self._writer.begin(
+            self.writer.begin(
                 new.req_id,
                 prompt_length=len(new.prompt_token_ids),
                 temperature=params.temperature,
                 may_learn=str(wish).lower() not in ("false", "0", "no"),
             )
         if not step.total_num_scheduled_tokens:
-            self._writer.flush_ends()  # nothing will be sampled: the last request just ended
+            self.writer.flush_ends()  # nothing will be sampled: the last request just ended
 
     def _on_step(self, build: Callable[[], StepTrace]) -> None:
-        self._capture.run(lambda: self._writer.write(build()))
+        self.capture.run(lambda: self.writer.write(build()))
 
     def _count_capture_error(self, message: str) -> None:
-        worker = self._control.worker
+        worker = self.control.worker
         worker.capture_errors += 1
         worker.message = message
-        if self._capture.open:
+        if self.capture.open:
             worker.capture_on = 0
 
     def _make_stager(self, session: Session, runner: Any) -> Stager | None:
@@ -105,6 +105,6 @@ class Attachment:
             draft.check(bank.specs)
         except SwapRefused as refusal:
             logger.warning("aurora: weights cannot be swapped: %s", refusal)
-            self._control.worker.refusal = str(refusal)
+            self.control.worker.refusal = str(refusal)
             return None
-        return Stager(bank, draft, self._control)
+        return Stager(bank, draft, self.control)

@@ -25,8 +25,8 @@ class Stager:
     """
 
     def __init__(self, bank: WeightBank, draft: LiveDraft, control: ControlBlock) -> None:
-        self._bank = bank
-        self._draft = draft
+        self.bank = bank
+        self.draft = draft
         self._worker = control.worker
         self._seen = 0  # newest version looked at, taken or refused
         self._ready: StagedWeights | None = None
@@ -69,11 +69,11 @@ class Stager:
         self._thread.join(timeout=2.0)
 
     def _hold(self) -> None:
-        self._bank.hold(live=int(self._worker.live_version), previous=int(self._worker.previous_version))
+        self.bank.hold(live=int(self._worker.live_version), previous=int(self._worker.previous_version))
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
-            version = self._bank.published()
+            version = self.bank.published()
             if version <= self._seen or self._ready is not None:
                 continue
             self._seen = version
@@ -86,8 +86,8 @@ class Stager:
                 self._refuse(version, f"{type(error).__name__}: {error}")
 
     def _stage(self, version: int) -> StagedWeights:
-        publication = self._bank.read(version)
-        staged = self._draft.stage(version, publication.tensors)
+        publication = self.bank.read(version)
+        staged = self.draft.stage(version, publication.tensors)
         if not publication.still_valid():
             raise TornPublish(f"version {version} changed while it was being read")
         return staged

@@ -26,8 +26,10 @@ def target() -> Path:
 
 @pytest.fixture(scope="session")
 def engine(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    from tests.integration.engine import Engine
+    from benchmarks.engine import Engine
 
-    made = Engine.start(target, tmp_path_factory.mktemp("aurora"))
+    made = Engine.start(
+        target, tmp_path_factory.mktemp("aurora"), worker_cls="tests.integration.worker.InspectableWorker"
+    )
     yield made
     made.close()

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.rows import Field, RowFlag
-from tests.integration.engine import AUX_LAYERS, Engine
+from benchmarks.engine import AUX_LAYERS, Engine
 from tests.integration.reference import Reference, RequestRows, count_verdicts, sort_rows
 
 TOLERANCE = 1e-3
@@ -191,10 +192,18 @@ def test_rows_carry_the_version_that_proposed(engine: Engine) -> None:
     assert set(drafted[:, Field.DRAFT_VERSION].tolist()) == {engine.control.worker.live_version}
 
 
-def test_a_failing_hook_costs_rows_and_no_request(engine: Engine) -> None:
+def test_a_failing_hook_costs_rows_and_no_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = engine.generate(SHORT[:1], max_tokens=8)[0].outputs[0].token_ids
     errors = engine.control.worker.capture_errors
-    engine.call("break_capture", 2)
+    writer = engine.attachment.writer
+    planted = iter(range(2))
+
+    def failing_twice(trace: StepTrace) -> int:
+        if next(planted, None) is not None:
+            raise RuntimeError("planted")
+        return TraceWriter.write(writer, trace)
+
+    monkeypatch.setattr(writer, "write", failing_twice)
     assert engine.generate(SHORT[:1], max_tokens=8)[0].outputs[0].token_ids == expected
     assert engine.control.worker.capture_errors == errors + 2
     assert engine.control.worker.capture_on

@@ -15,7 +15,7 @@ PROMPT = [5, 17, 3, 9, 11, 2]
 SAMPLES = 3000
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 32 tokens with a distribution that is neither flat nor a single spike."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,7 +39,7 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # shutting it down takes vLLM's process groups from the shared engine, too
 def llm(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from vllm import LLM
 

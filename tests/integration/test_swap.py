@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aurora_vllm.spec_decode.stager import Stager
 from aurora_vllm.spec_decode.swap import SwapRefused
-from tests.integration.engine import Engine
+from benchmarks.engine import Engine
 
 TOLERANCE = 1e-4
 
@@ -53,7 +54,7 @@ def settle(engine: Engine, version: int) -> None:
     refusals = engine.control.worker.refusals
 
     def done() -> bool:
-        engine.call("commit_now")
+        engine.attachment.stager.commit_if_ready()
         return engine.control.worker.live_version == version or engine.control.worker.refusals > refusals
 
     engine.wait_for(done)
@@ -118,7 +119,7 @@ def test_roll_back_restores_the_previous_version_exactly(engine: Engine, checkpo
     version = publish_and_commit(engine, first)
     before = running_layers(engine)
     publish_and_commit(engine, perturbed(checkpoint, 3))
-    assert engine.call("roll_back_now")
+    assert engine.attachment.stager.roll_back()
     assert engine.control.worker.live_version == version
     for name, output in running_layers(engine).items():
         assert torch.equal(output, before[name]), name
@@ -143,13 +144,13 @@ def test_a_torn_publish_is_refused_and_the_old_version_serves_on(
 ) -> None:
     good = perturbed(checkpoint, 6)
     live = publish_and_commit(engine, good)
-    stager_paused = engine.call("pause_stager")
+    stager = engine.attachment.stager
+    stager.close()
     version = publish(engine, perturbed(checkpoint, 7))
     publication = engine.bank.read(version)
     publication.tensors["fc.weight"].view(-1)[17] += 1.0  # what a writer killed midway, or a stray one, leaves
-    engine.call("resume_stager")
+    engine.attachment.stager = Stager(stager.bank, stager.draft, engine.control)
     settle(engine, version)
-    assert stager_paused
     assert engine.control.worker.live_version == live
     assert f"version {version}" in engine.control.worker.refusal
     assert_running(engine, good)
@@ -163,7 +164,7 @@ def test_wrong_shape_dtype_and_names_are_refused_by_name(engine: Engine, checkpo
         with pytest.raises(ValueError, match=says):
             engine.bank.publish(next_version(engine), tensors, {})
         with pytest.raises(SwapRefused, match=says):
-            engine.live_draft.stage(99, tensors)
+            engine.attachment.stager.draft.stage(99, tensors)
 
 
 def test_a_shared_lm_head_is_refused(engine: Engine) -> None:

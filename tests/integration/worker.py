@@ -47,30 +47,6 @@ class InspectableWorker(AuroraWorker):
     def runner_class(self) -> str:
         return f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}"
 
-    def commit_now(self) -> bool:
-        """A step boundary without a step. Returns whether a stager is there."""
-        stager = self._aurora._stager if self._aurora is not None else None
-        if stager is not None:
-            stager.commit_if_ready()
-        return stager is not None
-
-    def roll_back_now(self) -> bool:
-        return bool(self._aurora is not None and self._aurora._stager and self._aurora._stager.roll_back())
-
-    def pause_stager(self) -> bool:
-        """Let the bank change unwatched."""
-        stager: Any = self._aurora._stager  # type: ignore[union-attr]
-        stager.close()
-        return not stager._thread.is_alive()
-
-    def resume_stager(self) -> None:
-        from aurora_vllm.spec_decode.stager import Stager
-
-        stager: Any = self._aurora._stager  # type: ignore[union-attr]
-        fresh = Stager(stager._bank, stager._draft, self._aurora._control)  # type: ignore[union-attr]
-        fresh._previous = stager._previous
-        self._aurora._stager = fresh  # type: ignore[union-attr]
-
     def share_lm_head_message(self) -> str:
         """What LiveDraft says to a draft whose lm_head is the target's."""
         from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
@@ -103,17 +79,3 @@ class InspectableWorker(AuroraWorker):
         from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling
 
         return mend_cpu_sampling()
-
-    def break_capture(self, times: int) -> None:
-        """Make the next ``times`` trace writes raise."""
-        writer: Any = self._aurora._writer  # type: ignore[union-attr]
-        original = writer.write
-        left = [times]
-
-        def failing(trace: Any) -> int:
-            if left[0] > 0:
-                left[0] -= 1
-                raise RuntimeError("planted")
-            return int(original(trace))
-
-        writer.write = failing

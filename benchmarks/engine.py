@@ -1,4 +1,8 @@
-"""The shared engine and what a test may ask of it."""
+"""A real vLLM engine with aurora attached and nobody learning: for benchmarks and integration tests.
+
+Whoever holds it stands where the learner would be: reads the ring, publishes into the bank. Engine core, scheduler and
+worker run in the caller's own process, so that they can be looked into.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.day0 import make_day0_draft
 from aurora_vllm.learner.draft import bank_specs, load_draft
 from aurora_vllm.session import ENVIRONMENT_KEY, Session
+from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.transport.bank import WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingConsumer, RingProducer, ring_bytes
@@ -39,6 +44,14 @@ class Engine:
 
     @classmethod
     def start(cls, target: Path, directory: Path, speculate: str = "always", **vllm_arguments: Any) -> Engine:
+        """Make a day-0 draft and the shared memory, and start vLLM.
+
+        Args:
+            target: directory of the model.
+            directory: scratch space for the draft.
+            speculate: as in AuroraConfig.
+            vllm_arguments: of vllm.LLM, over the small ones set here.
+        """
         draft = make_day0_draft(target, directory / "draft", 4096)
         layout = RowLayout(576, 3, torch.float32)
         specs = bank_specs(load_draft(draft), torch.float32)
@@ -76,7 +89,7 @@ class Engine:
             "kv_cache_memory_bytes": 32 << 20,
             "disable_log_stats": False,
             "seed": 0,
-            "worker_cls": "tests.integration.worker.InspectableWorker",
+            "worker_cls": "aurora_vllm.spec_decode.worker.AuroraWorker",
             "scheduler_cls": "aurora_vllm.spec_decode.scheduler.AuroraScheduler",
             "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
         }
@@ -101,9 +114,10 @@ class Engine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
-    def live_draft(self) -> Any:
-        """The LiveDraft of the worker, which runs in this process too."""
-        return self.llm.llm_engine.model_executor.driver_worker.worker._aurora._stager._draft
+    def attachment(self) -> Attachment:
+        """What aurora hung onto the worker."""
+        found: Attachment = self.llm.llm_engine.model_executor.driver_worker.worker._aurora
+        return found
 
     @contextmanager
     def draft_length(self, mode: str) -> Iterator[None]:
