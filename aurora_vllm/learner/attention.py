@@ -1,0 +1,155 @@
+"""EAGLE-3's attention over an unroll, without a mask over [T, steps * T].
+
+At unroll step i the row at t has seen the target's states up to t, and the i tokens the draft went on by itself. So
+its keys are those of step 0 at positions <= t, and its *own* keys of steps 1..i, one each (the diagonal). The causal
+part is a product per sequence, the diagonal part a row-wise dot product, both under one softmax. Only outputs and
+log-sum-exps are kept for the backward pass, which recomputes the probabilities block by block (as FlashAttention
+does): memory is linear in T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_BLOCK = 128  # queries at a time; what lies above a block's diagonal is wasted, so not larger
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence in the packed rows. Its queries are its last rows: query n stands at key ``keys - queries + n``."""
+
+    query_start: int
+    queries: int
+    key_start: int
+    keys: int
+
+
+def ttt_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own_keys: list[torch.Tensor],
+    own_values: list[torch.Tensor],
+    segments: list[Segment],
+) -> torch.Tensor:
+    """Attention of one unroll step, over packed sequences.
+
+    Args:
+        query: [A, heads, D], rotated, A query rows of all segments.
+        key, value: [S, kv_heads, D] of step 0, S key rows of all segments.
+        own_keys, own_values: of steps 1..i, each [A, kv_heads, D]: each row sees its own only.
+        segments: where each sequence lies.
+
+    Returns:
+        [A, heads * D]
+    """
+    output: torch.Tensor = _TTTAttention.apply(segments, query, key, value, *own_keys, *own_values)
+    return output.flatten(1)
+
+
+class _TTTAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        segments: list[Segment],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *own: torch.Tensor,
+    ) -> torch.Tensor:
+        steps = len(own) // 2
+        q = _scaled(query, key.shape[1])  # [A, kv, group, D]
+        own_scores = _own_scores(q, own[:steps])  # [A, kv, group, steps]
+        output = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:-1])  # log-sum-exp of all scores of a query, [A, kv, group]
+        for rows, keys in _blocks(segments):
+            scores = _causal_scores(q[rows], key[keys])  # [kv, group * n, seen]
+            own_block = _heads_first(own_scores[rows])  # [kv, group * n, steps]
+            highest = scores.amax(-1, keepdim=True)
+            if steps:
+                highest = torch.maximum(highest, own_block.amax(-1, keepdim=True))
+            scores.sub_(highest).exp_()
+            total = scores.sum(-1, keepdim=True) + (own_block - highest).exp_().sum(-1, keepdim=True)
+            attended = torch.bmm(scores, value[keys].transpose(0, 1)).div_(total)
+            output[rows] = _rows_first(attended, q[rows].shape)
+            lse[rows] = _rows_first(total.log_().add_(highest), q[rows].shape).squeeze(-1)
+        own_probabilities = (own_scores - lse.unsqueeze(-1)).exp_()
+        for i, own_value in enumerate(own[steps:]):
+            output.addcmul_(own_probabilities[..., i : i + 1], own_value.unsqueeze(2))
+        ctx.save_for_backward(q, key, value, output, lse, *own)
+        ctx.segments = segments
+        return output.view_as(query)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, key, value, output, lse, *own = ctx.saved_tensors
+        steps = len(own) // 2
+        grad = grad.reshape(q.shape)
+        mean = (grad * output).sum(-1)  # [A, kv, group]; the softmax's sum over p * dp
+        grad_q, grad_key, grad_value = torch.empty_like(q), torch.zeros_like(key), torch.zeros_like(value)
+        for rows, keys in _blocks(ctx.segments):
+            q_block, grad_block = _heads_first(q[rows]), _heads_first(grad[rows])
+            k_block, v_block = key[keys].transpose(0, 1), value[keys].transpose(0, 1)
+            p = _causal_scores(q[rows], key[keys]).sub_(_heads_first(lse[rows].unsqueeze(-1))).exp_()
+            grad_value[keys] += torch.bmm(p.transpose(1, 2), grad_block).transpose(0, 1)
+            grad_scores = torch.bmm(grad_block, v_block.transpose(1, 2))
+            grad_scores.sub_(_heads_first(mean[rows].unsqueeze(-1))).mul_(p)
+            grad_q[rows] = _rows_first(torch.bmm(grad_scores, k_block), q[rows].shape)
+            grad_key[keys] += torch.bmm(grad_scores.transpose(1, 2), q_block).transpose(0, 1)
+        own_p = (_own_scores(q, own[:steps]) - lse.unsqueeze(-1)).exp_()
+        grad_own_keys, grad_own_values = [], []
+        for i, (own_key, own_value) in enumerate(zip(own[:steps], own[steps:], strict=True)):
+            p = own_p[..., i]
+            grad_scores = p * ((grad * own_value.unsqueeze(2)).sum(-1) - mean)
+            grad_q.addcmul_(grad_scores.unsqueeze(-1), own_key.unsqueeze(2))
+            grad_own_keys.append((grad_scores.unsqueeze(-1) * q).sum(2))
+            grad_own_values.append((p.unsqueeze(-1) * grad).sum(2))
+        grad_q.mul_(q.shape[-1] ** -0.5)
+        return None, grad_q.flatten(1, 2), grad_key, grad_value, *grad_own_keys, *grad_own_values
+
+
+def _scaled(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[A, heads, D] -> [A, kv, group, D], over sqrt(D). Neighbouring heads share a key head, as in Llama."""
+    rows, heads, dim = query.shape
+    return (query * dim**-0.5).view(rows, kv_heads, heads // kv_heads, dim)
+
+
+def _own_scores(q: torch.Tensor, own_keys: tuple[torch.Tensor, ...] | list[torch.Tensor]) -> torch.Tensor:
+    """q: [A, kv, group, D], own_keys: each [A, kv, D] -> [A, kv, group, steps]."""
+    if not own_keys:
+        return q.new_empty(*q.shape[:-1], 0)
+    return torch.stack([(q * key.unsqueeze(2)).sum(-1) for key in own_keys], dim=-1)
+
+
+def _blocks(segments: list[Segment]) -> Iterator[tuple[slice, slice]]:
+    """Query rows and the key rows they see; the last query of a block sees the last key of its slice."""
+    for one in segments:
+        first = one.keys - one.queries  # where query 0 stands
+        for start in range(0, one.queries, _BLOCK):
+            stop = min(start + _BLOCK, one.queries)
+            rows = slice(one.query_start + start, one.query_start + stop)
+            yield rows, slice(one.key_start, one.key_start + first + stop)
+
+
+def _causal_scores(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """q: [n, kv, group, D], key: [seen, kv, D] -> [kv, group * n, seen], -inf where a key lies ahead of its query."""
+    scores = torch.bmm(_heads_first(q), key.permute(1, 2, 0))
+    n, kv, group, _ = q.shape
+    ahead = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
+    scores.view(kv, group, n, -1)[..., -n:].masked_fill_(ahead, -torch.inf)
+    return scores
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """[n, kv, group, X] -> [kv, group * n, X]."""
+    return x.permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _rows_first(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[kv, group * n, X] -> [n, kv, group, X]."""
+    n, kv, group, _ = shape
+    return x.view(kv, group, n, -1).permute(2, 0, 1, 3)

@@ -1,0 +1,78 @@
+"""A batch: trajectories side by side, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class TrajectoryLike(Protocol):
+    """What ``collate`` reads of a trajectory (learner/trajectory.py)."""
+
+    @property
+    def start(self) -> int: ...  # position of the first row
+    @property
+    def token_ids(self) -> torch.Tensor: ...  # int64 [T]
+    @property
+    def aux(self) -> torch.Tensor: ...  # [T, num_aux * H]
+    @property
+    def last(self) -> torch.Tensor: ...  # [T, H]
+    @property
+    def prompt_length(self) -> int: ...  # absolute: positions below it are prompt
+    @property
+    def temperature(self) -> float: ...
+
+
+@dataclass
+class Batch:
+    """B sequences of at most T rows. Row t holds the token at its position and the target's states *at* that token."""
+
+    input_ids: torch.Tensor  # int64 [B, T], 0 on padding; not shifted
+    aux: torch.Tensor  # float32 [B, T, num_aux * H]
+    last: torch.Tensor  # float32 [B, T, H]: after the target's final norm, what its lm_head reads; 0 on padding
+    attention_mask: torch.Tensor  # bool [B, T]: real rows, all before the padding
+    loss_mask: torch.Tensor  # bool [B, T]: completion rows (position >= prompt length)
+    positions: torch.Tensor  # int64 [B, T], counting up by one
+    # int64 [B, T]: the target's argmax over its full vocabulary where known, -1 where the loss has to work it out.
+    target_argmax: torch.Tensor | None = None
+
+
+def collate(trajectories: Sequence[TrajectoryLike]) -> Batch:
+    """Put trajectories into one batch.
+
+    A greedy request emitted its target's argmax: the next token *is* it, and the loss is spared a product with the
+    whole lm_head. (Where a penalty or a grammar made a greedy target emit something else, that is what a draft has to
+    propose.)
+
+    Raises:
+        ValueError: no trajectory, or an empty one.
+    """
+    if not trajectories or any(len(one.token_ids) == 0 for one in trajectories):
+        raise ValueError("a batch needs trajectories, and each needs rows")
+    size, rows = len(trajectories), max(len(one.token_ids) for one in trajectories)
+    first = trajectories[0]
+    batch = Batch(
+        input_ids=torch.zeros(size, rows, dtype=torch.int64),
+        aux=torch.zeros(size, rows, first.aux.shape[-1]),
+        last=torch.zeros(size, rows, first.last.shape[-1]),
+        attention_mask=torch.zeros(size, rows, dtype=torch.bool),
+        loss_mask=torch.zeros(size, rows, dtype=torch.bool),
+        positions=torch.zeros(size, rows, dtype=torch.int64),
+        target_argmax=torch.full((size, rows), -1, dtype=torch.int64),
+    )
+    assert batch.target_argmax is not None
+    for b, one in enumerate(trajectories):
+        length = len(one.token_ids)
+        batch.input_ids[b, :length] = one.token_ids
+        batch.aux[b, :length] = one.aux
+        batch.last[b, :length] = one.last
+        batch.attention_mask[b, :length] = True
+        batch.positions[b] = torch.arange(one.start, one.start + rows)
+        batch.loss_mask[b, :length] = batch.positions[b, :length] >= one.prompt_length
+        if one.temperature == 0:
+            emitting = max(one.prompt_length - 1 - one.start, 0)  # the prompt's last row emits the first token
+            batch.target_argmax[b, emitting : length - 1] = one.token_ids[emitting + 1 :]
+    return batch

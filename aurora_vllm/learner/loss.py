@@ -1,0 +1,167 @@
+"""Aurora's training objective on the accepted path: forward KL over a training-time-test unroll.
+
+``total = sum_i 0.8^i * mean over target rows of -sum_v p(v) log q_i(v)``, where p is the target's distribution at
+temperature 1, restricted to and renormalised on the draft vocabulary. Rows whose first choice in the full vocabulary
+lies outside it are left out: a draft could not propose it. arXiv 2602.06932 and its release (models/eagle3.py,
+models/ops/loss.py).
+
+Which target rows j count (see unroll.py for j):
+
+    default          j in the completion. At step 0 this begins with the prompt's last row, from which the first draft
+                     after prefill is made.
+    aurora-release   j-1 in the completion (a mask that was not shifted): at step 0 that first draft is not trained, and
+                     the row behind a sequence's end counts, whose target is uniform (softmax of padding).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from aurora_vllm.learner.batch import Batch
+from aurora_vllm.learner.cross_entropy import Terms, soft_cross_entropy
+from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.target import TargetHead
+from aurora_vllm.learner.unroll import UnrollPlan, plan_unroll, unroll
+
+Semantics = Literal["default", "aurora-release"]
+STEP_DECAY = 0.8
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a batch cost. Everything but ``total`` is detached."""
+
+    total: torch.Tensor  # scalar, differentiable
+    step_loss: torch.Tensor  # float32 [K], mean soft cross-entropy (KL + the target's entropy) of each step, nats
+    step_accuracy: torch.Tensor  # float32 [K], share of a step's rows where draft and target agree on the first choice
+    step_rows: torch.Tensor  # int64 [K], rows in each mean
+    # int8 [K, B, T] by step i and row t: 1 agree, 0 disagree (or the target's choice is none the draft could propose),
+    # -1 not asked. Draft i of a chain that starts behind row t is accepted by greedy verification where 0..i are all 1.
+    agreement: torch.Tensor
+
+
+def ttt_loss(
+    draft: Eagle3Draft,
+    head: TargetHead,
+    batch: Batch,
+    ttt_length: int,
+    semantics: Semantics = "default",
+    prompt_weight: float = 0.0,
+) -> LossOutput:
+    """The objective of one batch.
+
+    Args:
+        draft: the draft in training.
+        head: the target's frozen ends.
+        batch: B trajectories of at most T rows.
+        ttt_length: K, unroll steps.
+        semantics: see above.
+        prompt_weight: weight of prompt rows beside the completion's 1. The target's distributions inside a prompt are
+            known too, though no draft will ever be asked there.
+
+    Raises:
+        ValueError: a prompt weight with the release's semantics, which have none.
+    """
+    weights = _row_weights(batch, semantics, prompt_weight)  # [B, T + 1]
+    wanted = weights > 0
+    covered = wanted & _in_draft_vocabulary(draft, head, batch, wanted)
+    plan = plan_unroll(covered, ttt_length)
+    states = F.pad(batch.last, (0, 0, 0, 1))[plan.target_sequence, plan.target_row]  # [M, H], zero behind the end
+    row_weights = weights[plan.target_sequence, plan.target_row]
+
+    hidden, terms, queries = [], [], []
+    for i, output in enumerate(unroll(draft, head, batch, plan, ttt_length)):
+        query, target = plan.queries_at(i)
+        queries.append(target)
+        hidden.append(draft.norm(output[query]))
+        share = row_weights[target]
+        terms.append(Terms(target, share / share.sum(), STEP_DECAY**i))
+    target_head = head.rows(draft.target_ids)
+    scale = draft.config.logit_scale
+    total, step_loss, agree = soft_cross_entropy(hidden, draft.lm_head.weight, states, target_head, terms, scale)
+
+    step_rows = torch.tensor([len(one.target) for one in terms])
+    correct = torch.stack([one.sum() for one in agree]).cpu()
+    return LossOutput(
+        total=total,
+        step_loss=step_loss,
+        step_accuracy=correct / step_rows.clamp(min=1),
+        step_rows=step_rows,
+        agreement=_agreement(plan, wanted, agree, queries),
+    )
+
+
+@torch.no_grad()
+def draft_choices(
+    draft: Eagle3Draft, head: TargetHead, batch: Batch, ttt_length: int, rows: torch.Tensor
+) -> torch.Tensor:
+    """What the draft would propose, for scoring it without training.
+
+    Args:
+        rows: bool [B, T], the rows behind which a chain of drafts starts.
+
+    Returns:
+        int64 [K, B, T], target ids: the draft's first choice for the token at t+2+i, given the real tokens up to
+        t+1+i (so draft i of a chain means something only where those before it were right). -1 where not asked or
+        where the input token is unknown.
+    """
+    length = batch.attention_mask.sum(1, keepdim=True)  # [B, 1]
+    index = torch.arange(batch.input_ids.shape[1], device=rows.device)
+    counts = torch.zeros(len(rows), rows.shape[1] + 1, dtype=torch.bool, device=rows.device)
+    for i in range(ttt_length):
+        counts[:, 1 + i :] |= (rows & (index + 1 + i < length))[:, : rows.shape[1] - i]
+    plan = plan_unroll(counts, ttt_length)
+    choices = torch.full((ttt_length, *rows.shape), -1, dtype=torch.int64, device=rows.device)
+    target_ids = draft.target_ids
+    for i, output in enumerate(unroll(draft, head, batch, plan, ttt_length)):
+        query, target = plan.queries_at(i)
+        sequence, row = plan.target_sequence[target], plan.target_row[target] - 1 - i
+        asked = rows[sequence, row]
+        for part, b, t in zip(query[asked].split(256), sequence[asked].split(256), row[asked].split(256), strict=True):
+            logits = F.linear(draft.norm(output[part]), draft.lm_head.weight) * draft.config.logit_scale
+            choices[i, b, t] = target_ids[logits.argmax(-1)]
+    return choices
+
+
+def _row_weights(batch: Batch, semantics: Semantics, prompt_weight: float) -> torch.Tensor:
+    """Weight of each target row. -> float32 [B, T + 1]; the column behind the end is the release's."""
+    completion = batch.loss_mask.float()
+    if semantics == "aurora-release":
+        if prompt_weight:
+            raise ValueError("Aurora's release trains no prompt rows")
+        return F.pad(completion, (1, 0))
+    real = batch.attention_mask.float()
+    return F.pad(torch.where(batch.loss_mask, completion, prompt_weight * real), (0, 1))
+
+
+@torch.no_grad()
+def _in_draft_vocabulary(draft: Eagle3Draft, head: TargetHead, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
+    """Whether the target's first choice is one the draft can propose. wanted: bool [B, T + 1] -> bool [B, T + 1]."""
+    if draft.config.draft_vocab_size == draft.config.vocab_size:
+        return torch.ones_like(wanted)
+    if batch.target_argmax is None:
+        argmax = torch.full_like(wanted, -1, dtype=torch.int64)
+    else:
+        argmax = F.pad(batch.target_argmax, (0, 1), value=-1)
+    unknown = wanted & (argmax < 0)
+    unknown[:, 0] = False  # never a target row
+    argmax[unknown] = head.argmax(F.pad(batch.last, (0, 0, 0, 1))[unknown])
+    member = torch.zeros(draft.config.vocab_size, dtype=torch.bool, device=wanted.device)
+    member[draft.target_ids] = True
+    return member[argmax.clamp(min=0)]
+
+
+def _agreement(
+    plan: UnrollPlan, wanted: torch.Tensor, agree: list[torch.Tensor], targets: list[torch.Tensor]
+) -> torch.Tensor:
+    """Spread the terms' verdicts over [K, B, T], indexed by step and row t."""
+    size, columns = wanted.shape
+    result = torch.full((len(agree), size, columns - 1), -1, dtype=torch.int8, device=wanted.device)
+    for i, (verdict, target) in enumerate(zip(agree, targets, strict=True)):
+        result[i, :, : columns - 1 - i].masked_fill_(wanted[:, 1 + i :], 0)
+        result[i, plan.target_sequence[target], plan.target_row[target] - 1 - i] = verdict.to(torch.int8)
+    return result

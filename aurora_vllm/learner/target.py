@@ -1,0 +1,79 @@
+"""The frozen ends of the target: its token embedding and its lm_head. Nothing else of the target is needed to learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from aurora_vllm.errors import AuroraError
+
+_VOCABULARY_CHUNK = 8192  # lm_head rows converted to float32 at a time
+
+
+class TargetHead:
+    """Frozen ``embed_tokens`` [V, H] and ``lm_head`` [V, H], in the dtype they are stored in; one tensor where tied."""
+
+    def __init__(self, embed_tokens: torch.Tensor, lm_head: torch.Tensor) -> None:
+        self.embed_tokens = embed_tokens
+        self.lm_head = lm_head
+        self._ids: torch.Tensor | None = None
+        self._rows = torch.empty(0)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids: int64 [...] -> float32 [..., H]."""
+        return F.embedding(token_ids, self.embed_tokens).float()
+
+    def rows(self, target_ids: torch.Tensor) -> torch.Tensor:
+        """lm_head on a draft vocabulary, kept until another one is asked for. int64 [D] -> float32 [D, H]."""
+        if self._ids is None or not torch.equal(self._ids, target_ids):
+            self._ids, self._rows = target_ids.clone(), self.lm_head[target_ids].float()
+        return self._rows
+
+    @torch.no_grad()
+    def argmax(self, last: torch.Tensor) -> torch.Tensor:
+        """The target's first choice in its whole vocabulary, logits never whole in memory. [N, H] -> int64 [N]."""
+        best = last.new_full((len(last),), -torch.inf, dtype=torch.float32)
+        choice = torch.zeros(len(last), dtype=torch.int64, device=last.device)
+        for start in range(0, len(self.lm_head), _VOCABULARY_CHUNK):
+            logits = last.float() @ self.lm_head[start : start + _VOCABULARY_CHUNK].float().T  # [N, chunk]
+            value, index = logits.max(dim=-1)
+            better = value > best  # not >=: of equals the lowest id wins, as in torch.argmax
+            best = torch.where(better, value, best)
+            choice = torch.where(better, index + start, choice)
+        return choice
+
+
+def load_target_head(directory: Path) -> TargetHead:
+    """Read the two tensors of a safetensors checkpoint, sharded or not; nothing else of it is read.
+
+    Raises:
+        AuroraError: no checkpoint there, or no embedding in it.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                for wanted in ("embed_tokens.weight", "lm_head.weight"):
+                    # "model.embed_tokens.weight", or "model.language_model.embed_tokens.weight" in multimodal targets
+                    if name == wanted or name.endswith("." + wanted):
+                        found[wanted] = tensors.get_tensor(name)
+    if "embed_tokens.weight" not in found:
+        raise AuroraError(f"no token embedding in {directory}", "a safetensors checkpoint of the target is needed")
+    for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if _config(directory).get(key) not in (None, 1, 1.0):
+            raise AuroraError(
+                f"the target in {directory} transforms its logits ({key})", "no draft can be trained for it"
+            )
+    embedding = found["embed_tokens.weight"]
+    tied = _config(directory).get("tie_word_embeddings", False) or "lm_head.weight" not in found
+    return TargetHead(embedding, embedding if tied else found["lm_head.weight"])
+
+
+def _config(directory: Path) -> dict[str, object]:
+    path = directory / "config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

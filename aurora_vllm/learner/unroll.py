@@ -1,0 +1,134 @@
+"""Training-time test: the draft run K steps on its own output, over packed rows.
+
+At step i the row at t reads the token at t+1+i and, as hidden state, ``fc`` of the target's auxiliary states at t (i
+= 0) or the draft's own output of step i-1; it stands at position t+i and predicts the token at t+2+i. What it should
+predict is known from the target's state at j = t+1+i, so *target row* j settles everything about a loss term but its
+step:
+
+    step 0:  t = j-1        step 1:  t = j-2        step 2:  t = j-3    ...
+
+Only what a loss term needs is computed: a prompt without loss costs its keys and values, no query, no MLP, no head. The
+token half of q, k and v depends on j alone, so it is computed once and shared by all steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from aurora_vllm.learner.attention import Segment, ttt_attention
+from aurora_vllm.learner.batch import Batch
+from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.rope import cos_sin, rotate
+from aurora_vllm.learner.target import TargetHead
+
+
+@dataclass(frozen=True)
+class UnrollPlan:
+    """The rows an unroll computes: S key rows (all t up to the last needed), of which A are active (they predict)."""
+
+    segments: list[Segment]
+    sequence: torch.Tensor  # int64 [S], b
+    row: torch.Tensor  # int64 [S], t
+    active: torch.Tensor | None  # int64 [A] into S; None where all are
+    last_of_segment: torch.Tensor  # int64 [A] into S: the last key row of the same sequence
+    target_sequence: torch.Tensor  # int64 [M], b of each target row that counts
+    target_row: torch.Tensor  # int64 [M], j
+    query_of_target: torch.Tensor  # int64 [M] into A: the active row with t = j-1; step i's stands i before
+
+    def queries_at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step's loss terms: int64 [N] into A, int64 [N] into M, ascending. A sequence's first j have no t."""
+        reachable = (self.target_row > step).nonzero().squeeze(1)
+        return self.query_of_target[reachable] - step, reachable
+
+
+def plan_unroll(counts: torch.Tensor, ttt_length: int) -> UnrollPlan:
+    """Plan an unroll.
+
+    Args:
+        counts: bool [B, T + 1], whether target row j counts; column 0 is ignored (no row comes before it).
+        ttt_length: K.
+    """
+    segments: list[Segment] = []
+    rows, targets, active = [], [], []
+    key_start = query_start = 0
+    for b in range(len(counts)):
+        target = counts[b, 1:].nonzero().squeeze(1) + 1
+        if len(target) == 0:
+            continue
+        keys, first = int(target[-1]), max(0, int(target[0]) - ttt_length)
+        segments.append(Segment(query_start, keys - first, key_start, keys))
+        row = torch.arange(keys, device=counts.device)
+        rows.append(torch.stack([torch.full_like(row, b), row]))
+        active.append(torch.stack([row[first:] + key_start, torch.full_like(row[first:], key_start + keys - 1)]))
+        targets.append(torch.stack([torch.full_like(target, b), target, target - 1 - first + query_start]))
+        key_start, query_start = key_start + keys, query_start + keys - first
+    empty = torch.zeros(3, 0, dtype=torch.int64, device=counts.device)
+    sequence, row = torch.cat(rows, 1) if rows else empty[:2]
+    index, last = torch.cat(active, 1) if active else empty[:2]
+    target_sequence, target_row, query = torch.cat(targets, 1) if targets else empty
+    everything = key_start == query_start
+    return UnrollPlan(segments, sequence, row, None if everything else index, last, target_sequence, target_row, query)
+
+
+def unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int) -> list[torch.Tensor]:
+    """Run the draft K steps.
+
+    Returns:
+        K tensors [A, H]: the draft's hidden state after each step, before the final norm that precedes ``lm_head``.
+    """
+    attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
+    hidden_size, dim = config.hidden_size, config.head_dim
+    token_half = {p: p.weight[:, :hidden_size] for p in (attn.q_proj, attn.k_proj, attn.v_proj)}
+    hidden_half = {p: p.weight[:, hidden_size:] for p in (attn.q_proj, attn.k_proj, attn.v_proj)}
+
+    def pick(x: torch.Tensor) -> torch.Tensor:  # [S, ...] -> [A, ...]
+        return x if plan.active is None else x[plan.active]
+
+    def heads(x: torch.Tensor, cos: torch.Tensor | None = None, sin: torch.Tensor | None = None) -> torch.Tensor:
+        x = x.unflatten(-1, (-1, dim))
+        return x if cos is None or sin is None else rotate(x, cos, sin)
+
+    tokens = layer.input_layernorm(_next_token_embeddings(draft, head, batch, plan))  # [S, H], at j = t+1
+    token_q = F.linear(pick(tokens), token_half[attn.q_proj], attn.q_proj.bias)
+    token_k = F.linear(tokens, token_half[attn.k_proj], attn.k_proj.bias)
+    token_v = F.linear(tokens, token_half[attn.v_proj], attn.v_proj.bias)
+    # A trajectory may start at a position > 0 (prefix-cache hit); rows of one sequence are consecutive.
+    positions = batch.positions[:, 0][plan.sequence] + plan.row  # [S]
+    active = plan.active if plan.active is not None else torch.arange(len(plan.row), device=plan.row.device)
+    query_offset = active - torch.arange(len(active), device=active.device)  # from A to S, constant in a sequence
+
+    hidden = draft.combine(batch.aux[plan.sequence, plan.row])  # [S, H]
+    outputs: list[torch.Tensor] = []
+    own_keys: list[torch.Tensor] = []
+    own_values: list[torch.Tensor] = []
+    key = value = torch.empty(0)
+    for step in range(ttt_length):
+        normed = layer.hidden_norm(hidden)
+        if step == 0:
+            cos, sin = cos_sin(positions, draft.frequencies)
+            key = heads(token_k + F.linear(normed, hidden_half[attn.k_proj]), cos, sin)
+            value = heads(token_v + F.linear(normed, hidden_half[attn.v_proj]))
+            hidden, normed, cos, sin = pick(hidden), pick(normed), pick(cos), pick(sin)
+            query = token_q
+        else:
+            # Past the last target row nothing counts any more: such rows read the last token again, to stay in bounds.
+            shifted = torch.minimum(active + step, plan.last_of_segment)  # [A] into S
+            cos, sin = cos_sin(positions[active] + step, draft.frequencies)
+            own_keys.append(heads(token_k[shifted] + F.linear(normed, hidden_half[attn.k_proj]), cos, sin))
+            own_values.append(heads(token_v[shifted] + F.linear(normed, hidden_half[attn.v_proj])))
+            query = token_q[shifted - query_offset]
+        query = heads(query + F.linear(normed, hidden_half[attn.q_proj]), cos, sin)
+        attended = ttt_attention(query, key, value, own_keys, own_values, plan.segments)
+        output = draft.finish(attended, normed if config.norm_before_residual else hidden)
+        outputs.append(output)
+        hidden = draft.norm(output) if config.norm_output else output
+    return outputs
+
+
+def _next_token_embeddings(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan) -> torch.Tensor:
+    """Embedding of the token at t+1; behind the last column token 0, as the release pads. -> float32 [S, H]."""
+    ids = F.pad(batch.input_ids, (0, 1))[plan.sequence, plan.row + 1]
+    return F.embedding(ids, draft.embed_tokens) if draft.embed_tokens is not None else head.embed(ids)
