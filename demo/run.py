@@ -1,0 +1,253 @@
+"""``make demo``: a server that starts with no draft and learns one from what it serves, beside plain vLLM.
+
+Both servers run with the same flags. They take turns, so that neither disturbs the other: while plain vLLM is asked,
+the learner of the other one is stopped (SIGSTOP); while Aurora is asked, its learner runs, under its own budget, and is
+part of what is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import write_report
+from demo import figures
+from demo.client import Block, drive
+from demo.figures import Pair
+from demo.model import ensure_model
+from demo.plot import plot
+from demo.servers import Server, ServerFailed, end_trees, paused, wait_up
+from demo.signals import end_on_signals, held
+from demo.view import shown
+from demo.watch import Progress, Watcher
+from demo.workload import Kind, Prompt, Workload, load
+
+MODEL_NAME = "smollm2-135m"
+FLAGS = (
+    *("--served-model-name", MODEL_NAME, "--dtype", "float32", "--max-model-len", "1024"),
+    *("--max-num-seqs", "8", "--kv-cache-memory-bytes", str(512 << 20)),
+)
+ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on few cores vLLM would bind its worker to one of them
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+MAX_DRAFT_LENGTH = 3  # aurora's default K, which nothing here changes
+START_S = 420.0  # longest a start may take, compilation included
+LEARN_CONCURRENCY = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything."""
+
+    minutes: float = 14.0
+    max_tokens: int = 96
+    day0_blocks: int = 5
+    day0_prompts: int = 10  # in a block
+    pairs: int = 4  # of measured blocks, at each concurrency
+    prompts_c1: int = 3
+    prompts_c4: int = 8
+    measure_s: float = 270.0  # kept free for measuring
+
+    @classmethod
+    def quick(cls, minutes: float) -> Plan:
+        """Everything once and short: shows that it works, not how well."""
+        return cls(minutes, 64, 2, 4, 2, 1, 4, 60.0)
+
+
+class Demo:
+    """One run, from starting the servers to the measured blocks."""
+
+    def __init__(self, plan: Plan, workload: Workload, console: Console, out: Path) -> None:
+        self.plan, self._workload, self._console, self._out = plan, workload, console, out
+        self.progress = Progress()
+        self.day0: list[Pair] = []
+        self.measured: dict[int, list[Pair]] = {1: [], 4: []}
+        self.learned = 0  # requests of the learning phase
+        self.learning_samples = 0  # of progress.samples, how many belong to it
+        self._servers: dict[str, Server] = {}
+        self._deadline = time.monotonic() + plan.minutes * 60
+
+    def run(self, model: Path) -> None:
+        """Everything; the servers are gone when it returns or raises.
+
+        Raises:
+            ServerFailed, httpx.HTTPError: a server ended or refused a request.
+        """
+        try:
+            with shown(self.progress, self._console, self._deadline):
+                self._start(model)
+                watcher = Watcher(self._servers["aurora"], self.progress)
+                watcher.start()
+                try:
+                    self._day0()
+                    self._learn()
+                    self._measure()
+                finally:
+                    watcher.stop()
+        finally:
+            with held():
+                end_trees(list(self._servers.values()))
+
+    def _start(self, model: Path) -> None:
+        atexit.register(lambda: end_trees(list(self._servers.values())))  # whatever happens in between
+        for name, arguments in (("aurora", ()), ("plain", ("--aurora-off",))):
+            log = self._out / f"{name}.log"
+            with held() as came:  # a server that runs and is not yet in the list would stay behind
+                self._servers[name] = Server(name, [str(model), *FLAGS, *arguments], log, ENVIRONMENT)
+            if came:
+                raise SystemExit(128 + came[0])
+
+        def tick(waited: float) -> None:
+            self.progress.detail = f"two servers, {waited:.0f} s (the first start compiles, about two minutes)"
+
+        wait_up(list(self._servers.values()), START_S, tick)
+        self.progress.detail = ""
+        hello = [Prompt("hello", "Say hello.")] * LEARN_CONCURRENCY
+        for name in self._servers:  # kernels and allocators get warm
+            asyncio.run(drive(name, self._servers[name].url, MODEL_NAME, hello, LEARN_CONCURRENCY, 8))
+
+    def _day0(self) -> None:
+        """The first requests, through both servers in turn: what does it cost to start without a draft?"""
+        self._stream = itertools.cycle(self._workload.learn)
+        self.progress.phase = "day 0"
+        for i in range(self.plan.day0_blocks):
+            self.progress.detail = f"block {i + 1} of {self.plan.day0_blocks}, both servers, same prompts"
+            self.day0.append(
+                self._pair(list(itertools.islice(self._stream, self.plan.day0_prompts)), LEARN_CONCURRENCY, i)
+            )
+
+    def _learn(self) -> None:
+        self.progress.phase, self.progress.detail = "learning", "concurrency 4"
+        self._block("aurora", self._stream, LEARN_CONCURRENCY, until=self._deadline - self.plan.measure_s)
+        self.learned = self.progress.requests["aurora"]
+        self.learning_samples = len(self.progress.samples)
+
+    def _measure(self) -> None:
+        """Prompts nobody served before; both servers in turn, both concurrencies in turn."""
+        self.progress.phase = "measuring"
+        unseen = iter(self._workload.unseen)
+        sizes = {1: self.plan.prompts_c1, 4: self.plan.prompts_c4}
+        for i in range(self.plan.pairs):
+            began = time.monotonic()
+            for concurrency, size in sizes.items():
+                self.progress.detail = f"concurrency {concurrency}, block {i + 1} of {self.plan.pairs}, unseen prompts"
+                self.measured[concurrency].append(self._pair(list(itertools.islice(unseen, size)), concurrency, i))
+            if time.monotonic() + (time.monotonic() - began) > self._deadline and i > 0:
+                break  # a slower machine gets fewer blocks, not a longer demo
+
+    def _pair(self, prompts: list[Prompt], concurrency: int, turn: int) -> Pair:
+        """The same prompts through both; who goes first alternates."""
+        order = ("plain", "aurora") if turn % 2 == 0 else ("aurora", "plain")
+        return Pair(**{arm: self._block(arm, prompts, concurrency) for arm in order})
+
+    def _block(self, arm: str, prompts: Iterable[Prompt], concurrency: int, until: float = float("inf")) -> Block:
+        pid = self._servers["aurora"].status().get("learner", {}).get("pid", 0) if arm == "plain" else 0
+        self.progress.block_begins(arm)
+        with paused(pid):
+            return asyncio.run(
+                drive(
+                    arm,
+                    self._servers[arm].url,
+                    MODEL_NAME,
+                    prompts,
+                    concurrency,
+                    self.plan.max_tokens,
+                    lambda answer: self.progress.answered(arm, answer),
+                    until,
+                )
+            )
+
+    def results(self) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+        """Figures, their spread, and what else belongs into the report."""
+        values: dict[str, float] = {}
+        spread: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        samples = self.progress.samples[: self.learning_samples]
+        for name, first, last in (("first", 0.0, 0.25), ("last", 0.75, 1.0)):
+            found = figures.acceptance(samples, first, last, MAX_DRAFT_LENGTH)
+            if found is not None:
+                values[f"acceptance_length_{name}"] = found.length
+                extra[f"acceptance_length_{name}_source"] = found.source
+        sets = {"day0_ratio": self.day0, "speedup_c1": self.measured[1], "speedup_c4": self.measured[4]}
+        for name, pairs in sets.items():
+            some, some_spread = figures.rate_figures(name, pairs)
+            values |= some
+            spread |= some_spread
+            if pairs:
+                values[f"{name}_overall"] = figures.overall_ratio(pairs)
+                values[f"{name}_changed_answers"] = sum(pair.changed for pair in pairs)
+        values["requests_learned_from"] = self.learned
+        values["swaps"] = samples[-1].swaps if samples else 0
+        return values, spread, extra | {"plan": vars(self.plan), "flags": list(FLAGS), "status": self.progress.status}
+
+
+def summary(values: dict[str, float], extra: dict[str, Any]) -> Table:
+    """The closing table."""
+    table = Table("figure", "value", "what it says", title="aurora_vllm demo")
+    source = {name: extra.get(f"acceptance_length_{name}_source", "unknown") for name in ("first", "last")}
+    rows = {
+        "acceptance_length_first": f"first quarter of the learning phase, K=3 ({source['first']})",
+        "acceptance_length_last": f"last quarter ({source['last']})",
+        "day0_ratio": "first requests over plain vLLM, same prompts, learner running",
+        "speedup_c1": "unseen prompts over plain vLLM, concurrency 1, learner running",
+        "speedup_c4": "the same at concurrency 4",
+        "speedup_c1_changed_answers": "greedy answers that differ from plain vLLM's, concurrency 1",
+        "swaps": "new draft weights taken over while serving",
+        "requests_learned_from": "requests of the learning phase",
+    }
+    for name, meaning in rows.items():
+        shown_value = (
+            f"{values[name]:.0f}" if float(values.get(name, 0.5)).is_integer() else f"{values.get(name, 0):.2f}"
+        )
+        table.add_row(name, shown_value if name in values else "–", meaning)
+    return table
+
+
+def main(
+    minutes: Annotated[float | None, typer.Option(help="how long it may take [default: 14, with --quick 5]")] = None,
+    json: Annotated[Path, typer.Option(help="where the figures go; the plot lies beside them")] = Path(
+        "build/demo/result.json"
+    ),
+    seed: Annotated[int, typer.Option(help="order of the prompts")] = 0,
+    workload: Annotated[str, typer.Option(help="humaneval, gsm8k or mixed")] = "humaneval",
+    quick: Annotated[bool, typer.Option(help="everything once and short: shows that it works, not how well")] = False,
+) -> None:
+    """Serve, learn, swap, measure: one server with Aurora and no draft, one without, the same prompts."""
+    end_on_signals()
+    console = Console()
+    plan = Plan.quick(minutes or 5.0) if quick else Plan(minutes or 14.0)
+    kind: Kind = workload  # type: ignore[assignment]
+    demo = Demo(plan, load(kind, seed), console, json.parent)
+    try:
+        demo.run(ensure_model())
+    except (ServerFailed, httpx.HTTPError) as error:
+        console.print(f"the demo failed: {error or type(error).__name__}", style="red", highlight=False)
+        console.print(f"logs: {json.parent}/aurora.log, {json.parent}/plain.log", highlight=False)
+        raise SystemExit(1) from None
+    except SystemExit:
+        console.print("stopped; nothing is left running")
+        raise
+    values, spread, extra = demo.results()
+    write_report(json, values, spread, seed, extra | {"quick": quick, "workload": workload})
+    picture = json.with_suffix(".png")
+    samples = demo.progress.samples[: demo.learning_samples]
+    plot(picture, samples, demo.progress.points, values, plan.day0_blocks * plan.day0_prompts)
+    console.print(summary(values, extra))
+    console.print(f"written: {json} and {picture}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,157 @@
+"""Servers as child processes: started on free ports, asked over HTTP, ended whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+STOP_S = 30.0  # from SIGTERM to SIGKILL
+
+
+class ServerFailed(Exception):
+    """A server ended, or never came up; the message holds the end of its log."""
+
+
+class Server:
+    """One ``python -m aurora_vllm.entrypoint``, its log in a file."""
+
+    def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        """
+        Args:
+            name: what the demo calls it.
+            arguments: after ``python -m aurora_vllm.entrypoint``; host and port are added.
+            log: gets stdout and stderr.
+            environment: added to this process's.
+        """
+        self.name, self.log = name, log
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        command = [sys.executable, "-m", "aurora_vllm.entrypoint", *arguments]
+        command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            # A session of its own: Ctrl-C in the terminal is for the demo, which then ends the servers.
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_up(self) -> bool:
+        """Whether it answers.
+
+        Raises:
+            ServerFailed: it has ended.
+        """
+        if self._process.poll() is not None:
+            raise ServerFailed(f"server {self.name} ended with code {self._process.returncode}:\n{self.tail()}")
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def status(self) -> dict[str, Any]:
+        """``GET /aurora/status``; empty where it does not answer in time."""
+        try:
+            response = httpx.get(f"{self.url}/aurora/status", timeout=5)
+            return response.json() if response.status_code == 200 else {}
+        except (httpx.HTTPError, ValueError):
+            return {}
+
+    def tail(self, lines: int = 15) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """End it and all it started; idempotent."""
+        end_trees([self])
+
+
+def wait_up(servers: Sequence[Server], timeout_s: float, tick: Callable[[float], None]) -> None:
+    """Wait until all answer; ``tick`` is called about once a second with the seconds waited.
+
+    Raises:
+        ServerFailed: one ended or is not up in time.
+    """
+    started = time.monotonic()
+    waiting = list(servers)
+    while waiting := [server for server in waiting if not server.is_up()]:
+        waited = time.monotonic() - started
+        if waited > timeout_s:
+            raise ServerFailed(f"server {waiting[0].name} is not up after {waited:.0f} s:\n{waiting[0].tail()}")
+        tick(waited)
+        time.sleep(1)
+
+
+def end_trees(servers: Sequence[Server]) -> None:
+    """SIGTERM to the servers, SIGKILL to whatever of theirs is left, then a look for shared memory left behind."""
+    family = {process for server in servers for process in _tree(server.pid)}
+    for process in family:
+        _signal(process, signal.SIGCONT)  # a stopped process would hear SIGTERM only later
+    for server in servers:
+        if server._process.poll() is None:
+            server._process.terminate()
+    for server in servers:
+        try:
+            server._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            server._process.kill()
+            server._process.wait()
+    _, alive = psutil.wait_procs([process for process in family if process.is_running()], timeout=5)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+    from aurora_vllm.transport.segment import sweep
+
+    sweep()  # finds nothing unless a server had to be killed
+
+
+@contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """Stop a process (0: none) while a block of code runs. Used on the learner, so that it does not slow down the
+    baseline that is being measured; its supervisor only sees that it lives."""
+    process = psutil.Process(pid) if pid and psutil.pid_exists(pid) else None
+    try:
+        if process is not None:
+            _signal(process, signal.SIGSTOP)
+        yield
+    finally:
+        if process is not None:
+            _signal(process, signal.SIGCONT)
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

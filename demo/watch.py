@@ -1,0 +1,115 @@
+"""What the demo knows while it runs: samples of ``/aurora/status``, and the answers as they come in."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from demo.client import Answer
+from demo.servers import Server
+
+RATE_WINDOW = 12  # answers
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The status at one moment, as far as figures and the plot need it."""
+
+    requests: int  # answered by the learning server until then
+    live_version: int
+    draft_length: int
+    swaps: int
+    shadow_length: (
+        float | None
+    )  # the learner's simulated acceptance length of the version it evaluates; None without evidence
+    drafts: int  # verifications so far, all versions
+    draft_tokens: int
+    accepted: int
+
+    @classmethod
+    def of(cls, status: dict[str, Any], requests: int) -> Sample:
+        """From the answer of ``GET /aurora/status``."""
+        versions, learner = status["versions"], status["learner"]
+        table = versions["acceptance"]
+        shares = learner["shadow_accepted_per_position"]
+        return cls(
+            requests=requests,
+            live_version=versions["live"],
+            draft_length=status["speculation"]["draft_length"],
+            swaps=status["swaps"]["swaps"],
+            shadow_length=1.0 + sum(shares) if learner["shadow_steps"] else None,
+            drafts=sum(row["num_drafts"] for row in table),
+            draft_tokens=sum(row["num_draft_tokens"] for row in table),
+            accepted=sum(row["num_accepted"] for row in table),
+        )
+
+
+@dataclass
+class Point:
+    """An answer of the learning phase: the x of the plot, and the rate around it."""
+
+    requests: int
+    tokens_per_s: float
+
+
+@dataclass
+class Progress:
+    """Shared by the run, the watcher and the view. One writer a field; readers take what is there."""
+
+    phase: str = "starting"
+    detail: str = ""
+    arm: str = ""  # who is being asked right now
+    requests: dict[str, int] = field(default_factory=lambda: {"plain": 0, "aurora": 0})
+    rates: dict[str, float] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    _recent: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
+    _busy: dict[str, float] = field(default_factory=dict)  # seconds of earlier blocks: pauses do not count as slowness
+    _last: dict[str, float] = field(default_factory=dict)
+
+    def block_begins(self, arm: str) -> None:
+        """Only the time inside blocks counts for rates."""
+        self.arm = arm
+        self._busy[arm] = self._last.get(arm, 0.0)
+
+    def answered(self, arm: str, answer: Answer) -> None:
+        """Count an answer and bring the arm's rate up to date."""
+        self.requests[arm] += 1
+        now = self._busy.get(arm, 0.0) + answer.at
+        self._last[arm] = now
+        recent = self._recent.setdefault(arm, deque([(0.0, 0)], maxlen=RATE_WINDOW + 1))
+        recent.append((now, answer.tokens))
+        elapsed = now - recent[0][0]
+        if elapsed > 0:
+            self.rates[arm] = sum(tokens for _, tokens in list(recent)[1:]) / elapsed
+        if arm == "aurora" and self.phase in ("day 0", "learning"):
+            self.points.append(Point(self.requests[arm], self.rates.get(arm, 0.0)))
+
+
+class Watcher(threading.Thread):
+    """Asks the learning server for its status once a second."""
+
+    def __init__(self, server: Server, progress: Progress, every_s: float = 1.0) -> None:
+        super().__init__(name="watcher", daemon=True)
+        self._server, self._progress, self._every_s = server, progress, every_s
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopping.wait(self._every_s):
+            self.look()
+
+    def look(self) -> None:
+        """One look; nothing where the server does not answer."""
+        status = self._server.status()
+        if "versions" in status:
+            status["seen_at"] = time.monotonic()
+            self._progress.samples.append(Sample.of(status, self._progress.requests["aurora"]))
+            self._progress.status = status
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
