@@ -113,7 +113,7 @@ def draft_choices(
     index = torch.arange(batch.input_ids.shape[1], device=rows.device)
     counts = torch.zeros(len(rows), rows.shape[1] + 1, dtype=torch.bool, device=rows.device)
     for i in range(ttt_length):
-        counts[:, 1 + i :] |= (rows & (index + 1 + i < length))[:, : rows.shape[1] - i]
+        counts[:, 1 + i :] |= (rows & (index + 1 + i < length))[:, : max(rows.shape[1] - i, 0)]
     plan = plan_unroll(counts, ttt_length)
     choices = torch.full((ttt_length, *rows.shape), -1, dtype=torch.int64, device=rows.device)
     target_ids = draft.target_ids
@@ -162,6 +162,6 @@ def _agreement(
     size, columns = wanted.shape
     result = torch.full((len(agree), size, columns - 1), -1, dtype=torch.int8, device=wanted.device)
     for i, (verdict, target) in enumerate(zip(agree, targets, strict=True)):
-        result[i, :, : columns - 1 - i].masked_fill_(wanted[:, 1 + i :], 0)
+        result[i, :, : max(columns - 1 - i, 0)].masked_fill_(wanted[:, 1 + i :], 0)
         result[i, plan.target_sequence[target], plan.target_row[target] - 1 - i] = verdict.to(torch.int8)
     return result

@@ -1,0 +1,59 @@
+"""The target's frozen ends: read from a checkpoint, nothing else of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner import target
+from aurora_vllm.learner.target import TargetHead, load_target_head
+
+EMBEDDING, HEAD, OTHER = torch.randn(10, 4), torch.randn(10, 4), torch.randn(3, 3)
+
+
+def checkpoint(directory: Path, shards: list[dict[str, torch.Tensor]], **config: object) -> Path:
+    for n, shard in enumerate(shards):
+        save_file(shard, directory / f"model-{n}.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    shards = [{"model.embed_tokens.weight": EMBEDDING, "model.norm.weight": OTHER}]
+    head = load_target_head(checkpoint(tmp_path, shards, tie_word_embeddings=True))
+    assert head.lm_head is head.embed_tokens and torch.equal(head.embed_tokens, EMBEDDING)
+
+
+def test_untied_head_in_another_shard(tmp_path: Path) -> None:
+    shards = [{"model.language_model.embed_tokens.weight": EMBEDDING.bfloat16()}, {"lm_head.weight": HEAD.bfloat16()}]
+    head = load_target_head(checkpoint(tmp_path, shards))
+    assert head.lm_head.dtype == torch.bfloat16 and torch.equal(head.lm_head, HEAD.bfloat16())
+    assert head.embed(torch.tensor([3])).dtype == torch.float32
+    assert head.rows(torch.tensor([1, 5])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", [{}, {"final_logit_softcapping": 30.0}])
+def test_what_is_no_use_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
+    shards = [{"model.embed_tokens.weight": EMBEDDING}] if config else [{"model.norm.weight": OTHER}]
+    with pytest.raises(AuroraError, match="softcapping" if config else "no token embedding"):
+        load_target_head(checkpoint(tmp_path, shards, **config))
+
+
+def test_argmax_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "_VOCABULARY_CHUNK", 3)
+    states = torch.randn(50, 4)
+    head = TargetHead(EMBEDDING, torch.cat([HEAD, HEAD]))  # every logit twice: the lower id wins
+    assert torch.equal(head.argmax(states), (states @ HEAD.T).argmax(-1))
+
+
+def test_rows_follow_the_vocabulary() -> None:
+    head = TargetHead(EMBEDDING, HEAD)
+    ids = torch.tensor([1, 5])
+    assert head.rows(ids) is head.rows(ids.clone())
+    ids[1] = 6
+    assert torch.equal(head.rows(ids), HEAD[[1, 6]])

@@ -1,0 +1,83 @@
+"""The trainer: what it changes, what it leaves alone, when it does nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from aurora_vllm.learner.train import Trainer
+from tests.unit.naive_eagle3 import Sizes, random_case
+
+SIZES = Sizes([12, 9], [3, 2], hidden=16, head_dim=8, vocab=40, draft_vocab=30)
+
+
+def test_learns_a_batch_by_heart_and_changes_only_the_draft() -> None:
+    draft, head, batch = random_case(SIZES)
+    frozen = [t.clone() for t in (head.embed_tokens, head.lm_head, draft.d2t, draft.frequencies)]
+    trainer = Trainer(draft, head, learning_rate=1e-2, ttt_length=3)
+    outputs = [trainer.step(batch) for _ in range(60)]
+    assert float(outputs[-1].total) < 0.6 * float(outputs[0].total)
+    assert float(outputs[-1].step_accuracy.min()) > 0.8 > float(outputs[0].step_accuracy.max())
+    assert not outputs[0].total.requires_grad
+    for before, after in zip(frozen, (head.embed_tokens, head.lm_head, draft.d2t, draft.frequencies), strict=True):
+        assert torch.equal(before, after)
+    assert (trainer.steps, trainer.skipped, trainer.empty) == (60, 0, 0)
+
+
+def test_warm_up_is_linear_and_bounds_the_first_step() -> None:
+    draft, head, batch = random_case(SIZES)
+    trainer = Trainer(draft, head, learning_rate=1e-3, ttt_length=1, warmup_steps=4)
+    before, rates = draft.fc.weight.detach().clone(), []
+    for n in range(6):
+        trainer.step(batch)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        if n == 0:  # Adam's first step moves every weight by the learning rate
+            assert float((draft.fc.weight - before).abs().max().detach()) == pytest.approx(0.25e-3, rel=0.01)
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, head, batch = random_case(SIZES)
+    trainer = Trainer(draft, head, 1e-3, ttt_length=2, max_grad_norm=0.01)
+    seen: list[float] = []
+    monkeypatch.setattr(
+        trainer.optimizer,
+        "step",
+        lambda: seen.append(
+            float(torch.nn.utils.get_total_norm([p.grad for p in draft.parameters() if p.grad is not None]))
+        ),
+    )
+    trainer.step(batch)
+    assert seen == pytest.approx([0.01], rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["aux", "last", "weights"])
+def test_what_is_not_finite_changes_nothing(where: str) -> None:
+    draft, head, batch = random_case(SIZES)
+    trainer = Trainer(draft, head, 1e-3, ttt_length=2)
+    trainer.step(batch)
+    if where == "weights":
+        draft.fc.weight.data[0, 0] = torch.inf
+    else:
+        getattr(batch, where)[0, 5] = torch.nan
+    before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+    trainer.step(batch)
+    assert (trainer.steps, trainer.skipped) == (1, 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in draft.state_dict().items())
+
+
+def test_a_loss_that_is_finite_with_a_gradient_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, head, batch = random_case(SIZES)
+    trainer = Trainer(draft, head, 1e-3, ttt_length=2)
+    before = draft.fc.weight.detach().clone()
+    draft.fc.weight.register_hook(lambda grad: grad * torch.nan)
+    trainer.step(batch)
+    assert trainer.skipped == 1 and torch.equal(draft.fc.weight, before)
+
+
+def test_nothing_to_learn_from_is_no_step() -> None:
+    draft, head, batch = random_case(SIZES)
+    batch.loss_mask[:] = False
+    trainer = Trainer(draft, head, 1e-3, ttt_length=2)
+    trainer.step(batch)
+    assert (trainer.steps, trainer.skipped, trainer.empty) == (0, 0, 1)
