@@ -40,7 +40,7 @@ def plot(
         left.axvline(swap.requests, color=MARK, lw=0.8, alpha=0.6, label="swap of draft weights" if i == 0 else None)
     left.axvspan(0, day0_requests, color=PLAIN, alpha=0.12, lw=0, label=f"first {day0_requests} requests")
     left.set(xlabel="requests served", ylabel="acceptance length", title="learning from the traffic, concurrency 4")
-    left.set_ylim(bottom=1)
+    left.set_ylim(1, max([2.0, *(length + 0.1 for _, length in known)]))
     left.set_xlim(left=0)
     left.set_zorder(rates.get_zorder() + 1)
     left.patch.set_visible(False)

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
+PROGRAM = (sys.executable, "-m", "aurora_vllm.entrypoint")
 STOP_S = 30.0  # from SIGTERM to SIGKILL
 
 
@@ -36,7 +37,7 @@ class Server:
         """
         self.name, self.log = name, log
         self.url = f"http://127.0.0.1:{_free_port()}"
-        command = [sys.executable, "-m", "aurora_vllm.entrypoint", *arguments]
+        command = [*PROGRAM, *arguments]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
