@@ -40,6 +40,9 @@ FLAGS = (
 )
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on few cores vLLM would bind its worker to one of them
+    # vLLM 0.32 saves ahead-of-time artefacts on a CPU that it then cannot load ("no attribute finalize_loading") and
+    # compiles at every start; its older cache works.
+    "VLLM_USE_AOT_COMPILE": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }

@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 PROGRAM = (sys.executable, "-m", "aurora_vllm.entrypoint")
-STOP_S = 30.0  # from SIGTERM to SIGKILL
+STOP_S = 20.0  # from SIGTERM to SIGKILL
 
 
 class ServerFailed(Exception):
@@ -109,9 +109,10 @@ def end_trees(servers: Sequence[Server]) -> None:
     for server in servers:
         if server._process.poll() is None:
             server._process.terminate()
+    deadline = time.monotonic() + STOP_S
     for server in servers:
         try:
-            server._process.wait(STOP_S)
+            server._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             server._process.kill()
             server._process.wait()
