@@ -26,7 +26,8 @@ quality: setup   ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: setup    ## let ruff fix and format
+format: setup    ## let ruff fix and format, and bring the README's table of settings up to date
+	$(RUN) -m tools.settings_table
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 

@@ -1,0 +1,34 @@
+"""The table of settings in the README, from AuroraConfig: ``python -m tools.settings_table`` brings it up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from aurora_vllm.config import AuroraConfig
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- settings: python -m tools.settings_table -->\n", "<!-- end of settings -->"
+
+
+def table() -> str:
+    """Every field of AuroraConfig as a row."""
+    rows = ["| key | default | what |", "|---|---|---|"]
+    for name, field in AuroraConfig.model_fields.items():
+        rows.append(f"| `{name}` | {_default(field.default)} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def with_table(readme: str) -> str:
+    """The README's text with the table of now."""
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + table() + END + after
+
+
+def _default(value: Any) -> str:
+    return "–" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
