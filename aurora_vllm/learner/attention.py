@@ -47,7 +47,11 @@ def ttt_attention(
     Returns:
         [A, heads * D]
     """
-    output: torch.Tensor = _TTTAttention.apply(segments, query, key, value, *own_keys, *own_values)
+    inputs = [x.float() for x in (query, key, value, *own_keys, *own_values)]
+    with torch.autocast(
+        query.device.type, enabled=False
+    ):  # scores and their softmax in float32 whatever surrounds them
+        output: torch.Tensor = _TTTAttention.apply(segments, *inputs)
     return output.flatten(1)
 
 

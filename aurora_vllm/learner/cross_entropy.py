@@ -33,6 +33,7 @@ def soft_cross_entropy(
     target_head: torch.Tensor,
     terms: list[Terms],
     logit_scale: float = 1.0,
+    matmul_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Weighted sum over steps of each step's mean soft cross-entropy at temperature 1.
 
@@ -43,13 +44,14 @@ def soft_cross_entropy(
         target_head: [D, Ht], the target's lm_head on the draft vocabulary: p is renormalised there.
         terms: per step.
         logit_scale: vLLM's ``logit_scale`` of the draft.
+        matmul_dtype: of the products with ``lm_head``, forward and backward. p, softmax and sums stay float32.
 
     Returns:
         total (scalar, differentiable in hidden and lm_head), mean per step float32 [K], and per step bool [N]: whether
         draft and target agree on the first choice.
     """
     total, step_loss, *agree = _SoftCrossEntropy.apply(
-        target_states, target_head, terms, logit_scale, torch.is_grad_enabled(), lm_head, *hidden
+        target_states, target_head, terms, logit_scale, matmul_dtype, torch.is_grad_enabled(), lm_head, *hidden
     )
     return total, step_loss, agree
 
@@ -62,6 +64,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         target_head: torch.Tensor,
         terms: list[Terms],
         scale: float,
+        dtype: torch.dtype,
         want_grad: bool,
         lm_head: torch.Tensor,
         *hidden: torch.Tensor,
@@ -70,6 +73,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         agree = [torch.zeros(len(one.target), dtype=torch.bool, device=states.device) for one in terms]
         grad_hidden = [torch.empty_like(h) if want_grad else h for h in hidden]
         grad_head = torch.zeros_like(lm_head) if want_grad else lm_head
+        weight = lm_head.to(dtype)
         edges = torch.arange(0, len(states) + _CHUNK, _CHUNK, device=states.device)
         bounds = torch.stack([torch.searchsorted(one.target, edges) for one in terms], 1).tolist()
         for c, (first, last) in enumerate(pairwise(bounds)):
@@ -79,7 +83,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
             p = torch.softmax(logits, -1)  # [n, D]
             parts = [h[a:b] for h, a, b in zip(hidden, first, last, strict=True)]
             stacked = torch.cat(parts) * scale  # [sum of n, H]
-            q = stacked @ lm_head.T  # logits, [sum of n, D]
+            q = (stacked.to(dtype) @ weight.T).float()  # logits, [sum of n, D]
             highest, choice = q.max(-1)
             offset = 0
             dot = []
@@ -99,10 +103,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
                     q[rows] -= p if b - a == len(p) else p[terms[i].target[a:b] - start]
                 offset += b - a
             if want_grad:  # q is now the gradient with respect to the logits, but for each row's weight
-                weight = torch.cat([t.share[a:b] * t.weight for t, a, b in zip(terms, first, last, strict=True)])
-                weight = weight.unsqueeze(1) * scale
-                grad_head.addmm_(q.T, stacked * (weight / scale))
-                grad = (q @ lm_head) * weight
+                row_weight = torch.cat([t.share[a:b] * t.weight for t, a, b in zip(terms, first, last, strict=True)])
+                error = q.to(dtype)
+                _add_product(grad_head, error.T, (stacked * row_weight.unsqueeze(1)).to(dtype))
+                grad = (error @ weight) * (row_weight * scale).unsqueeze(1)
                 for g, part, a, b in zip(grad_hidden, grad.split([len(x) for x in parts]), first, last, strict=True):
                     g[a:b] = part
         total = sum(one.weight * step_loss[i] for i, one in enumerate(terms))
@@ -115,4 +119,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = ctx.saved_tensors
-        return None, None, None, None, None, *(g * grad for g in grads)
+        return None, None, None, None, None, None, *(g * grad for g in grads)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b; total is float32 whatever the dtype of the product."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

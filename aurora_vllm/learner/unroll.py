@@ -73,12 +73,27 @@ def plan_unroll(counts: torch.Tensor, ttt_length: int) -> UnrollPlan:
     return UnrollPlan(segments, sequence, row, None if everything else index, last, target_sequence, target_row, query)
 
 
-def unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int) -> list[torch.Tensor]:
-    """Run the draft K steps.
+def unroll(
+    draft: Eagle3Draft,
+    head: TargetHead,
+    batch: Batch,
+    plan: UnrollPlan,
+    ttt_length: int,
+    matmul_dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """Run the draft K steps. ``matmul_dtype`` is that of its linear layers; residuals, norms and softmax stay float32.
 
     Returns:
         K tensors [A, H]: the draft's hidden state after each step, before the final norm that precedes ``lm_head``.
     """
+    autocast = torch.autocast(batch.aux.device.type, torch.bfloat16, enabled=matmul_dtype == torch.bfloat16)
+    with autocast:
+        return _unroll(draft, head, batch, plan, ttt_length)
+
+
+def _unroll(
+    draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int
+) -> list[torch.Tensor]:
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
     hidden_size, dim = config.hidden_size, config.head_dim
     token_half = {p: p.weight[:, :hidden_size] for p in (attn.q_proj, attn.k_proj, attn.v_proj)}
@@ -100,7 +115,7 @@ def unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan,
     active = plan.active if plan.active is not None else torch.arange(len(plan.row), device=plan.row.device)
     query_offset = active - torch.arange(len(active), device=active.device)  # from A to S, constant in a sequence
 
-    hidden = draft.combine(batch.aux[plan.sequence, plan.row])  # [S, H]
+    hidden = draft.combine(batch.aux[plan.sequence, plan.row]).float()  # [S, H]
     outputs: list[torch.Tensor] = []
     own_keys: list[torch.Tensor] = []
     own_values: list[torch.Tensor] = []

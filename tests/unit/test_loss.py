@@ -91,6 +91,20 @@ def test_blocks_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_as_naive(Sizes([17, 5, 11], [6, 0, 2]), 5, semantics)
 
 
+def test_bfloat16_products_change_little() -> None:
+    case = Sizes([40, 25], [3, 1], hidden=32, head_dim=8, vocab=64, draft_vocab=48)
+    draft, head, batch = random_case(case)
+    for parameter in draft.parameters():  # as tame as a trained draft, or attention is a lottery
+        parameter.data *= 1.0 if parameter.dim() == 1 else 0.3
+    exact, rough = (ttt_loss(draft, head, batch, 3, matmul_dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert not torch.equal(exact.step_loss, rough.step_loss)  # it is used
+    assert rough.step_loss.tolist() == pytest.approx(exact.step_loss.tolist(), rel=0.02)
+    wanted, found = gradients(draft, exact.total), gradients(draft, rough.total)
+    for name, gradient in wanted.items():
+        assert found[name].dtype == torch.float32
+        assert float((found[name] - gradient).norm()) < 0.05 * float(gradient.norm()), name
+
+
 def test_a_known_argmax_gives_the_same_loss() -> None:
     draft, head, batch = random_case(Sizes([9, 6], [3, 2]))
     without = ttt_loss(draft, head, batch, 3)

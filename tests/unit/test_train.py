@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aurora_vllm.learner.train import Trainer
+from aurora_vllm.learner.train import Trainer, fast_matmul_dtype
 from tests.unit.naive_eagle3 import Sizes, random_case
 
 SIZES = Sizes([12, 9], [3, 2], hidden=16, head_dim=8, vocab=40, draft_vocab=30)
@@ -81,3 +81,15 @@ def test_nothing_to_learn_from_is_no_step() -> None:
     trainer = Trainer(draft, head, 1e-3, ttt_length=2)
     trainer.step(batch)
     assert (trainer.steps, trainer.skipped, trainer.empty) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(("has", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)])
+def test_bfloat16_only_where_it_is_fast(
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    draft, head, _ = random_case(SIZES)
+    assert fast_matmul_dtype(torch.device("cpu")) == dtype
+    assert Trainer(draft, head, 1e-3, ttt_length=1).matmul_dtype == dtype
+    assert Trainer(draft, head, 1e-3, ttt_length=1, matmul_dtype=torch.float32).matmul_dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in draft.parameters())
