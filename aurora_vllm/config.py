@@ -15,7 +15,9 @@ class AuroraConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # --- speculation ---
-    draft: Path | None = Field(None, description="EAGLE-3 draft checkpoint; without one a day-0 draft is made from the target")
+    draft: Path | None = Field(
+        None, description="EAGLE-3 draft checkpoint; without one a day-0 draft is made from the target"
+    )
     num_speculative_tokens: int = Field(3, ge=1, le=8, description="largest draft length K")
     speculate: Literal["auto", "always", "never"] = Field(
         "auto", description="auto: only where it pays; always: fixed K; never: capture and learn only"
@@ -24,7 +26,7 @@ class AuroraConfig(BaseModel):
     cache_dir: Path = Field(
         Path("~/.cache/aurora_vllm"),
         validate_default=True,
-        description="where day-0 drafts are kept (weights only, never traffic)"
+        description="where day-0 drafts are kept (weights only, never traffic)",
     )
 
     # --- capture ---
@@ -33,16 +35,26 @@ class AuroraConfig(BaseModel):
 
     # --- learning ---
     learn: bool = Field(True, description="run the learner")
-    learner_cpu_share: float = Field(0.5, gt=0, le=1, description="largest share of one CPU the learner takes while serving")
+    learner_cpu_share: float = Field(
+        0.5, gt=0, le=1, description="largest share of one CPU the learner takes while serving"
+    )
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")
     batch_tokens: int = Field(512, ge=16, description="about how many positions one optimizer step trains on")
+    prompt_weight: float = Field(
+        0.3, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1"
+    )
+    replay_passes: float = Field(
+        4.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
+    )
     ttt_length: int = Field(3, ge=1, le=8, description="unroll steps of training-time test")
     max_trajectory_tokens: int = Field(2048, ge=32, description="longer requests are cut")
     publish_margin: float = Field(0.02, ge=0, description="how much acceptance length a candidate must win by")
     publish_interval_s: float = Field(15.0, ge=0, description="shortest time between two publishes")
-    evidence_tokens: int = Field(600, ge=1, description="response tokens a candidate is judged on before it may publish")
+    evidence_tokens: int = Field(
+        600, ge=1, description="response tokens a candidate is judged on before it may publish"
+    )
 
     # --- housekeeping ---
     seed: int = Field(0, description="seed of learner and sampling of requests")

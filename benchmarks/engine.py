@@ -29,6 +29,8 @@ from aurora_vllm.transport.segment import Segment
 
 AUX_LAYERS = (2, 15, 27)
 RING_ROWS = 20_000
+# For benchmarks: a server of usual proportions. What Engine.start sets by itself is small on purpose, for tests.
+SERVER: dict[str, Any] = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 256 << 20}
 
 
 @dataclass

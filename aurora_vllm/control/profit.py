@@ -7,11 +7,13 @@ present batch size, and the best rate wins. Numbers in, decisions out: this file
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 UNTRIED_COST_PER_DRAFT = 0.08  # optimistic guess, of a plain step, so that a promising K is tried and then measured
-STEPS_TO_KNOW = 4  # measurements of a (batch, K) pair before its time counts as known
+STEPS_TO_KNOW = 5  # measurements of a (batch, K) pair before its time counts as known
 PROBE_STEPS = 6
 PROBE_EVERY = 240  # steps between two looks at the alternative
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
@@ -87,37 +89,36 @@ class AcceptanceEstimate:
 
 @dataclass
 class StepTimes:
-    """Seconds of a decode step by (batch bucket, K), exponentially averaged."""
+    """Seconds of a decode step by (batch bucket, K): the median of the last ``window`` ones.
 
-    smoothing: float = 0.1
-    _mean: dict[tuple[int, int], float] = field(default_factory=dict)
-    _count: dict[tuple[int, int], int] = field(default_factory=dict)
+    A median, because what disturbs a step (a prompt being tokenised, another process) is no property of K, and because a
+    machine's mood at start-up must be forgotten.
+    """
+
+    window: int = 31
+    _recent: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
+    _median: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def observe(self, batch_size: int, draft_length: int, seconds: float) -> None:
         key = (batch_bucket(batch_size), draft_length)
-        count = self._count.get(key, 0)
-        if count == 0:
-            self._mean[key] = seconds
-        else:
-            seconds = min(seconds, 3.0 * self._mean[key])  # a pause of the machine is no property of K
-            weight = max(self.smoothing, 1.0 / (count + 1))
-            self._mean[key] += weight * (seconds - self._mean[key])
-        self._count[key] = count + 1
+        recent = self._recent.setdefault(key, deque(maxlen=self.window))
+        recent.append(seconds)
+        self._median[key] = median(recent)
 
     def known(self, bucket: int, draft_length: int) -> bool:
-        return self._count.get((bucket, draft_length), 0) >= STEPS_TO_KNOW
+        return len(self._recent.get((bucket, draft_length), ())) >= STEPS_TO_KNOW
 
     def predict(self, bucket: int, draft_length: int) -> float | None:
         """Measured time, or a line through plain decoding and the nearest measured K; None without a plain time."""
-        plain = self._mean.get((bucket, 0))
+        plain = self._median.get((bucket, 0))
         if plain is None or not self.known(bucket, 0):
             return None
         if draft_length == 0 or self.known(bucket, draft_length):
-            return self._mean[(bucket, draft_length)]
-        measured = [k for (b, k) in self._count if b == bucket and k > 0 and self.known(b, k)]
+            return self._median[(bucket, draft_length)]
+        measured = [k for (b, k) in self._recent if b == bucket and k > 0 and self.known(b, k)]
         if measured:
             nearest = min(measured, key=lambda k: abs(k - draft_length))
-            slope = (self._mean[(bucket, nearest)] - plain) / nearest
+            slope = (self._median[(bucket, nearest)] - plain) / nearest
             return plain + max(slope, 0.0) * draft_length
         return plain * (1.0 + UNTRIED_COST_PER_DRAFT * draft_length)
 

@@ -91,7 +91,9 @@ class Block:
             raise AttributeError(f"the control block has no field {name!r}") from None
 
     def _read_wide(self, kind: Kind, at: int) -> bytes:
-        for _ in range(100):  # a writer cannot flip twice within each of 100 short copies; bounded all the same
+        for attempt in range(100):  # bounded, so that a reader never hangs
+            if attempt > 2:
+                time.sleep(1e-5)  # two tight loops can fall into step and collide every time: measured
             count = self._ints[at // 8]
             fence()
             start = at + 8 + (count & 1) * kind.width

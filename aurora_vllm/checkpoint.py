@@ -1,0 +1,165 @@
+"""What lies in a target's and a draft's directory, and whether the two fit together. Reads headers, never weights."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs
+from aurora_vllm.transport.bank import TensorSpec
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that is served, as vLLM runs it."""
+
+    model: str  # what the user wrote
+    directory: Path
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    dtype: str  # "float32", "bfloat16", ...
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An EAGLE-3 draft: where it comes from, what of the target it reads, and its trainable tensors."""
+
+    directory: Path
+    origin: str  # "given", "day-0, cached", "day-0, to be made"
+    aux_layers: tuple[int, ...]  # id k is the residual stream that enters the target's layer k
+    vocab_size: int
+    specs: tuple[TensorSpec, ...]  # by their Hugging Face names: what travels through the weight bank
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(spec.shape) for spec in self.specs if spec.name != "d2t")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint.
+
+    Raises:
+        AuroraError: there is none, or it is no JSON object.
+    """
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AuroraError(f"{directory} is no model: cannot read its config.json ({error.strerror})") from None
+    except ValueError as error:
+        raise AuroraError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise AuroraError(f"{file} is no JSON object")
+    return config
+
+
+def read_shapes(directory: Path) -> dict[str, Shape]:
+    """Shape of every tensor in a directory's safetensors files.
+
+    The format: 8 bytes little-endian length of a JSON header, the header, the data
+    (https://huggingface.co/docs/safetensors, "Format").
+
+    Raises:
+        AuroraError: there are no safetensors files, or one is damaged.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise AuroraError(f"{directory} holds no *.safetensors files", "convert the checkpoint to safetensors")
+    shapes: dict[str, Shape] = {}
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(min(size, 100_000_000)))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise AuroraError(f"{file} is not a safetensors file", "download it again") from None
+        if file.stat().st_size < 8 + size + end:
+            raise AuroraError(f"{file} is cut short", "download it again")
+    return shapes
+
+
+def read_draft(directory: Path, target: Target) -> Draft:
+    """A draft somebody else trained, checked against the target.
+
+    Raises:
+        AuroraError: it is no EAGLE-3 draft, or it was trained for another target; names the tensor and both shapes.
+    """
+    if not directory.is_dir():
+        raise AuroraError(
+            f"draft {directory} is no directory", "give one that holds config.json and *.safetensors, or none"
+        )
+    config = read_config(directory)
+    misfit = f"draft {directory} does not fit {target.model}"
+    remedy = "use a draft trained for this target, or none: then one is made"
+    for key in ("target_hidden_size", "hidden_size"):
+        if config.get(key, target.hidden_size) != target.hidden_size:
+            raise AuroraError(f"{misfit}: its {key} is {config[key]}, the target's is {target.hidden_size}", remedy)
+    if config.get("vocab_size") != target.vocab_size:
+        raise AuroraError(
+            f"{misfit}: its vocab_size is {config.get('vocab_size')}, the target's is {target.vocab_size}", remedy
+        )
+
+    aux_layers = _aux_layers(config, target, misfit)
+    specs = draft_specs(config | {"num_aux_hidden_states": len(aux_layers)}, target.dtype)
+    found = read_shapes(directory)
+    wanted_shapes = {spec.name: spec.shape for spec in specs} | {
+        "embed_tokens.weight": (target.vocab_size, target.hidden_size)
+    }
+    draft_vocabulary = wanted_shapes["d2t"][0]
+    optional = {"embed_tokens.weight"} | ({"d2t"} if draft_vocabulary == target.vocab_size else set())
+    for name, shape in wanted_shapes.items():
+        if name not in found and name not in optional:
+            raise AuroraError(f"draft {directory} is no EAGLE-3 draft of one layer: it has no tensor {name}", remedy)
+        if found.get(name, shape) != shape:
+            raise AuroraError(
+                f"{misfit}: tensor {name} is {list(found[name])}, this target needs {list(shape)}", remedy
+            )
+    return Draft(directory, "given", aux_layers, draft_vocabulary, specs)
+
+
+def draft_specs(config: dict[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
+    """The tensors a draft of this config has, as the weight bank holds them. Allocates nothing.
+
+    Raises:
+        AuroraError: a key is missing, or asks for something that cannot be trained.
+    """
+    with torch.device("meta"):
+        return tuple(bank_specs(Eagle3Draft(Eagle3Config.from_hf(config)), getattr(torch, dtype)))
+
+
+def fingerprint(directory: Path, *settings: object) -> str:
+    """16 hex digits that change with a checkpoint's config, its weight files (name, size, mtime) and `settings`."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for file in sorted(directory.glob("*.safetensors")):
+        status = file.stat()  # follows the hub cache's links
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()[:16]
+
+
+def _aux_layers(config: Mapping[str, Any], target: Target, misfit: str) -> tuple[int, ...]:
+    # Where vLLM looks: GPUModelRunner._get_eagle3_aux_layers_from_config; its default: (2, L//2, L-3).
+    nested = config.get("eagle_config") or {}
+    ids = config.get("eagle_aux_hidden_state_layer_ids") or nested.get("eagle_aux_hidden_state_layer_ids")
+    layers = tuple(ids or (2, target.num_layers // 2, target.num_layers - 3))
+    ascending = all(a < b for a, b in itertools.pairwise(layers))  # vLLM sorts them and drops doubles
+    if not ascending or layers[0] < 0 or layers[-1] > target.num_layers:
+        raise AuroraError(
+            f"{misfit}: auxiliary layers {list(layers)} with {target.num_layers} target layers",
+            "set eagle_aux_hidden_state_layer_ids in the draft's config.json to ascending ids",
+        )
+    return layers

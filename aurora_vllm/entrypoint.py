@@ -1,0 +1,114 @@
+"""The front door: ``python -m aurora_vllm.entrypoint MODEL`` is ``vllm serve MODEL`` with a speculator that learns.
+
+Kept light at import: vLLM's spawned processes import this module again as their main module.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from aurora_vllm import settings
+from aurora_vllm.errors import AuroraError, notice, report
+from aurora_vllm.settings import Invocation
+
+if TYPE_CHECKING:
+    from aurora_vllm.plan import ServePlan
+    from aurora_vllm.spec_decode.compat import Probe
+    from aurora_vllm.vllm_server import VllmServer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server; the exit code. Bad input is one line on stderr and 2."""
+    signal.signal(signal.SIGTERM, _terminated)  # so that everything is taken away; vLLM sets its own handler later
+    try:
+        return _main(settings.parse(sys.argv[1:] if argv is None else argv, os.environ))
+    except AuroraError as error:
+        return report(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _main(invocation: Invocation) -> int:
+    wants_help = any(word in ("-h", "--help") or word.startswith("--help=") for word in invocation.vllm_argv)
+    if invocation.help or wants_help:
+        print(settings.parser().format_help())
+        if invocation.help:
+            return 0
+
+    if invocation.plan:  # stdout is for the plan; vLLM's log would go there too
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    from aurora_vllm import vllm_server
+
+    try:
+        server = vllm_server.VllmServer()
+    except vllm_server.UnknownLayout as error:
+        if invocation.plan:
+            raise AuroraError(
+                f"this vLLM keeps its server elsewhere ({error})", "it can only be served plain"
+            ) from None
+        if not invocation.off:
+            notice(f"this vLLM keeps its server elsewhere ({error}); serving it plain, without learning")
+        vllm_server.run_as_program(invocation.vllm_argv)
+    args = server.parse(invocation.vllm_argv)
+    if invocation.off:
+        server.run(args)
+        return 0
+    return _serve(invocation, server, args)
+
+
+def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
+    from aurora_vllm import plan as plans
+    from aurora_vllm import preflight, vllm_server
+    from aurora_vllm.runtime import Runtime
+
+    probes = _probes()
+    misfits = [probe for probe in probes if not probe.ok]
+    if misfits and not invocation.plan:
+        first = f"{misfits[0].name}: {misfits[0].detail}"
+        notice(f"vLLM {server.version} does not fit ({first}); serving it plain, without learning")
+        server.run(args)
+        return 0
+
+    os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)
+    plan = _plan(invocation, server, args, probes)
+    if invocation.plan:
+        plans.show(plan, invocation.plan)
+        return 0
+    preflight.check_port(args)
+    plan = plans.with_draft(plan, preflight.make_draft(plan.draft, plan.target, plan.config))
+    plans.apply(plan, args)
+    installed = vllm_server.routes_are_installed()
+    if not installed:
+        notice("not installed as a package: no /aurora/status and no metrics (pip install -e .)")
+    with Runtime(plan, installed):
+        server.run(args)
+    return 0
+
+
+def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: tuple[Probe, ...]) -> ServePlan:
+    from aurora_vllm import plan as plans
+    from aurora_vllm import preflight
+
+    preflight.check_supported(args)
+    config = preflight.take_speculative_config(args, invocation.config, invocation.explicit)
+    target = preflight.resolve_target(args, weights=not invocation.plan)
+    return plans.make_plan(config, server.version, target, preflight.resolve_draft(config, target), probes)
+
+
+def _probes() -> tuple[Probe, ...]:
+    from aurora_vllm.spec_decode import compat
+
+    return tuple(compat.probe())
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

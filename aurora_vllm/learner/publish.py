@@ -1,0 +1,91 @@
+"""When a candidate may replace the incumbent, and how it is written into the bank. Nothing else publishes."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from aurora_vllm.learner.draft import Eagle3Draft, bank_tensors
+from aurora_vllm.learner.evaluate import Score
+from aurora_vllm.transport.bank import WeightBank
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the evidence says."""
+
+    publish: bool
+    reason: str
+    candidate: float  # acceptance length over the evidence
+    incumbent: float
+    tokens: int  # response tokens both were judged on
+
+
+@dataclass
+class Evidence:
+    """Paired prequential scores: candidate and incumbent on the same trajectories, before either trained on them.
+
+    Args:
+        min_tokens: response tokens to be judged on; older evidence is forgotten as long as this much is left, because
+            it speaks of a candidate that has learned since.
+        margin: acceptance length the candidate must win by.
+        min_interval_s: shortest time between two publishes.
+        length: K.
+    """
+
+    min_tokens: int
+    margin: float
+    min_interval_s: float
+    length: int
+    _pairs: deque[tuple[Score, Score]] = field(default_factory=deque)
+    _tokens: int = 0
+    _last_publish_s: float = float("-inf")
+
+    def add(self, candidate: Score, incumbent: Score) -> None:
+        """Both scores of one trajectory."""
+        self._pairs.append((candidate, incumbent))
+        self._tokens += incumbent.tokens
+        while self._pairs and self._tokens - self._pairs[0][1].tokens >= self.min_tokens:
+            self._tokens -= self._pairs.popleft()[1].tokens
+
+    def verdict(self, now_s: float) -> Verdict:
+        """Decide. now_s: seconds on any clock that only grows."""
+        none = Score(0, (0,) * self.length)
+        candidate = sum((pair[0] for pair in self._pairs), none).acceptance_length
+        incumbent = sum((pair[1] for pair in self._pairs), none).acceptance_length
+
+        def say(publish: bool, reason: str) -> Verdict:
+            return Verdict(publish, reason, candidate, incumbent, self._tokens)
+
+        if self._tokens < self.min_tokens:
+            return say(False, f"{self._tokens} of {self.min_tokens} response tokens of evidence")
+        if candidate < incumbent + self.margin:
+            return say(False, f"candidate {candidate:.2f} does not beat incumbent {incumbent:.2f} by {self.margin:g}")
+        if now_s - self._last_publish_s < self.min_interval_s:
+            return say(False, f"published less than {self.min_interval_s:g} s ago")
+        return say(True, f"candidate {candidate:.2f} beats incumbent {incumbent:.2f} on {self._tokens} response tokens")
+
+    def published(self, now_s: float) -> Score:
+        """Start over after a publish. Returns the new incumbent's score on the evidence that carried it."""
+        score = sum((pair[0] for pair in self._pairs), Score(0, (0,) * self.length))
+        self._pairs.clear()
+        self._tokens = 0
+        self._last_publish_s = now_s
+        return score
+
+
+def publish(bank: WeightBank, version: int, draft: Eagle3Draft, evidence: dict[str, Any]) -> None:
+    """Write a draft into the bank.
+
+    Raises:
+        ValueError: a tensor is not finite, or does not fit the bank.
+    """
+    dtypes = {spec.name: spec.dtype for spec in bank.specs}
+    tensors = bank_tensors(draft, dtypes["fc.weight"])
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} is not finite")
+    bank.publish(version, tensors, evidence)

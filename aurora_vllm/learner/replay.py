@@ -1,0 +1,104 @@
+"""Replay: the newest trajectories, within a byte budget, in memory only."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from aurora_vllm.learner.trajectory import Trajectory
+
+RECENT_AT_LEAST = 8  # trajectories that count as the recent past in any case
+
+
+@dataclass(eq=False)
+class _Held:
+    trajectory: Trajectory
+    uses: int = 0
+
+
+class Replay:
+    """A bounded window over the traffic.
+
+    What was never handed out goes first, newest before older: fresh traffic teaches most, and where the learner cannot keep up it
+    is the old that must wait. After that some of the samples are drawn from the recent past and the rest from the whole window,
+    so that what is learned last does not push out what was learned before.
+
+    Args:
+        max_bytes: of all tensors of all trajectories held; the oldest go first.
+        recent: share of repeated samples drawn from the newest quarter of the window.
+        seed: of the draws.
+    """
+
+    def __init__(self, max_bytes: int, recent: float = 0.5, seed: int = 0) -> None:
+        self._max_bytes = max_bytes
+        self._recent = recent
+        self._random = random.Random(seed)
+        self._window: deque[_Held] = deque()  # oldest first
+        self.nbytes = 0
+        self.tokens = 0
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    @property
+    def fresh(self) -> int:
+        """Trajectories that were never sampled."""
+        return sum(held.uses == 0 for held in self._window)
+
+    def mean_uses(self) -> float:
+        """How often a trajectory of the window was sampled, on average."""
+        return sum(held.uses for held in self._window) / len(self._window) if self._window else 0.0
+
+    def add(self, trajectory: Trajectory) -> bool:
+        """Put in the newest. False, and nothing changes, where it alone is over the budget."""
+        if trajectory.nbytes > self._max_bytes:
+            return False
+        self._window.append(_Held(trajectory))
+        self._account(trajectory, 1)
+        while self.nbytes > self._max_bytes:
+            self._account(self._window.popleft().trajectory, -1)
+            self.evicted += 1
+        return True
+
+    def sample(self, tokens: int) -> list[Trajectory]:
+        """Distinct trajectories of about ``tokens`` rows together: at least one, more only as long as they fit.
+
+        Returns an empty list from an empty replay.
+        """
+        chosen: list[_Held] = []
+        room = tokens
+        while (held := self._draw(chosen)) is not None:
+            if chosen and len(held.trajectory.token_ids) > room:
+                break
+            chosen.append(held)
+            room -= len(held.trajectory.token_ids)
+        for held in chosen:
+            held.uses += 1
+        return [held.trajectory for held in chosen]
+
+    def remove(self, trajectories: Iterable[Trajectory]) -> None:
+        """Forget these: something about them cannot be learned from."""
+        gone = {id(one) for one in trajectories}
+        for held in self._window:
+            if id(held.trajectory) in gone:
+                self._account(held.trajectory, -1)
+        self._window = deque(held for held in self._window if id(held.trajectory) not in gone)
+
+    def _account(self, trajectory: Trajectory, sign: int) -> None:
+        self.nbytes += sign * trajectory.nbytes
+        self.tokens += sign * len(trajectory.token_ids)
+
+    def _draw(self, taken: list[_Held]) -> _Held | None:
+        free = [held for held in self._window if held not in taken]
+        if not free:
+            return None
+        for held in reversed(free):
+            if held.uses == 0:
+                return held
+        if self._random.random() < self._recent:
+            recent = max(RECENT_AT_LEAST, len(self._window) // 4)
+            return self._random.choice(free[-recent:])
+        return self._random.choice(free)

@@ -1,0 +1,167 @@
+"""ServePlan: what a run will be, decided before anything starts. ``--aurora-plan`` prints it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from aurora_vllm.checkpoint import Draft, Target
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
+from aurora_vllm.transport.bank import bank_bytes
+from aurora_vllm.transport.ring import ring_bytes
+from aurora_vllm.transport.rows import RowLayout
+
+if TYPE_CHECKING:
+    from aurora_vllm.spec_decode.compat import Probe
+
+MIB = 2**20
+MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
+LEARNER_SETTINGS = (
+    "learn", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "ttt_length",
+    "max_trajectory_tokens", "publish_margin", "publish_interval_s", "evidence_tokens", "sample_rate", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """One run of the server. Sizes in bytes."""
+
+    config: AuroraConfig
+    vllm_version: str
+    target: Target
+    draft: Draft
+    layout: RowLayout
+    ring_rows: int
+    ring_bytes: int
+    bank_bytes: int
+    probes: tuple[Probe, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every hook fits the installed vLLM; where not, vLLM is served plain."""
+        return all(probe.ok for probe in self.probes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "vllm_version": self.vllm_version,
+            "serves": "aurora" if self.fits else "plain vLLM",
+            "model": self.target.model,
+            "target": {
+                "directory": str(self.target.directory),
+                "hidden_size": self.target.hidden_size,
+                "layers": self.target.num_layers,
+                "vocab_size": self.target.vocab_size,
+                "dtype": self.target.dtype,
+            },
+            "draft": {
+                "directory": str(self.draft.directory),
+                "origin": self.draft.origin,
+                "aux_layers": list(self.draft.aux_layers),
+                "draft_vocab_size": self.draft.vocab_size,
+                "parameters": self.draft.num_parameters,
+            },
+            "speculation": {
+                "num_speculative_tokens": self.config.num_speculative_tokens,
+                "speculate": self.config.speculate,
+            },
+            "memory": {
+                "row_bytes": self.layout.row_bytes,
+                "ring_rows": self.ring_rows,
+                "ring_bytes": self.ring_bytes,
+                "bank_bytes": self.bank_bytes,
+                "replay_bytes": self.config.replay_mb * MIB,
+            },
+            "learner": {name: getattr(self.config, name) for name in LEARNER_SETTINGS},
+            "hooks": [{"name": probe.name, "ok": probe.ok, "detail": probe.detail} for probe in self.probes],
+        }
+
+
+def make_plan(
+    config: AuroraConfig, vllm_version: str, target: Target, draft: Draft, probes: tuple[Probe, ...] = ()
+) -> ServePlan:
+    """Work out the sizes.
+
+    Raises:
+        AuroraError: the ring is too small to be of use.
+    """
+    import torch
+
+    layout = RowLayout(target.hidden_size, len(draft.aux_layers), getattr(torch, target.dtype))
+    rows = config.ring_mb * MIB // layout.row_bytes
+    if rows < MIN_RING_ROWS:
+        need = -(-MIN_RING_ROWS * layout.row_bytes // MIB)
+        raise AuroraError(
+            f"--aurora-ring-mb {config.ring_mb} holds {rows} rows of {layout.row_bytes} bytes",
+            f"this model needs at least {need}, better {16 * need}",
+        )
+    sizes = ring_bytes(layout.row_bytes, rows), bank_bytes(draft.specs)
+    return ServePlan(config, vllm_version, target, draft, layout, rows, *sizes, probes)
+
+
+def with_draft(plan: ServePlan, draft: Draft) -> ServePlan:
+    """The same plan, once its day-0 draft is made."""
+    return make_plan(plan.config, plan.vllm_version, plan.target, draft, plan.probes)
+
+
+def apply(plan: ServePlan, args: Namespace) -> None:
+    """Change vLLM's parsed arguments into those of this plan, and nothing else of them."""
+    args.worker_cls = WORKER_CLASS
+    args.scheduler_cls = SCHEDULER_CLASS
+    given = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
+    args.speculative_config = given | {
+        "method": "eagle3",
+        "model": str(plan.draft.directory),
+        "num_speculative_tokens": plan.config.num_speculative_tokens,
+    }
+
+
+def show(plan: ServePlan, style: str) -> None:
+    """Print the plan to stdout: a table on a terminal, plain lines elsewhere, JSON for style "json"."""
+    if style == "json":
+        print(json.dumps(plan.as_dict(), indent=2))
+        return
+    if not sys.stdout.isatty():
+        for name, value in _lines(plan):
+            print(f"{name:<16}{value}")
+        return
+    table = Table(title="aurora_vllm would run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _lines(plan):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
+    config, target, draft = plan.config, plan.target, plan.draft
+    yield "vLLM", plan.vllm_version
+    yield (
+        "model",
+        f"{target.model} ({target.num_layers} layers, hidden {target.hidden_size}, vocabulary {target.vocab_size})",
+    )
+    yield "dtype", target.dtype
+    yield "draft", f"{draft.origin}: {draft.directory}"
+    yield "", f"{draft.num_parameters / 1e6:.1f}M parameters, vocabulary {draft.vocab_size}"
+    yield "aux layers", ", ".join(map(str, draft.aux_layers))
+    yield "speculation", f"K up to {config.num_speculative_tokens}, {config.speculate}"
+    yield "trace ring", f"{plan.ring_bytes / MIB:.1f} MiB ({plan.ring_rows} rows of {plan.layout.row_bytes} bytes)"
+    yield "weight bank", f"{plan.bank_bytes / MIB:.1f} MiB (three slots)"
+    yield "replay", f"{config.replay_mb} MiB"
+    yield "learner", " ".join(f"{name}={getattr(config, name)}" for name in LEARNER_SETTINGS)
+    misfits = [probe for probe in plan.probes if not probe.ok]
+    yield (
+        "hooks",
+        f"{len(plan.probes) - len(misfits)} of {len(plan.probes)} fit" + (": serves plain vLLM" if misfits else ""),
+    )
+    for probe in plan.probes:
+        yield "", f"{'ok  ' if probe.ok else 'MISS'} {probe.name}: {probe.detail}"

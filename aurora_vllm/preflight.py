@@ -1,0 +1,254 @@
+"""What is checked before the model is loaded: each fault is one line and exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from aurora_vllm import checkpoint
+from aurora_vllm.checkpoint import Draft, Target
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError
+
+WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
+SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
+PLAIN = "--aurora-off serves it as plain vLLM"
+
+# vLLM's argument -> the values Aurora works with. One engine, one worker, one API server, for now.
+SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "tensor_parallel_size": (1,),
+    "pipeline_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "prefill_context_parallel_size": (1,),
+    "decode_context_parallel_size": (1,),
+    "nnodes": (1,),
+    "api_server_count": (None, 1),
+    "data_parallel_rank": (None,),
+    "data_parallel_start_rank": (None,),
+    "data_parallel_external_lb": (False,),
+    "data_parallel_hybrid_lb": (False,),
+    "data_parallel_multi_port_external_lb": (False,),
+    "headless": (False,),
+    "grpc": (False,),
+    "worker_cls": ("auto", WORKER_CLASS),
+    "scheduler_cls": (None, SCHEDULER_CLASS),
+    # The learner reads the target's embedding and lm_head from the files vLLM reads them from.
+    "load_format": ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"),
+}
+
+
+def check_supported(args: Namespace) -> None:
+    """Refuse what Aurora cannot serve yet.
+
+    Raises:
+        AuroraError: names the flag.
+    """
+    for name, values in SUPPORTED.items():
+        value = getattr(args, name, values[0])  # an argument another vLLM does not have is not in the way
+        if value not in values:
+            flag = "--" + name.replace("_", "-")
+            said = flag if isinstance(value, bool) else f"{flag} {value}"
+            raise AuroraError(f"Aurora does not support {said} yet", PLAIN)
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise AuroraError("Aurora does not support VLLM_USE_RUST_FRONTEND yet", PLAIN)
+
+
+def check_port(args: Namespace) -> None:
+    """See that the address is free before minutes go into loading a model.
+
+    Raises:
+        AuroraError: it is not.
+    """
+    if getattr(args, "uds", None):
+        if Path(args.uds).exists():
+            raise AuroraError(f"{args.uds} exists already", "stop the server that uses it or remove it")
+        return
+    host, port = args.host or "", args.port
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own socket
+            probe.bind((host, port))
+            probe.listen()  # two sockets may be bound with SO_REUSEADDR, but not listen
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise AuroraError(
+            f"cannot listen on {host or '0.0.0.0'}:{port}: {reason}", "choose another with --port"
+        ) from None
+
+
+def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: frozenset[str]) -> AuroraConfig:
+    """Understand vLLM's own --speculative-config: an EAGLE-3 draft there is the draft to start from.
+
+    Args:
+        explicit: the settings somebody gave; one of these that says something else is a contradiction.
+
+    Raises:
+        AuroraError: another method, no model, or a contradiction.
+    """
+    if args.speculative_config is None:
+        return config
+    given = {key.replace("-", "_"): value for key, value in args.speculative_config.items()}
+    method, model = given.get("method", "eagle3"), given.get("model")
+    if method != "eagle3" or not model:
+        what = f"method {method!r}" if method != "eagle3" else "no model"
+        raise AuroraError(
+            f"Aurora trains EAGLE-3 drafts, and --speculative-config says {what}", f"leave it out, or {PLAIN}"
+        )
+    said = {"draft": str(model)}
+    if "num_speculative_tokens" in given:
+        said["num_speculative_tokens"] = given["num_speculative_tokens"]
+    for key, value in said.items():
+        if key in explicit and str(getattr(config, key)) != str(value):
+            flag = "--aurora-" + key.replace("_", "-")
+            raise AuroraError(
+                f"--speculative-config and {flag} disagree ({value} and {getattr(config, key)})", "give one of them"
+            )
+    try:
+        return AuroraConfig(**(config.model_dump() | said))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise AuroraError(f"--speculative-config: {fault['loc'][0]}: {fault['msg']}, not {fault['input']!r}") from None
+
+
+def resolve_target(args: Namespace, weights: bool) -> Target:
+    """Find the target and see what vLLM makes of it.
+
+    Args:
+        weights: also fetch the weights of a model on the Hugging Face hub; without, its configuration is enough.
+
+    Raises:
+        AuroraError: it is not there, or not of a kind Aurora serves.
+    """
+    directory = fetch(args.model, "model", weights, revision=args.revision, cache_dir=args.download_dir)
+    config = checkpoint.read_config(directory)
+    if "speculators_config" in config:
+        verifier = config["speculators_config"].get("verifier", {}).get("name_or_path", "its target")
+        raise AuroraError(
+            f"{args.model} is a draft", f"serve its target ({verifier}) and give this one as --aurora-draft"
+        )
+    if weights:
+        checkpoint.read_shapes(directory)  # that there are some, whole
+    model = _vllm_model_config(args)
+    if model.runner_type != "generate":
+        raise AuroraError(f"{args.model} does not generate text (vLLM's runner is {model.runner_type!r})", PLAIN)
+    return Target(
+        model=args.model,
+        directory=directory,
+        hidden_size=model.get_hidden_size(),
+        num_layers=model.hf_text_config.num_hidden_layers,
+        vocab_size=model.get_vocab_size(),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def resolve_draft(config: AuroraConfig, target: Target) -> Draft:
+    """The given draft, checked; or what the day-0 draft is or will be.
+
+    Raises:
+        AuroraError: it does not fit, or none can be made.
+    """
+    if config.draft is not None:
+        return checkpoint.read_draft(fetch(str(config.draft), "draft", weights=True), target)
+    from aurora_vllm.learner.day0 import auxiliary_layers  # imports torch
+
+    model_config = checkpoint.read_config(target.directory)
+    if model_config.get("quantization_config"):
+        raise AuroraError(
+            f"no day-0 draft can be made from {target.model}, it is quantized", "give one with --aurora-draft"
+        )
+    vocab_size = min(config.draft_vocab_size, target.vocab_size - 1)  # as make_day0_draft chooses
+    try:
+        aux_layers = auxiliary_layers(target.num_layers)
+        own: dict[str, Any] = {
+            "draft_vocab_size": vocab_size,
+            "num_aux_hidden_states": len(aux_layers),
+            "num_hidden_layers": 1,
+        }
+        own |= {"attention_bias": False, "mlp_bias": False, "layer_types": None}
+        specs = checkpoint.draft_specs(model_config | own, target.dtype)
+        key = checkpoint.fingerprint(target.directory, config.draft_vocab_size)
+    except (ValueError, AuroraError) as error:
+        raise AuroraError(
+            f"no day-0 draft can be made from {target.model}: {error}", "give one with --aurora-draft"
+        ) from None
+    directory = config.cache_dir / "day0" / f"{target.directory.name}-{key}"
+    origin = "day-0, cached" if (directory / "model.safetensors").is_file() else "day-0, to be made"
+    return Draft(directory, origin, aux_layers, vocab_size, specs)
+
+
+def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
+    """Make the day-0 draft where it is not there yet.
+
+    Raises:
+        AuroraError: the target is not of the shape it can be made from, or it cannot be written.
+    """
+    if draft.origin == "given":
+        return draft
+    from aurora_vllm.learner.day0 import make_day0_draft
+
+    try:
+        if draft.origin != "day-0, cached":
+            make_day0_draft(target.directory, draft.directory, config.draft_vocab_size)
+    except OSError as error:
+        raise AuroraError(
+            f"cannot make the day-0 draft in {draft.directory}: {error}", "choose another --aurora-cache-dir"
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise AuroraError(
+            f"no day-0 draft can be made from {target.model}: {error}", "give one with --aurora-draft"
+        ) from None
+    return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)
+
+
+def fetch(name: str, kind: str, weights: bool, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """The directory of a checkpoint: a local one, or one of the Hugging Face hub, downloaded.
+
+    Args:
+        kind: "model" or "draft", for messages.
+        weights: fetch safetensors too.
+
+    Raises:
+        AuroraError: it is in neither place.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise AuroraError(f"{kind} {name} is a file", "Aurora needs a directory with config.json and *.safetensors")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise AuroraError(
+            f"{kind} {name} does not exist", "give a directory, or a model on the Hugging Face hub (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+    except Exception as error:  # the hub's client has a dozen kinds, network errors come bare
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise AuroraError(
+            f"{kind} {name} is no directory here and cannot be had from the Hugging Face hub ({reason})",
+            "check the name and the network",
+        ) from None
+
+
+def _vllm_model_config(args: Namespace) -> Any:
+    """vLLM's ModelConfig: its word on dtype, sizes and runner counts, since it is vLLM that runs the model."""
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if hasattr(platform, "pre_register_and_update"):
+        platform.pre_register_and_update()
+    engine_args = importlib.import_module("vllm.engine.arg_utils").AsyncEngineArgs.from_cli_args(args)
+    try:
+        return engine_args.create_model_config()
+    except (ValidationError, ValueError, OSError) as error:
+        faults = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise AuroraError(f"vLLM cannot serve {args.model}: {faults.strip().splitlines()[0]}") from None

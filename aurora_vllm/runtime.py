@@ -1,0 +1,115 @@
+"""What a run owns besides vLLM: three shared-memory segments and the learner."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.plan import ServePlan
+from aurora_vllm.session import Session
+from aurora_vllm.supervisor import Supervisor
+from aurora_vllm.transport.bank import WeightBank
+from aurora_vllm.transport.control import ControlBlock, control_bytes
+from aurora_vllm.transport.ring import RingProducer
+from aurora_vllm.transport.segment import NoSharedMemory, Segment, sweep
+
+# Set by the endpoint plugin (aurora_vllm.server.routes), which vLLM calls in this process once the engine is up.
+engine_is_up = threading.Event()
+
+
+class Runtime:
+    """Segments, session and supervised learner of one run; a context manager that leaves nothing behind."""
+
+    def __init__(self, plan: ServePlan, routes_installed: bool) -> None:
+        """
+        Args:
+            routes_installed: vLLM will load our endpoint plugin, which says when the engine is up; without it the
+                learner starts when the worker has attached.
+
+        Raises:
+            AuroraError: no room in shared memory.
+        """
+        self._owner = os.getpid()
+        self._segments: list[Segment] = []
+        self._supervisor: Supervisor | None = None
+        atexit.register(self.close)
+        sweep()
+        try:
+            sizes = {"ring": plan.ring_bytes, "bank": plan.bank_bytes, "control": control_bytes()}
+            ring, bank, block = (self._segment(kind, size) for kind, size in sizes.items())
+        except NoSharedMemory as error:
+            self.close()
+            raise AuroraError(str(error)) from None
+        RingProducer.create(ring, plan.layout.row_bytes, plan.ring_rows)
+        WeightBank.create(bank, plan.draft.specs)
+        control = ControlBlock.create(block)
+        control.server.owner_pid = self._owner
+        self.session = Session(
+            config=plan.config,
+            target=plan.target.directory,
+            draft=plan.draft.directory,
+            hidden_size=plan.target.hidden_size,
+            num_aux=len(plan.draft.aux_layers),
+            dtype=plan.target.dtype,
+            ring=ring.name,
+            bank=bank.name,
+            control=block.name,
+        )
+        self.session.export()
+        if plan.config.learn:
+            ready = engine_is_up.is_set if routes_installed else (lambda: bool(control.worker.attached))
+            self._supervisor = Supervisor(control.server, ready, plan.config.learner_threads)
+            self._supervisor.start()
+
+    def close(self) -> None:
+        """End the learner, then remove the segments; idempotent. A second Ctrl-C does not interrupt it."""
+        if os.getpid() != self._owner:  # a forked child runs atexit handlers too, and must not take the parent's things
+            return
+        with _signals_held():
+            if self._supervisor is not None:
+                self._supervisor.stop()
+            while self._segments:
+                segment = self._segments.pop()
+                segment.unlink()
+                segment.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _segment(self, kind: str, size: int) -> Segment:
+        with _signals_held() as came:  # a segment that is made and not yet in the list would stay behind
+            segment = Segment.create(kind, size)
+            self._segments.append(segment)
+        for number in came:
+            signal.raise_signal(number)
+        return segment
+
+
+@contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Keep SIGINT and SIGTERM from interrupting a block; yields the list of those that came meanwhile.
+
+    Handlers, not signal masks: a signal to the process may be taken by any other thread, and Python then runs its
+    handler in this one all the same.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where no Python signal handler ever runs
+        yield came
+        return
+    previous = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

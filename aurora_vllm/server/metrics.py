@@ -1,0 +1,161 @@
+"""``aurora_*`` on vLLM's own ``/metrics``, read from the control block whenever Prometheus asks.
+
+:data:`METRICS` is the one list of them; docs/metrics.md is printed from it (``python -m aurora_vllm.server.metrics``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+Status = Mapping[str, Any]  # aurora_vllm.server.status.status()
+Family = CounterMetricFamily | GaugeMetricFamily
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, and where in a status its value lies."""
+
+    name: str  # as Prometheus shows it; counters end in _total
+    source: str  # keys joined by dots; with labels, a field of each row of versions.acceptance
+    help: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+    def samples(self, status: Status) -> Iterator[tuple[tuple[str, ...], Any]]:
+        """Label values and value; a value of None has nothing to say."""
+        if not self.labels:
+            value: Any = status
+            for key in self.source.split("."):
+                value = value[key]
+            yield (), value
+            return
+        for row in status["versions"]["acceptance"]:
+            version = str(row["version"])
+            if "position" not in self.labels:
+                yield (version,), row[self.source]
+                continue
+            for position in range(int(status["config"]["num_speculative_tokens"])):
+                yield (version, str(position)), row[self.source][position]
+
+
+VERSION, POSITION = ("version",), ("version", "position")
+
+METRICS: tuple[Metric, ...] = (
+    Metric("aurora_draft_version_live", "versions.live", "Version of the draft weights that run"),
+    Metric("aurora_draft_version_published", "versions.published", "Newest version the learner published"),
+    Metric(
+        "aurora_acceptance_length", "mean_acceptance_length", "Mean, bonus token included, by draft version", VERSION
+    ),
+    Metric("aurora_drafts_total", "num_drafts", "Verifications, by draft version", VERSION),
+    Metric("aurora_draft_tokens_total", "num_draft_tokens", "Draft tokens verified, by draft version", VERSION),
+    Metric("aurora_accepted_tokens_total", "num_accepted", "Draft tokens accepted, by draft version", VERSION),
+    Metric(
+        "aurora_accepted_tokens_per_position_total", "accepted_per_position", "The same, by draft position", POSITION
+    ),
+    Metric("aurora_draft_length", "speculation.draft_length", "Draft length K in use; 0 is no speculation"),
+    Metric("aurora_steps_total", "speculation.steps", "Engine steps"),
+    Metric("aurora_speculative_steps_total", "speculation.spec_steps", "Engine steps that verified drafts"),
+    Metric("aurora_swaps_total", "swaps.swaps", "Draft weights swapped in"),
+    Metric("aurora_swap_refusals_total", "swaps.refusals", "Published weights the worker refused"),
+    Metric("aurora_swap_stall_microseconds", "swaps.last_swap_stall_us", "How long the last swap held up a step"),
+    Metric("aurora_capture_on", "capture.on", "1 while steps are captured, 0 after the circuit breaker tripped"),
+    Metric("aurora_capture_errors_total", "capture.errors", "Faults in the capture hook"),
+    Metric("aurora_requests_seen_total", "capture.requests_seen", "Requests the hook saw"),
+    Metric("aurora_requests_captured_total", "capture.requests_captured", "Requests captured whole"),
+    Metric("aurora_requests_dropped_total", "capture.requests_dropped", "Requests dropped because the ring was full"),
+    Metric(
+        "aurora_requests_opted_out_total", "capture.requests_opted_out", "Requests kept out, by sender or sample rate"
+    ),
+    Metric("aurora_rows_written_total", "capture.rows_written", "Rows written to the trace ring"),
+    Metric("aurora_ring_used_rows", "ring.used", "Rows in the trace ring that the learner has not read"),
+    Metric("aurora_ring_capacity_rows", "ring.capacity", "Rows the trace ring holds"),
+    Metric("aurora_learner_alive", "learner.alive", "1 while the learner's heartbeat is fresh"),
+    Metric("aurora_learner_heartbeat_age_seconds", "learner.heartbeat_age_s", "Age of the learner's heartbeat"),
+    Metric("aurora_learner_restarts_total", "learner.restarts", "Times the learner was started again"),
+    Metric("aurora_learner_steps_total", "learner.step", "Optimizer steps"),
+    Metric("aurora_learner_trajectories_total", "learner.trajectories", "Trajectories assembled"),
+    Metric("aurora_learner_trajectories_discarded_total", "learner.trajectories_discarded", "Trajectories given up"),
+    Metric("aurora_learner_tokens_seen_total", "learner.tokens_seen", "Tokens in assembled trajectories"),
+    Metric("aurora_learner_tokens_trained_total", "learner.tokens_trained", "Tokens trained on"),
+    Metric("aurora_learner_cpu_seconds_total", "learner.cpu_seconds", "CPU time of the learner"),
+    Metric("aurora_learner_publishes_total", "learner.publishes", "Versions published"),
+    Metric("aurora_learner_loss", "learner.loss", "Loss of the last optimizer step"),
+    Metric("aurora_replay_bytes", "learner.replay_bytes", "Bytes in the replay buffer"),
+    Metric("aurora_replay_tokens", "learner.replay_tokens", "Tokens in the replay buffer"),
+    Metric(
+        "aurora_candidate_acceptance_length",
+        "learner.candidate_acceptance_length",
+        "Simulated acceptance length of the weights in training",
+    ),
+    Metric(
+        "aurora_incumbent_acceptance_length",
+        "learner.incumbent_acceptance_length",
+        "Simulated acceptance length of the live weights on the same trajectories",
+    ),
+    Metric(
+        "aurora_vocabulary_coverage",
+        "learner.vocabulary_coverage",
+        "Share of the target's tokens that are in the draft vocabulary",
+    ),
+)
+
+
+class AuroraCollector(Collector):
+    """All of :data:`METRICS`, from one status per scrape."""
+
+    def __init__(self, read: Callable[[], Status]) -> None:
+        self._read = read
+
+    def describe(self) -> list[Family]:
+        """Names without values, so that registering reads nothing."""
+        return [_family(metric) for metric in METRICS]
+
+    def collect(self) -> Iterator[Family]:
+        try:
+            status = self._read()
+        except Exception:  # vLLM's own metrics share the page: better without ours than none
+            return
+        for metric in METRICS:
+            family = _family(metric)
+            for labels, value in metric.samples(status):
+                if value is not None:
+                    family.add_metric(labels, float(value))
+            yield family
+
+
+def register(read: Callable[[], Status], registry: CollectorRegistry = REGISTRY) -> AuroraCollector:
+    """Add the collector to a registry, in place of an older one.
+
+    Args:
+        read: gives the status of now.
+    """
+    for old in [known for known in registry._collector_to_names if isinstance(known, AuroraCollector)]:
+        registry.unregister(old)
+    collector = AuroraCollector(read)
+    registry.register(collector)
+    return collector
+
+
+def table() -> str:
+    """docs/metrics.md."""
+    head = "# Metrics\n\nOn vLLM's `/metrics`; written by `python -m aurora_vllm.server.metrics > docs/metrics.md`.\n"
+    rows = [f"| `{m.name}` | {m.kind} | {', '.join(m.labels) or '–'} | {m.help} |" for m in METRICS]
+    return "\n".join([head, "| name | kind | labels | what |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _family(metric: Metric) -> Family:
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    return kind(metric.name.removesuffix("_total"), metric.help, labels=metric.labels)
+
+
+if __name__ == "__main__":
+    print(table(), end="")

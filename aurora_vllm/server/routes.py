@@ -1,0 +1,83 @@
+"""The routes under ``/aurora``, as a vLLM endpoint plugin (entry point ``vllm.endpoint_plugins``: aurora)."""
+
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
+
+from aurora_vllm import runtime
+from aurora_vllm.server import metrics
+from aurora_vllm.server.status import status
+from aurora_vllm.session import Session
+from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.ring import RingGauge
+from aurora_vllm.transport.segment import Segment
+
+
+class StatusReader:
+    """Reads the shared memory of a session."""
+
+    def __init__(self, session: Session) -> None:
+        self._settings = session.config.model_dump(mode="json")
+        self._run = {"target": str(session.target), "draft": str(session.draft), "dtype": session.dtype}
+        self._control = ControlBlock.attach(Segment.attach(session.control))
+        self._ring = RingGauge.attach(Segment.attach(session.ring))
+
+    def read(self) -> dict[str, Any]:
+        """The status of now."""
+        ring = {"used": self._ring.used, "capacity": self._ring.capacity}
+        return status(self._control.snapshot(), ring, self._run, self._settings, time.monotonic_ns())
+
+
+class AuroraEndpoints:
+    """vLLM's EndpointPlugin (vllm/plugins/endpoint_plugins/interface.py)."""
+
+    name = "aurora"
+    required_tasks = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; without a session (plain vLLM, plugin allowed) there is only a status that says so."""
+        session = Session.from_environment()
+        if session is None:
+            app.add_api_route("/aurora/status", _off, methods=["GET"])
+            return
+        reader = StatusReader(session)
+
+        def aurora_status() -> dict[str, Any]:
+            return reader.read()
+
+        app.add_api_route("/aurora/status", aurora_status, methods=["GET"])
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            _attach_multiprocess_metrics(app, reader)
+        else:
+            metrics.register(reader.read)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """vLLM calls this when the engine is up: time for the learner."""
+        runtime.engine_is_up.set()
+
+
+def _off() -> JSONResponse:
+    return JSONResponse({"aurora": "off"}, status_code=503)
+
+
+def _attach_multiprocess_metrics(app: FastAPI, reader: StatusReader) -> None:
+    """Our ``GET /metrics`` in place of vLLM's: its page, then ours.
+
+    With PROMETHEUS_MULTIPROC_DIR vLLM collects from files into a registry of its own, which no collector can join.
+    """
+    own = CollectorRegistry()
+    metrics.register(reader.read, own)
+
+    def all_metrics() -> Response:
+        shared = CollectorRegistry()
+        multiprocess.MultiProcessCollector(shared)
+        return Response(generate_latest(shared) + generate_latest(own), media_type=CONTENT_TYPE_LATEST)
+
+    app.add_api_route("/metrics", all_metrics, methods=["GET"], include_in_schema=False)

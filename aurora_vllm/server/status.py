@@ -1,0 +1,97 @@
+"""What ``GET /aurora/status`` answers: the control block, for people and programs. Pure functions of a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LEARNER_DOWN_S = 10.0  # a learner silent for longer is reported down
+
+Snapshot = Mapping[str, Mapping[str, Any]]
+
+
+def status(
+    snapshot: Snapshot, ring: Mapping[str, int], run: Mapping[str, Any], settings: Mapping[str, Any], now_ns: int
+) -> dict[str, Any]:
+    """The whole answer.
+
+    Args:
+        snapshot: ``ControlBlock.snapshot()``.
+        ring: rows ``used`` and ``capacity`` of the trace ring.
+        run: what does not change in a run (model, draft, version of vLLM).
+        settings: AuroraConfig as plain values.
+        now_ns: ``time.monotonic_ns()``, the clock of all times in the control block.
+    """
+    worker, scheduler = snapshot["worker"], snapshot["scheduler"]
+    return {
+        **run,
+        "versions": versions(snapshot),
+        "speculation": {
+            "draft_length": scheduler["draft_length"],
+            "reason": scheduler["reason"],
+            **_take(scheduler, "steps", "spec_steps", "generated_tokens"),
+        },
+        "capture": {
+            "on": worker["capture_on"],
+            "errors": worker["capture_errors"],
+            "message": worker["message"],
+            **_take(
+                worker, "requests_seen", "requests_captured", "requests_dropped", "requests_opted_out", "rows_written"
+            ),
+        },
+        "ring": {**ring, "used_share": ring["used"] / ring["capacity"] if ring["capacity"] else 0.0},
+        "swaps": {
+            **_take(worker, "swaps", "refusals", "refusal", "last_swap_stall_us"),
+            "last_swap_age_s": age(worker["last_swap_ns"], now_ns),
+        },
+        "worker": {
+            **_take(worker, "pid", "attached", "step"),
+            # It beats once a step: an old heartbeat of an idle server is no fault.
+            "heartbeat_age_s": age(worker["heartbeat_ns"], now_ns),
+        },
+        "learner": learner(snapshot, bool(settings["learn"]), now_ns),
+        "config": dict(settings),
+    }
+
+
+def versions(snapshot: Snapshot) -> dict[str, Any]:
+    """Which draft weights run, ran and wait, and what was accepted of each."""
+    worker, scheduler, trained = snapshot["worker"], snapshot["scheduler"], snapshot["learner"]
+    return {
+        "live": worker["live_version"],
+        "previous": worker["previous_version"],
+        "published": trained["published_version"],
+        "acceptance": [dict(row) for row in scheduler["acceptance"]],
+    }
+
+
+def learner(snapshot: Snapshot, wanted: bool, now_ns: int) -> dict[str, Any]:
+    """The learner's fields; ``state`` is "off" (not wanted), "waiting" (for the engine), "down", or its own word."""
+    fields, server = dict(snapshot["learner"]), snapshot["server"]
+    heartbeat_age = age(fields.pop("heartbeat_ns"), now_ns)
+    alive = heartbeat_age is not None and heartbeat_age <= LEARNER_DOWN_S and server["learner_pid"] != 0
+    if not wanted:
+        state = "off"
+    elif alive:
+        state = fields["state"] or "starting"
+    elif heartbeat_age is None and server["learner_restarts"] == 0:
+        state = "starting" if server["learner_pid"] else "waiting"
+    else:
+        state = "down"
+    return {
+        **fields,
+        "state": state,
+        "alive": alive,
+        "heartbeat_age_s": heartbeat_age,
+        "pid": server["learner_pid"],
+        "restarts": server["learner_restarts"],
+    }
+
+
+def age(then_ns: int, now_ns: int) -> float | None:
+    """Seconds since a time of the control block, None where it never was."""
+    return max(0.0, (now_ns - then_ns) / 1e9) if then_ns else None
+
+
+def _take(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: fields[name] for name in names}

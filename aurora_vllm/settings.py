@@ -1,0 +1,202 @@
+"""From flags, environment and a YAML file to one AuroraConfig, before anything heavy is imported.
+
+Precedence: ``--aurora-*`` flags, then ``AURORA_*`` environment, then the YAML file of ``--aurora-config``, then the
+defaults. The keys are AuroraConfig's field names everywhere. What is not ours is left alone, in order, for vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError, SettingsError
+
+ENVIRONMENT_PREFIX = "AURORA_"
+# Ours, but no settings: the session (aurora_vllm.session), the YAML file, and the switch.
+RESERVED_ENVIRONMENT = frozenset({"AURORA_SESSION", "AURORA_CONFIG", "AURORA_OFF"})
+FLAG_PREFIX = "--aurora-"
+SWITCHES = {
+    "off": "plain vLLM: same arguments, nothing of aurora_vllm (AURORA_OFF=1 does the same)",
+    "plan": "print what would run, and exit; --aurora-plan=json prints JSON",
+    "config": "YAML file of settings, keys as below without --aurora- (or AURORA_CONFIG)",
+    "help": "show these options, and exit",
+}
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A command line, understood as far as aurora_vllm is concerned."""
+
+    config: AuroraConfig
+    off: bool
+    plan: Literal["", "text", "json"]
+    help: bool
+    vllm_argv: list[str]  # what is left for vLLM; without a leading "serve"
+    explicit: frozenset[str]  # fields set by somebody, as opposed to defaults
+
+
+def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
+    """Read the settings.
+
+    Raises:
+        SettingsError: unknown keys or values that do not fit, a line for each.
+        AuroraError: the YAML file cannot be read.
+    """
+    flags, vllm_argv = _split(argv)
+    switches = {name: flags.pop(name) for name in SWITCHES if name in flags}
+    off = bool(switches.get("off")) or _is_true("AURORA_OFF", environment.get("AURORA_OFF", ""))
+    layers = [{key: (f"{FLAG_PREFIX}{_dashed(key)}", value) for key, value in flags.items()}]
+    if not off:  # then nobody asked for settings; a stray variable must not stop plain vLLM
+        file = switches.get("config") or environment.get("AURORA_CONFIG")
+        layers += [_from_environment(environment), _from_yaml(Path(file).expanduser()) if file else {}]
+
+    settings: dict[str, tuple[str, Any]] = {}  # field -> (where it was said, value)
+    for layer in reversed(layers):
+        settings |= layer
+    return Invocation(
+        config=_validate(settings),
+        off=off,
+        plan=switches.get("plan", ""),
+        help=bool(switches.get("help")),
+        vllm_argv=vllm_argv[1:] if vllm_argv[:1] == ["serve"] else vllm_argv,
+        explicit=frozenset(settings),
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The ``--aurora-*`` flags, generated from AuroraConfig's fields. Values stay text here: pydantic judges them."""
+    parser = _Parser(prog="aurora_vllm", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    group = parser.add_argument_group(
+        "Aurora",
+        "Each option is also an environment variable (--aurora-ring-mb: AURORA_RING_MB) and a key of a YAML file "
+        "(ring_mb). Options override the environment, the environment overrides the file.",
+    )
+    for name in ("off", "help"):
+        group.add_argument(f"{FLAG_PREFIX}{name}", action="store_true", help=SWITCHES[name])
+    # Not argparse's nargs="?": that would swallow the model in "--aurora-plan MODEL".
+    group.add_argument(f"{FLAG_PREFIX}plan", action="store_const", const="text", help=SWITCHES["plan"])
+    group.add_argument(
+        f"{FLAG_PREFIX}plan=json", dest="aurora_plan", action="store_const", const="json", help=argparse.SUPPRESS
+    )
+    group.add_argument(f"{FLAG_PREFIX}config", metavar="FILE.yaml", help=SWITCHES["config"])
+    for name, field in AuroraConfig.model_fields.items():
+        flag = f"{FLAG_PREFIX}{_dashed(name)}"
+        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        if field.annotation is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(flag, metavar=_metavar(field), help=text)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage, vLLM's is 100 lines
+        raise SettingsError(
+            [message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, not")]
+        )
+
+
+def _split(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """``--aurora-*`` flags by field name, and everything else in order."""
+    # As vLLM's FlexibleArgumentParser does: --aurora_ring_mb is --aurora-ring-mb.
+    words = [_normalise(word) if _is_ours(word) else word for word in argv]
+    own = parser()
+    taken, rest = own.parse_known_args(words)
+    unknown = [word.split("=")[0] for word in rest if _is_ours(word)]
+    if unknown:
+        known = [option for action in own._actions for option in action.option_strings]
+        raise SettingsError([_unknown(f"unknown option {word}", word, known) for word in unknown])
+    return {name.removeprefix("aurora_"): value for name, value in vars(taken).items()}, rest
+
+
+def _is_ours(word: str) -> bool:
+    return _normalise(word).startswith((FLAG_PREFIX, "--no-aurora-")) or word == "--aurora"
+
+
+def _normalise(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    found: dict[str, tuple[str, Any]] = {}
+    wrong = []
+    for variable in sorted(set(environment) - RESERVED_ENVIRONMENT):
+        if not variable.startswith(ENVIRONMENT_PREFIX):
+            continue
+        field = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if field in AuroraConfig.model_fields:
+            found[field] = (variable, environment[variable])
+        else:
+            known = [ENVIRONMENT_PREFIX + name.upper() for name in AuroraConfig.model_fields]
+            wrong.append(_unknown(f"unknown environment variable {variable}", variable, known))
+    if wrong:
+        raise SettingsError(wrong)
+    return found
+
+
+def _from_yaml(file: Path) -> dict[str, tuple[str, Any]]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AuroraError(f"cannot read settings file {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise AuroraError(
+            f"settings file {file} is not YAML{place}: {getattr(error, 'problem', None) or error}"
+        ) from None
+    if content is None:  # an empty file
+        return {}
+    if not isinstance(content, dict):
+        raise AuroraError(f"settings file {file} is no mapping of keys to values", "write lines like 'ring_mb: 128'")
+    keys = {str(key).replace("-", "_"): value for key, value in content.items()}
+    unknown = [key for key in keys if key not in AuroraConfig.model_fields]
+    if unknown:
+        raise SettingsError(
+            [_unknown(f"unknown key {key} in {file}", key, AuroraConfig.model_fields) for key in unknown]
+        )
+    return {key: (f"{key} in {file}", value) for key, value in keys.items()}
+
+
+def _validate(settings: dict[str, tuple[str, Any]]) -> AuroraConfig:
+    try:
+        return AuroraConfig(**{field: value for field, (_, value) in settings.items()})
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            where, value = settings[str(fault["loc"][0])]
+            reason = fault["msg"][:1].lower() + fault["msg"][1:]
+            lines.append(f"{where}: {reason}, not {value!r}")
+        raise SettingsError(lines) from None
+
+
+def _is_true(variable: str, text: str) -> bool:
+    try:
+        return TypeAdapter(bool).validate_python(text or "0")
+    except ValidationError:
+        raise SettingsError([f"{variable}: input should be a valid boolean, not {text!r}"]) from None
+
+
+def _unknown(what: str, key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    return f"{what}; the nearest is {near[0]}" if near else what
+
+
+def _dashed(field: str) -> str:
+    return field.replace("_", "-")
+
+
+def _metavar(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return "{" + ",".join(get_args(field.annotation)) + "}"
+    return {int: "N", float: "X", str: "TEXT"}.get(field.annotation, "PATH")  # type: ignore[arg-type]

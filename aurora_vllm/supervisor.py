@@ -1,0 +1,158 @@
+"""The learner as a child process: started late, at idle priority, restarted with back-off, never left behind.
+
+The learner dies with the server whatever happens: stopped by its pid at exit, and killed by the kernel
+(PR_SET_PDEATHSIG) where the server had no chance. Run as a program, this is the few lines between fork and learner::
+
+    python -m aurora_vllm.supervisor PARENT_PID COMMAND...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from aurora_vllm.errors import notice
+
+LEARNER = (sys.executable, "-m", "aurora_vllm.learner.process")
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+STABLE_S = 60.0  # a learner that lived this long starts over at the first wait
+STOP_S = 3.0  # from SIGTERM to SIGKILL
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class ServerBlock(Protocol):
+    """The server's part of the control block (aurora_vllm.transport.control)."""
+
+    learner_pid: int
+    learner_restarts: int
+
+
+class Supervisor(threading.Thread):
+    """Keeps one learner running from :meth:`start` to :meth:`stop`.
+
+    One thread forks every learner, because the kernel sends PDEATHSIG when the *thread* that forked ends.
+    """
+
+    def __init__(
+        self,
+        block: ServerBlock,
+        ready: Callable[[], bool],
+        threads: int,
+        command: Sequence[str] = LEARNER,
+        waits: tuple[float, float] = (FIRST_WAIT_S, LONGEST_WAIT_S),
+        stable_s: float = STABLE_S,
+    ) -> None:
+        """
+        Args:
+            block: gets the learner's pid and the count of restarts.
+            ready: whether the learner may start; asked twice a second. Not before the engine is up: vLLM measures
+                memory and speed while it starts.
+            threads: of the learner's arithmetic.
+            command: what to run.
+            waits: first and longest wait before a restart, seconds.
+        """
+        super().__init__(name="aurora-learner-supervisor", daemon=True)
+        self._block = block
+        self._ready = ready
+        self._environment = learner_environment(os.environ, threads)
+        self._command = command
+        self._first_wait, self._longest_wait = waits
+        self._stable_s = stable_s
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> None:
+        while not self._ready():
+            if self._stopping.wait(0.5):
+                return
+        wait = self._first_wait
+        while not self._stopping.is_set():
+            lived, end = self._one_life()
+            if self._stopping.is_set():
+                return
+            if lived >= self._stable_s:
+                wait = self._first_wait
+            self._block.learner_restarts += 1
+            notice(f"the learner {end} after {lived:.0f} s; serving goes on; it starts again in {wait:.0f} s")
+            if self._stopping.wait(wait):
+                return
+            wait = min(2 * wait, self._longest_wait)
+
+    def stop(self) -> None:
+        """End the learner and the thread; idempotent. Takes at most a few seconds."""
+        self._stopping.set()
+        if self.ident is not None:  # it was started
+            self.join()
+
+    def _one_life(self) -> tuple[float, str]:
+        """Run one learner to its end, or to :meth:`stop`. Seconds it lived, and how it ended, in words."""
+        started = time.monotonic()
+        program = [sys.executable, "-m", "aurora_vllm.supervisor", str(os.getpid()), *self._command]
+        try:
+            # A session of its own: Ctrl-C in the terminal is for the server, which then ends the learner.
+            process = subprocess.Popen(program, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        except OSError as error:
+            return 0.0, f"could not be started ({error.strerror})"
+        self._block.learner_pid = process.pid
+        try:
+            while process.poll() is None:
+                if self._stopping.wait(0.2):
+                    end_process(process)
+        finally:
+            self._block.learner_pid = 0
+        code = process.returncode
+        return (
+            time.monotonic() - started,
+            f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}",
+        )
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and SIGKILL where that is not heard."""
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def learner_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
+    """The server's environment, with the learner's own number of threads for every library that makes some."""
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    return {**environment, **counts}
+
+
+def become_background(parent_pid: int) -> None:
+    """Make this process one that only takes what is left over, and that ends with its parent.
+
+    Raises:
+        SystemExit: the parent is gone already.
+    """
+    # SIGKILL, not SIGTERM: the learner may die at any point of a publish, and nobody is left to wait for it.
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the call above
+        raise SystemExit(1)
+    os.nice(19)
+    with contextlib.suppress(OSError):  # not allowed in some containers; nice stays
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+if __name__ == "__main__":
+    become_background(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])  # all of the above survives exec

@@ -1,0 +1,107 @@
+"""What logging costs: decode tokens/s with capture on over capture off, in one engine, alternating.
+
+    python -m benchmarks.capture_overhead --json benchmarks/results/capture_overhead.json
+
+The learner is stopped: rows are taken out of the ring between two blocks, outside the measured time. Plain decoding
+(K=0) and speculation (K=3) are measured, at concurrency 1 and 4; the figure is the smallest of the four ratios.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.report import median_and_spread, write_report
+
+TOKENS = 48  # of each answer
+console = Console()
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
+    rounds: Annotated[int, typer.Option(help="pairs of blocks for each setting")] = 12,
+    eager: Annotated[bool, typer.Option(help="vLLM's eager mode instead of its compiled one")] = False,
+    seed: int = 0,
+) -> None:
+    """Measure capture_ratio."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from benchmarks.engine import SERVER, Engine
+    from demo.model import ensure_model
+    from demo.workload import humaneval
+
+    prompts = [wordings[0].text for wordings in humaneval()]
+    with TemporaryDirectory() as scratch:
+        engine = Engine.start(ensure_model(), Path(scratch), enforce_eager=eager, **SERVER)
+        try:
+            ratios = {
+                (mode, concurrency): _ratios(engine, prompts, mode, concurrency, rounds)
+                for mode in ("never", "always")
+                for concurrency in (1, 4)
+            }
+        finally:
+            engine.close()
+    names = {"never": "k0", "always": "k3"}
+    results = {f"{names[mode]}_c{c}": median_and_spread(values) for (mode, c), values in ratios.items()}
+    figures = {"capture_ratio": min(median for median, _ in results.values())}
+    figures |= {f"capture_ratio_{name}": median for name, (median, _) in results.items()}
+    spread = {f"capture_ratio_{name}": spread for name, (_, spread) in results.items()}
+    console.print(figures)
+    if json is not None:
+        write_report(json, figures, spread, seed, {"rounds": rounds, "eager": eager, "tokens": TOKENS})
+        _plot({f"{names[mode]}, concurrency {c}": values for (mode, c), values in ratios.items()}, json.with_suffix(".png"))
+
+
+def _ratios(engine: object, prompts: list[str], mode: str, concurrency: int, rounds: int) -> list[float]:
+    """Tokens/s with capture over tokens/s without, a pair of blocks for each ratio; which goes first alternates."""
+    from benchmarks.engine import Engine
+
+    assert isinstance(engine, Engine)
+    ratios = []
+    with engine.draft_length(mode):
+        engine.generate(prompts[:concurrency], max_tokens=TOKENS)
+        for i in track(range(rounds), f"{mode}, concurrency {concurrency}", console=console):
+            batch = prompts[concurrency * i : concurrency * (i + 1)]
+            engine.generate(batch, max_tokens=1)  # both blocks find their prompts in the prefix cache
+            speeds = {}
+            for capture in (True, False) if i % 2 else (False, True):
+                speeds[capture] = _tokens_per_second(engine, batch, capture)
+            ratios.append(speeds[True] / speeds[False])
+    return ratios
+
+
+def _tokens_per_second(engine: object, batch: list[str], capture: bool) -> float:
+    from benchmarks.engine import Engine
+
+    assert isinstance(engine, Engine)
+    started = time.perf_counter()
+    outputs = engine.generate(batch, max_tokens=TOKENS, extra_args={"aurora_learn": capture})
+    seconds = time.perf_counter() - started
+    engine.drain()
+    return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+
+
+def _plot(ratios: dict[str, list[float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    axes.boxplot(list(ratios.values()), tick_labels=list(ratios), orientation="horizontal")
+    axes.axvline(1.0, color="grey", linewidth=1)
+    axes.axvline(0.98, color="tab:red", linewidth=1, linestyle="--", label="what must hold: 0.98")
+    axes.set_xlabel("decode tokens/s, capture on / off")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    typer.run(main)

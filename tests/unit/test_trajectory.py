@@ -1,0 +1,160 @@
+"""Rows to trajectories: against the known truth of random histories, and case by case what must be refused."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora_vllm.learner.trajectory import MIN_ROWS, Assembler, Trajectory
+from aurora_vllm.transport.rows import RowFlag
+from tests.unit.engine_history import LAYOUT, Request, Row, engine, new_request, pack, payload, row
+
+
+def check(trajectory: Trajectory, truth: Request, start: int, end: int) -> None:
+    """Everything in a trajectory is what the engine computed."""
+    number, tokens = truth.number, truth.tokens
+    assert trajectory.start == start
+    assert trajectory.token_ids.tolist() == tokens[start:end]
+    assert trajectory.next_token == (tokens[end] if end < len(tokens) and end >= truth.prompt_length else -1)
+    assert trajectory.prompt_length == truth.prompt_length and trajectory.temperature == 0.7
+    rows = payload(number, torch.arange(start, end), torch.tensor(tokens[start:end]))
+    assert torch.equal(trajectory.aux, rows[:, :6]) and torch.equal(trajectory.last, rows[:, 6:])
+    for branch in trajectory.branches:
+        positions = torch.arange(branch.position, branch.position + len(branch.token_ids))
+        values = payload(number, positions, branch.token_ids)
+        assert torch.equal(branch.aux, values[:, :6]) and torch.equal(branch.last, values[:, 6:])
+        assert branch.token_ids[0] != tokens[branch.position]
+
+
+def feed_in_slices(assembler: Assembler, rows: list[Row], rng: random.Random) -> list[Trajectory]:
+    cuts = sorted({0, len(rows), *(rng.randrange(len(rows) + 1) for _ in range(rng.randrange(20)))})
+    return [one for a, b in pairwise(cuts) for one in assembler.feed(pack(rows[a:b]))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 6), steps=st.integers(1, 60))
+def test_any_history_gives_its_truth(seed: int, count: int, steps: int) -> None:
+    rng = random.Random(seed)
+    requests = [new_request(rng.getrandbits(62), rng) for _ in range(count)]
+    rows: list[Row] = []
+    ended: list[Request] = []
+    dropped = 0
+    for request, new, what in engine(requests, rng, steps):
+        rows += new
+        if what == "end" and request.path_end > request.start:
+            ended.append(request)
+        dropped += what == "dropped" and request.path_end > request.start
+    assembler = Assembler(LAYOUT)
+    done = feed_in_slices(assembler, rows, rng)
+
+    expected = [one for one in ended if one.path_end - one.start >= MIN_ROWS]
+    assert [one.request for one in done] == [one.number for one in expected]
+    for trajectory, truth in zip(done, expected, strict=True):
+        check(trajectory, truth, truth.start, truth.path_end)
+        assert [(b.position, b.token_ids.tolist()) for b in trajectory.branches] == truth.branches
+    assert assembler.discarded["dropped by the worker"] == dropped
+    assert assembler.discarded["too short"] == len(ended) - len(expected)
+    open_now = [one for one in requests if not one.ended and one.path_end > one.start]
+    assert assembler.open_requests == len(open_now)
+    held = sum(one.path_end - one.start + sum(len(b[1]) for b in one.branches) for one in open_now)
+    assert assembler.open_bytes == held * LAYOUT.row_bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), skipped=st.integers(1, 60))
+def test_a_learner_that_starts_in_the_middle_never_makes_up_a_path(seed: int, skipped: int) -> None:
+    rng = random.Random(seed)
+    requests = [new_request(rng.getrandbits(62), rng) for _ in range(4)]
+    rows = [r for _, new, _ in engine(requests, rng, 60) for r in new]
+    by_number = {one.number: one for one in requests}
+    assembler = Assembler(LAYOUT)
+    for trajectory in feed_in_slices(assembler, rows[skipped:], rng):
+        truth = by_number[trajectory.request]
+        assert trajectory.start < truth.prompt_length
+        check(trajectory, truth, trajectory.start, trajectory.start + len(trajectory.token_ids))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), max_tokens=st.integers(MIN_ROWS, 20))
+def test_long_requests_are_cut_into_pieces(seed: int, max_tokens: int) -> None:
+    rng = random.Random(seed)
+    request = new_request(7, rng)
+    rows = [r for step in range(1, 40) for r in _maybe_preempted(request, step, rng)]
+    rows.append(request.end(41))
+    done = feed_in_slices(Assembler(LAYOUT, max_tokens=max_tokens), rows, rng)
+    position = request.start
+    for trajectory in done:
+        assert len(trajectory.token_ids) <= max_tokens
+        check(trajectory, request, position, position + len(trajectory.token_ids))
+        position += len(trajectory.token_ids)
+    assert request.path_end - position < MIN_ROWS
+
+
+def _maybe_preempted(request: Request, step: int, rng: random.Random) -> list[Row]:
+    if rng.random() < 0.1:
+        request.preempt()
+    return request.step(step)
+
+
+def simple(positions: range, tokens: list[int] | None = None, prompt_length: int = 4) -> list[Row]:
+    return [row(5, p, p if tokens is None else tokens[i], 1, prompt_length=prompt_length) for i, p in enumerate(positions)]
+
+
+END = row(5, 0, 0, 9, RowFlag.END)
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([*simple(range(0, 6)), *simple(range(7, 12))], "gap"),
+        (simple(range(4, 12)), "beginning missed"),
+        ([*simple(range(0, 6)), *simple(range(2, 8), [2, 3, 40, 5, 6, 7])], "rows contradict each other"),
+        ([*simple(range(0, 5)), row(5, 5, 5, 2, prompt_length=4, emitted=40), *simple(range(6, 9))], "rows contradict each other"),
+        (simple(range(0, MIN_ROWS - 1)), "too short"),
+    ],
+)
+def test_what_cannot_be_trusted_is_discarded_and_counted_once(rows: list[Row], reason: str) -> None:
+    assembler = Assembler(LAYOUT)
+    assert assembler.feed(pack([*rows, *simple(range(20, 24)), END])) == [] or reason not in ("gap", "beginning missed")
+    assembler = Assembler(LAYOUT)
+    assert assembler.feed(pack([*rows, END])) == []
+    assert assembler.discarded == {reason: 1}
+    assert assembler.open_bytes == assembler.open_requests == 0
+    assert len(assembler.feed(pack([*simple(range(0, 6)), END]))) == 1  # the number may be used again after its end
+
+
+def test_rows_beyond_the_end_are_cut() -> None:
+    (trajectory,) = Assembler(LAYOUT).feed(pack([*simple(range(0, 9)), row(5, 6, 0, 9, RowFlag.END)]))
+    assert trajectory.token_ids.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_bounds_on_what_is_open() -> None:
+    by_count = Assembler(LAYOUT, max_open=3)
+    for number in range(10):
+        by_count.feed(pack([row(number, 0, 1, 1, prompt_length=4)]))
+        by_count.feed(pack([row(0, by_count_position(number), 1, 1, prompt_length=40)]))  # request 0 stays in use
+    assert by_count.open_requests == 3 and by_count.discarded == {"too much open at once": 7}
+    assert by_count.feed(pack([row(9, 1, 1, 2, prompt_length=4)])) == []
+
+    by_bytes = Assembler(LAYOUT, max_open_bytes=10 * LAYOUT.row_bytes)
+    for number in range(20):
+        by_bytes.feed(pack([row(number, p, 1, 1, prompt_length=4) for p in range(3)]))
+        assert by_bytes.open_bytes <= 10 * LAYOUT.row_bytes
+    assert by_bytes.open_requests == 3
+
+
+def by_count_position(number: int) -> int:
+    return number + 1 if number else 1
+
+
+def test_trajectory_sizes() -> None:
+    (trajectory,) = Assembler(LAYOUT).feed(
+        pack([*simple(range(0, 6)), row(5, 6, 9, 1, RowFlag.REJECTED, prompt_length=4), END])
+    )
+    assert trajectory.response_tokens == 2
+    assert trajectory.nbytes == 7 * (8 + LAYOUT.payload_bytes)
