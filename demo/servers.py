@@ -16,8 +16,10 @@ from typing import Any
 import httpx
 import psutil
 
+from demo import leftovers
+
 PROGRAM = (sys.executable, "-m", "aurora_vllm.entrypoint")
-STOP_S = 20.0  # from SIGTERM to SIGKILL
+STOP_S = 20.0  # from SIGINT to SIGKILL
 
 
 class ServerFailed(Exception):
@@ -39,6 +41,7 @@ class Server:
         self.url = f"http://127.0.0.1:{_free_port()}"
         command = [*PROGRAM, *arguments]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
+        self.shared_memory_before = leftovers.names()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             # A session of its own: Ctrl-C in the terminal is for the demo, which then ends the servers.
@@ -102,13 +105,17 @@ def wait_up(servers: Sequence[Server], timeout_s: float, tick: Callable[[float],
 
 
 def end_trees(servers: Sequence[Server]) -> None:
-    """SIGTERM to the servers, SIGKILL to whatever of theirs is left, then a look for shared memory left behind."""
+    """Ctrl-C to the servers, SIGKILL to whatever of theirs is left, then shared memory that was left behind.
+
+    SIGINT to the whole process group, as a terminal sends it: while the engine starts, vLLM's server process waits for
+    it and hears no signal of its own.
+    """
     family = {process for server in servers for process in _tree(server.pid)}
     for process in family:
-        _signal(process, signal.SIGCONT)  # a stopped process would hear SIGTERM only later
+        _signal(process, signal.SIGCONT)  # a stopped process would hear it only later
     for server in servers:
         if server._process.poll() is None:
-            server._process.terminate()
+            os.killpg(server.pid, signal.SIGINT)
     deadline = time.monotonic() + STOP_S
     for server in servers:
         try:
@@ -124,6 +131,8 @@ def end_trees(servers: Sequence[Server]) -> None:
     from aurora_vllm.transport.segment import sweep
 
     sweep()  # finds nothing unless a server had to be killed
+    for server in servers:
+        leftovers.remove(server.shared_memory_before)
 
 
 @contextmanager

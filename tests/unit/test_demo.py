@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
 
 import psutil
 import pytest
 from rich.console import Console
 
-from demo import figures, model, servers
+from demo import figures, leftovers, model, servers
 from demo.client import Answer, Block, drive
 from demo.plot import plot
 from demo.view import line, panel
@@ -210,6 +211,22 @@ def test_ending_a_server_ends_what_it_started(tmp_path: Path, monkeypatch: pytes
     server.stop()
     assert not psutil.pid_exists(server.pid)
     assert not psutil.pid_exists(int(marker.read_text()))
+
+
+def test_shared_memory_is_removed_only_when_nobody_maps_it() -> None:
+    before = leftovers.names()
+    held = shared_memory.SharedMemory(create=True, size=64)
+    name = held.name.lstrip("/")
+    try:
+        assert name not in leftovers.remove(before)
+        assert name not in leftovers.remove(leftovers.names())
+        held.close()
+        assert name not in leftovers.remove(leftovers.names())  # it was there before
+        assert name in leftovers.remove(before)
+        assert not (leftovers.SHM / name).exists()
+    finally:
+        held.close()
+        resource_tracker.unregister(held._name, "shared_memory")  # type: ignore[attr-defined]
 
 
 def test_the_view_renders_what_there_is() -> None:

@@ -1,0 +1,44 @@
+"""vLLM's own shared memory, where a server had to be killed in the middle of its start.
+
+vLLM's processes talk through ``multiprocessing.shared_memory`` and semaphores. A worker that ends by SIGKILL, which
+vLLM itself uses when an engine does not end in time, leaves them in /dev/shm. Aurora's own segments carry their owner
+in their name and are swept by ``aurora_vllm.transport.segment``; these do not, so they are told by what nobody maps.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+SHM = Path("/dev/shm")
+PATTERN = re.compile(r"(psm_[0-9a-f]{8}|sem\.mp-[a-z0-9_]{8})")
+
+
+def names() -> set[str]:
+    """What lies there now, of the kinds Python's multiprocessing makes."""
+    return {path.name for path in SHM.iterdir() if PATTERN.fullmatch(path.name)}
+
+
+def remove(before: set[str]) -> list[str]:
+    """Remove what came since ``before``, is ours, and is mapped by no process. Returns the names."""
+    ours = {name for name in names() - before if _is_ours(SHM / name)}
+    removed = sorted(ours - _mapped(ours)) if ours else []
+    for name in removed:
+        (SHM / name).unlink(missing_ok=True)
+    return removed
+
+
+def _is_ours(path: Path) -> bool:
+    with suppress(OSError):
+        return path.stat().st_uid == os.getuid()
+    return False
+
+
+def _mapped(candidates: set[str]) -> set[str]:
+    found: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found |= candidates & set(PATTERN.findall((process / "maps").read_text()))
+    return found
