@@ -127,6 +127,8 @@ class Demo:
         self._stream = itertools.cycle(self._workload.learn)
         self.progress.phase = "day 0"
         for i in range(self.plan.day0_blocks):
+            if i and time.monotonic() > self._deadline - 0.5 * self.plan.minutes * 60:
+                break  # a machine this slow gets fewer, not a longer demo
             self.progress.detail = f"block {i + 1} of {self.plan.day0_blocks}, both servers, same prompts"
             self.day0.append(
                 self._pair(list(itertools.islice(self._stream, self.plan.day0_prompts)), LEARN_CONCURRENCY, i)
@@ -148,8 +150,8 @@ class Demo:
             for concurrency, size in sizes.items():
                 self.progress.detail = f"concurrency {concurrency}, block {i + 1} of {self.plan.pairs}, unseen prompts"
                 self.measured[concurrency].append(self._pair(list(itertools.islice(unseen, size)), concurrency, i))
-            if time.monotonic() + (time.monotonic() - began) > self._deadline and i > 0:
-                break  # a slower machine gets fewer blocks, not a longer demo
+            if time.monotonic() + (time.monotonic() - began) > self._deadline:
+                break
 
     def _pair(self, prompts: list[Prompt], concurrency: int, turn: int) -> Pair:
         """The same prompts through both; who goes first alternates."""
@@ -192,6 +194,7 @@ class Demo:
             if pairs:
                 values[f"{name}_overall"] = figures.overall_ratio(pairs)
                 values[f"{name}_changed_answers"] = sum(pair.changed for pair in pairs)
+        values["day0_requests"] = len(self.day0) * self.plan.day0_prompts
         values["requests_learned_from"] = self.learned
         values["swaps"] = samples[-1].swaps if samples else 0
         return values, spread, extra | {"plan": vars(self.plan), "flags": list(FLAGS), "status": self.progress.status}
@@ -204,7 +207,7 @@ def summary(values: dict[str, float], extra: dict[str, Any]) -> Table:
     rows = {
         "acceptance_length_first": f"first quarter of the learning phase, K=3 ({source['first']})",
         "acceptance_length_last": f"last quarter ({source['last']})",
-        "day0_ratio": "first requests over plain vLLM, same prompts, learner running",
+        "day0_ratio": f"first {values['day0_requests']:.0f} requests over plain vLLM, same prompts, learner running",
         "speedup_c1": "unseen prompts over plain vLLM, concurrency 1, learner running",
         "speedup_c4": "the same at concurrency 4",
         "speedup_c1_changed_answers": "greedy answers that differ from plain vLLM's, concurrency 1",
@@ -247,7 +250,7 @@ def main(
     write_report(json, values, spread, seed, extra | {"quick": quick, "workload": workload})
     picture = json.with_suffix(".png")
     samples = demo.progress.samples[: demo.learning_samples]
-    plot(picture, samples, demo.progress.points, values, plan.day0_blocks * plan.day0_prompts)
+    plot(picture, samples, demo.progress.points, values, int(values["day0_requests"]))
     console.print(summary(values, extra))
     console.print(f"written: {json} and {picture}", highlight=False)
 
