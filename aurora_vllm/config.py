@@ -42,9 +42,7 @@ class AuroraConfig(BaseModel):
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")
     batch_tokens: int = Field(512, ge=16, description="about how many positions one optimizer step trains on")
-    prompt_weight: float = Field(
-        0.3, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1"
-    )
+    prompt_weight: float = Field(0.3, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1")
     replay_passes: float = Field(
         4.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
     )

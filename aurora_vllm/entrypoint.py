@@ -6,7 +6,6 @@ Kept light at import: vLLM's spawned processes import this module again as their
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from aurora_vllm import settings
 from aurora_vllm.errors import AuroraError, notice, report
 from aurora_vllm.settings import Invocation
+from aurora_vllm.stopping import StopGuard, end_descendants
 
 if TYPE_CHECKING:
     from aurora_vllm.plan import ServePlan
@@ -24,16 +24,20 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server; the exit code. Bad input is one line on stderr and 2."""
-    signal.signal(signal.SIGTERM, _terminated)  # so that everything is taken away; vLLM sets its own handler later
+    guard = StopGuard()
     try:
-        return _main(settings.parse(sys.argv[1:] if argv is None else argv, os.environ))
+        code = _main(settings.parse(sys.argv[1:] if argv is None else argv, os.environ), guard)
     except AuroraError as error:
-        return report(error)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        code = report(error)
+    except (KeyboardInterrupt, Exception):
+        if guard.number is None:
+            raise
+        code = guard.exit_code  # stopped while starting; whatever broke in vLLM then is not news
+    guard.leave(code)
+    return code
 
 
-def _main(invocation: Invocation) -> int:
+def _main(invocation: Invocation, guard: StopGuard) -> int:
     wants_help = any(word in ("-h", "--help") or word.startswith("--help=") for word in invocation.vllm_argv)
     if invocation.help or wants_help:
         print(settings.parser().format_help())
@@ -55,10 +59,14 @@ def _main(invocation: Invocation) -> int:
             notice(f"this vLLM keeps its server elsewhere ({error}); serving it plain, without learning")
         vllm_server.run_as_program(invocation.vllm_argv)
     args = server.parse(invocation.vllm_argv)
-    if invocation.off:
-        server.run(args)
-        return 0
-    return _serve(invocation, server, args)
+    guard.grace_s += getattr(args, "shutdown_timeout", 0)  # time vLLM gives requests to finish
+    try:
+        if invocation.off:
+            server.run(args)
+            return 0
+        return _serve(invocation, server, args)
+    finally:
+        end_descendants()
 
 
 def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
@@ -104,10 +112,6 @@ def _probes() -> tuple[Probe, ...]:
     from aurora_vllm.spec_decode import compat
 
     return tuple(compat.probe())
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

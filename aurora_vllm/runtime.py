@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 
+from aurora_vllm import stopping
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.plan import ServePlan
 from aurora_vllm.session import Session
@@ -17,7 +15,7 @@ from aurora_vllm.supervisor import Supervisor
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer
-from aurora_vllm.transport.segment import NoSharedMemory, Segment, sweep
+from aurora_vllm.transport.segment import SHM, NoSharedMemory, Segment, sweep
 
 # Set by the endpoint plugin (aurora_vllm.server.routes), which vLLM calls in this process once the engine is up.
 engine_is_up = threading.Event()
@@ -36,13 +34,13 @@ class Runtime:
             AuroraError: no room in shared memory.
         """
         self._owner = os.getpid()
-        self._segments: list[Segment] = []
         self._supervisor: Supervisor | None = None
         atexit.register(self.close)
+        stopping.cleanups.append(self.close)
         sweep()
         try:
             sizes = {"ring": plan.ring_bytes, "bank": plan.bank_bytes, "control": control_bytes()}
-            ring, bank, block = (self._segment(kind, size) for kind, size in sizes.items())
+            ring, bank, block = (Segment.create(kind, size) for kind, size in sizes.items())
         except NoSharedMemory as error:
             self.close()
             raise AuroraError(str(error)) from None
@@ -68,16 +66,14 @@ class Runtime:
             self._supervisor.start()
 
     def close(self) -> None:
-        """End the learner, then remove the segments; idempotent. A second Ctrl-C does not interrupt it."""
+        """End the learner, then remove the segments; idempotent."""
         if os.getpid() != self._owner:  # a forked child runs atexit handlers too, and must not take the parent's things
             return
-        with _signals_held():
-            if self._supervisor is not None:
-                self._supervisor.stop()
-            while self._segments:
-                segment = self._segments.pop()
-                segment.unlink()
-                segment.close()
+        if self._supervisor is not None:
+            self._supervisor.stop()
+        # By name, not from a list: a signal may come between the making of a segment and its entry in one.
+        for path in SHM.glob(f"aurora-{self._owner}-*"):
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> Runtime:
         return self
@@ -86,30 +82,3 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _segment(self, kind: str, size: int) -> Segment:
-        with _signals_held() as came:  # a segment that is made and not yet in the list would stay behind
-            segment = Segment.create(kind, size)
-            self._segments.append(segment)
-        for number in came:
-            signal.raise_signal(number)
-        return segment
-
-
-@contextmanager
-def _signals_held() -> Iterator[list[int]]:
-    """Keep SIGINT and SIGTERM from interrupting a block; yields the list of those that came meanwhile.
-
-    Handlers, not signal masks: a signal to the process may be taken by any other thread, and Python then runs its
-    handler in this one all the same.
-    """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # where no Python signal handler ever runs
-        yield came
-        return
-    previous = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,138 @@
+"""Ctrl-C and SIGTERM end the server, at any point and for good.
+
+vLLM alone does not see to it. While it starts, SIGTERM raises KeyboardInterrupt in a handler, and where this happens
+inside pyzmq's poll (most of the start is spent there) the exception is swallowed and the signal is lost; SIGINT only
+cancels an asyncio task, which is heard when the model is loaded. So the first such signal is noted here, whoever's
+handler it is for, and starts a clock: if the process is still there when it runs out, it is ended from a thread.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from aurora_vllm.errors import notice
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_S = 8.0  # vLLM's own way out takes a second or two, more on a busy machine
+
+cleanups: list[Callable[[], None]] = []  # called before the process is ended from the thread
+
+
+class StopGuard:
+    """Handles SIGINT, SIGTERM and SIGHUP for as long as the process lives. Make one, in the main thread.
+
+    It replaces :func:`signal.signal` in this process, because vLLM and asyncio set handlers of their own in between:
+    theirs are called, once, by one that notes the signal. Their resetting to the default brings back ours.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None  # the signal that came first
+        self.grace_s = GRACE_S
+        self._set_handler = signal.signal
+        signal.signal = self._signal  # type: ignore[assignment]
+        for number in STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
+                self._set_handler(number, functools.partial(self._stop, _interrupt))
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell reports of a process that a signal ended."""
+        return 128 + (self.number or 0)
+
+    def leave(self, code: int) -> None:
+        """Leave the process if a signal came; else return.
+
+        Not through the interpreter's own end, where a vLLM stopped in the middle of its start sometimes hangs, and
+        where the thread that keeps the clock is frozen.
+        """
+        if self.number is not None:
+            atexit._run_exitfuncs()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
+
+    def _signal(self, number: int, handler: Any) -> Any:
+        """In place of signal.signal."""
+        noted = isinstance(handler, functools.partial) and handler.func == self._stop  # one of ours, put back
+        if number in STOPS and handler is not signal.SIG_IGN and not noted:
+            handler = functools.partial(self._stop, handler if callable(handler) else _interrupt)
+        return self._set_handler(number, handler)
+
+    def _stop(self, handler: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
+        if (
+            self.number is not None
+        ):  # a second Ctrl-C: on the way already, and whoever cleans up shall not be interrupted
+            return
+        self.number = number
+        threading.Thread(target=self._end, name="aurora-stop", daemon=True).start()
+        handler(number, frame)
+
+    def _end(self) -> None:
+        time.sleep(self.grace_s)
+        notice(f"still here {self.grace_s:.0f} s after {signal.Signals(self.number or 0).name}: ending all processes")
+        try:
+            end_descendants()
+            for cleanup in cleanups:
+                cleanup()
+        finally:
+            os._exit(self.exit_code)
+
+
+def end_descendants(patience_s: float = 1.0) -> None:
+    """End every process this one started, and those they started: SIGTERM, and SIGKILL after patience_s."""
+    # Multiprocessing's resource tracker stays: it removes vLLM's shared memory once this process is gone.
+    # goes.
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
+    pids = [pid for pid in _descendants(os.getpid()) if pid != tracker]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        deadline = time.monotonic() + patience_s
+        while any(map(_is_alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _descendants(root: int) -> Iterator[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (stat := _stat(int(entry.name))):
+            children.setdefault(int(stat[1]), []).append(int(entry.name))
+    waiting = [root]
+    while waiting:
+        found = children.get(waiting.pop(), [])
+        yield from found
+        waiting += found
+
+
+def _is_alive(pid: int) -> bool:
+    stat = _stat(pid)
+    return bool(stat) and stat[0] not in "ZX"
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and so on of a process (/proc/PID/stat from its third field on); empty where it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return []
+    return text[text.rindex(")") + 2 :].split()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
