@@ -76,39 +76,37 @@ class _SoftCrossEntropy(torch.autograd.Function):
         weight = lm_head.to(dtype)
         edges = torch.arange(0, len(states) + _CHUNK, _CHUNK, device=states.device)
         bounds = torch.stack([torch.searchsorted(one.target, edges) for one in terms], 1).tolist()
-        for c, (first, last) in enumerate(pairwise(bounds)):
-            start = c * _CHUNK
-            logits = states[start : start + _CHUNK] @ target_head.T
-            best = logits.argmax(-1)  # [n]
-            p = torch.softmax(logits, -1)  # [n, D]
-            parts = [h[a:b] for h, a, b in zip(hidden, first, last, strict=True)]
-            stacked = torch.cat(parts) * scale  # [sum of n, H]
-            q = (stacked.to(dtype) @ weight.T).float()  # logits, [sum of n, D]
+        for chunk, (first, last) in enumerate(pairwise(bounds)):
+            spans = [slice(a, b) for a, b in zip(first, last, strict=True)]  # each step's terms of this chunk
+            sizes = [span.stop - span.start for span in spans]
+            start = chunk * _CHUNK
+            target_logits = states[start : start + _CHUNK] @ target_head.T
+            p = torch.softmax(target_logits, -1)  # [n, D]
+            local = torch.cat([one.target[span] - start for one, span in zip(terms, spans, strict=True)])
+            aims = [p if len(rows) == len(p) else p[rows] for rows in local.split(sizes)]  # mostly p itself, not copies
+            stacked = torch.cat([h[span] for h, span in zip(hidden, spans, strict=True)]) * scale  # [sum of n, H]
+            q = (stacked.to(dtype) @ weight.T).float()  # logits still, [sum of n, D]
             highest, choice = q.max(-1)
-            offset = 0
-            dot = []
-            for i, (a, b) in enumerate(zip(first, last, strict=True)):
-                local = terms[i].target[a:b] - start
-                p_i = p if b - a == len(p) else p[local]
-                dot.append(torch.linalg.vecdot(p_i, q[offset : offset + b - a]))
-                agree[i][a:b] = choice[offset : offset + b - a] == best[local]
-                offset += b - a
+            right = choice == target_logits.argmax(-1)[local]
+            dot = torch.cat(
+                [torch.linalg.vecdot(aim, logits) for aim, logits in zip(aims, q.split(sizes), strict=True)]
+            )
             torch.softmax(q, -1, out=q)
-            log_sum = highest - q.gather(1, choice.unsqueeze(1)).squeeze(1).log_()
-            offset = 0
-            for i, (a, b) in enumerate(zip(first, last, strict=True)):
-                rows = slice(offset, offset + b - a)
-                step_loss[i] += ((log_sum[rows] - dot[i]) * terms[i].share[a:b]).sum()
-                if want_grad:
-                    q[rows] -= p if b - a == len(p) else p[terms[i].target[a:b] - start]
-                offset += b - a
-            if want_grad:  # q is now the gradient with respect to the logits, but for each row's weight
-                row_weight = torch.cat([t.share[a:b] * t.weight for t, a, b in zip(terms, first, last, strict=True)])
-                error = q.to(dtype)
-                _add_product(grad_head, error.T, (stacked * row_weight.unsqueeze(1)).to(dtype))
-                grad = (error @ weight) * (row_weight * scale).unsqueeze(1)
-                for g, part, a, b in zip(grad_hidden, grad.split([len(x) for x in parts]), first, last, strict=True):
-                    g[a:b] = part
+            # log-sum-exp from the largest logit and its probability: no further pass over the vocabulary
+            cost = highest - q.gather(1, choice.unsqueeze(1)).squeeze(1).log_() - dot
+            for i, span in enumerate(spans):
+                step_loss[i] += (cost.split(sizes)[i] * terms[i].share[span]).sum()
+                agree[i][span] = right.split(sizes)[i]
+            if not want_grad:
+                continue
+            for aim, part in zip(aims, q.split(sizes), strict=True):
+                part -= aim
+            error = q.to(dtype)  # gradient with respect to the logits, but for each row's weight
+            row_weight = torch.cat([one.share[span] * one.weight for one, span in zip(terms, spans, strict=True)])
+            _add_product(grad_head, error.T, (stacked * row_weight.unsqueeze(1)).to(dtype))
+            grad = (error @ weight) * (row_weight * scale).unsqueeze(1)
+            for total_grad, span, part in zip(grad_hidden, spans, grad.split(sizes), strict=True):
+                total_grad[span] = part
         total = sum(one.weight * step_loss[i] for i, one in enumerate(terms))
         assert isinstance(total, torch.Tensor)
         if want_grad:

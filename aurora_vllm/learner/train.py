@@ -36,7 +36,7 @@ class Trainer:
         ttt_length: K, unroll steps.
         semantics, prompt_weight: see ``ttt_loss``.
         matmul_dtype: see ``ttt_loss``; None takes what the hardware is fast in. Parameters and AdamW stay float32.
-        betas, weight_decay: AdamW's. Traffic changes, so the second moment forgets faster than with the usual 0.999.
+        betas, weight_decay: AdamW's. A draft is trained for a few hundred steps, which the usual 0.999 outlasts.
         max_grad_norm: gradients are scaled down to this norm.
 
     ``steps`` counts optimizer steps, ``skipped`` batches whose loss or gradient was not finite (nothing was changed by
@@ -53,7 +53,7 @@ class Trainer:
         semantics: Semantics = "default",
         prompt_weight: float = 0.0,
         matmul_dtype: torch.dtype | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         warmup_steps: int = 3,
