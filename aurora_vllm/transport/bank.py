@@ -242,7 +242,7 @@ class WeightBank:
         return views
 
     def _checksum(self, slot: int, version: int, evidence_length: int, sequence: int | None = None) -> int:
-        """CRC-32 of version, evidence and tensors. With `sequence` it stops early once the slot is being overwritten."""
+        """CRC-32 of version, evidence and tensors. With `sequence` it stops once the slot is being overwritten."""
         memory = self._slots[slot]
         weights = len(memory) - EVIDENCE_BYTES
         crc = zlib.crc32(version.to_bytes(8, "little"))

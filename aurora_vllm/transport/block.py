@@ -1,8 +1,9 @@
 """One process's fields in shared memory, as attributes.
 
-An integer or float is one aligned 8-byte store. A text or a list of floats is wider than that: it has two copies and a
-counter whose lowest bit says which one is good, so a reader sees the old value or the new one, and a writer killed
-midway leaves the old one.
+An integer or float is one aligned 8-byte store. A text or a list of floats is wider than that: it has several
+copies, written in turn, and a counter that says which one is good, so a reader sees the old value or the new one, and a
+writer killed midway leaves the old one. (Two copies would do for a rare writer; beside one that writes without pause a
+reader then collides most of the time.)
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 
 from aurora_vllm.transport.fence import fence
 
+COPIES = 8  # of a wide field
 POSITIONS = 8  # draft positions, the largest K
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field holds: "int", "bool", "float", or "text" of `width` bytes UTF-8, or "floats", `width` bytes of them."""
+    """What a field holds: "int", "bool", "float", "text" (UTF-8 of at most `width` bytes) or "floats" (8 of them)."""
 
     name: str
     width: int = 8
@@ -86,33 +88,31 @@ class Block:
 
     def _place(self, name: str) -> tuple[Kind, int]:
         try:
-            return self._fields[name]  # type: ignore[no-any-return]
+            return self._fields[name]
         except KeyError:
             raise AttributeError(f"the control block has no field {name!r}") from None
 
     def _read_wide(self, kind: Kind, at: int) -> bytes:
-        for attempt in range(100):  # bounded, so that a reader never hangs
-            if attempt > 2:
-                time.sleep(1e-5)  # two tight loops can fall into step and collide every time: measured
+        for _ in range(100):  # only a reader that loses the CPU in the middle looks twice; bounded all the same
             count = self._ints[at // 8]
             fence()
-            start = at + 8 + (count & 1) * kind.width
+            start = at + 8 + count % COPIES * kind.width
             raw = bytes(self._buf[start : start + kind.width])
             fence()
-            if self._ints[at // 8] == count:
+            if self._ints[at // 8] - count < COPIES - 1:  # the writer has not come round to this copy
                 break
         return raw
 
     def _write_wide(self, kind: Kind, at: int, raw: bytes) -> None:
         count = self._ints[at // 8] + 1
-        start = at + 8 + (count & 1) * kind.width
+        start = at + 8 + count % COPIES * kind.width
         self._buf[start : start + kind.width] = raw.ljust(kind.width, b"\0")
         fence()
         self._ints[at // 8] = count
 
 
 def _field_bytes(kind: Kind) -> int:
-    return 8 if kind.name in ("int", "bool", "float") else 8 + 2 * kind.width
+    return 8 if kind.name in ("int", "bool", "float") else 8 + COPIES * kind.width
 
 
 def block_bytes(fields: dict[str, Kind]) -> int:

@@ -104,7 +104,7 @@ class SchedulerBlock(Block):
 
     def acceptance(self) -> list[VersionAcceptance]:
         """Counts of the last 64 versions, in ascending order of version."""
-        return self._table.rows()  # type: ignore[no-any-return]
+        return self._table.rows()
 
     def snapshot(self) -> dict[str, Any]:
         return super().snapshot() | {"acceptance": [row.as_dict() for row in self.acceptance()]}

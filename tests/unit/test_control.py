@@ -142,11 +142,11 @@ def test_acceptance_adds_up_per_version_and_forgets_the_one_idle_longest(
             if i == restart:
                 control = ControlBlock.attach(segment)
             control.scheduler.record(version, drafts, 3 * drafts, sum(accepted[:8]), accepted)
-            row = model.pop(version, [0] * 11)
+            before = model.pop(version, [0] * 11)
             if len(model) == ROWS:
                 del model[next(iter(model))]
             added = [drafts, 3 * drafts, sum(accepted[:8]), *(accepted + [0] * 8)[:8]]
-            model[version] = [old + new for old, new in zip(row, added, strict=True)]
+            model[version] = [old + new for old, new in zip(before, added, strict=True)]
         rows = ControlBlock.attach(segment).scheduler.acceptance()
         assert [row.version for row in rows] == sorted(model)
         for row in rows:
@@ -163,7 +163,7 @@ def test_a_reader_beside_a_writing_process_sees_whole_texts(segment: Segment) ->
     control = ControlBlock.attach(segment)
     messages = ["a" * 200, "b" * 200, "ccc"]
     child = children.start(children.write_message, segment.name, messages, 0.5)
-    seen = set()
+    seen: set[str] = set()
     while child.exitcode is None:
         seen.update(control.worker.message for _ in range(200))
     assert children.finish(child) == 0
