@@ -125,9 +125,7 @@ def read_draft(directory: Path, target: Target) -> Draft:
         if name not in found and name not in optional:
             raise AuroraError(f"draft {directory} is no EAGLE-3 draft of one layer: it has no tensor {name}", remedy)
         if found.get(name, shape) != shape:
-            raise AuroraError(
-                f"{misfit}: tensor {name} is {list(found[name])}, this target needs {list(shape)}", remedy
-            )
+            raise AuroraError(f"{misfit}: tensor {name} is {list(found[name])}, it should be {list(shape)}", remedy)
     return Draft(directory, "given", aux_layers, draft_vocabulary, specs)
 
 

@@ -180,7 +180,8 @@ def resolve_draft(config: AuroraConfig, target: Target) -> Draft:
         raise AuroraError(
             f"no day-0 draft can be made from {target.model}: {error}", "give one with --aurora-draft"
         ) from None
-    directory = config.cache_dir / "day0" / f"{target.directory.name}-{key}"
+    name = target.directory.name if Path(target.model).is_dir() else Path(target.model).name  # not the hub's commit
+    directory = config.cache_dir / "day0" / f"{name}-{key}"
     origin = "day-0, cached" if (directory / "model.safetensors").is_file() else "day-0, to be made"
     return Draft(directory, origin, aux_layers, vocab_size, specs)
 

@@ -43,7 +43,7 @@ class Runtime:
             ring, bank, block = (Segment.create(kind, size) for kind, size in sizes.items())
         except NoSharedMemory as error:
             self.close()
-            raise AuroraError(str(error)) from None
+            raise AuroraError(str(error), "the ring is what --aurora-ring-mb says") from None
         RingProducer.create(ring, plan.layout.row_bytes, plan.ring_rows)
         WeightBank.create(bank, plan.draft.specs)
         control = ControlBlock.create(block)

@@ -94,7 +94,6 @@ class StopGuard:
 def end_descendants(patience_s: float = 1.0) -> None:
     """End every process this one started, and those they started: SIGTERM, and SIGKILL after patience_s."""
     # Multiprocessing's resource tracker stays: it removes vLLM's shared memory once this process is gone.
-    # goes.
     tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
     pids = [pid for pid in _descendants(os.getpid()) if pid != tracker]
     for number in (signal.SIGTERM, signal.SIGKILL):

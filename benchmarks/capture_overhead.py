@@ -56,7 +56,10 @@ def main(
     console.print(figures)
     if json is not None:
         write_report(json, figures, spread, seed, {"rounds": rounds, "eager": eager, "tokens": TOKENS})
-        _plot({f"{names[mode]}, concurrency {c}": values for (mode, c), values in ratios.items()}, json.with_suffix(".png"))
+        _plot(
+            {f"{names[mode]}, concurrency {c}": values for (mode, c), values in ratios.items()},
+            json.with_suffix(".png"),
+        )
 
 
 def _ratios(engine: object, prompts: list[str], mode: str, concurrency: int, rounds: int) -> list[float]:

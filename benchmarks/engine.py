@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,7 +45,13 @@ class Engine:
     bank: WeightBank
 
     @classmethod
-    def start(cls, target: Path, directory: Path, speculate: str = "always", **vllm_arguments: Any) -> Engine:
+    def start(
+        cls,
+        target: Path,
+        directory: Path,
+        speculate: Literal["auto", "always", "never"] = "always",
+        **vllm_arguments: Any,
+    ) -> Engine:
         """Make a day-0 draft and the shared memory, and start vLLM.
 
         Args:
@@ -96,7 +102,14 @@ class Engine:
             "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
         }
         llm = LLM(**(arguments | vllm_arguments))
-        return cls(llm, session, [control_segment, ring_segment, bank_segment], control, RingConsumer.attach(ring_segment), bank)
+        return cls(
+            llm,
+            session,
+            [control_segment, ring_segment, bank_segment],
+            control,
+            RingConsumer.attach(ring_segment),
+            bank,
+        )
 
     def generate(self, prompts: Sequence[Any], **sampling: Any) -> list[Any]:
         """Token ids or texts in, vLLM's RequestOutput out, in order. Greedy unless told otherwise."""
@@ -104,7 +117,7 @@ class Engine:
 
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": 32, "ignore_eos": True} | sampling))
         given = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
-        return self.llm.generate(given, params, use_tqdm=False)  # type: ignore[no-any-return]
+        return self.llm.generate(given, params, use_tqdm=False)
 
     def call(self, method: str, *args: Any) -> Any:
         """An RPC of InspectableWorker."""

@@ -1,7 +1,7 @@
 """The shape of every benchmark's JSON, and the median that a figure is.
 
-``write_report`` writes ``{"figures", "spread", "machine", "versions", "command", "seed", ...}``: what was measured, how far
-the samples lay apart, and what somebody else needs to measure it again.
+``write_report`` writes ``{"figures", "spread", "machine", "versions", "command", "seed", ...}``: what was measured,
+how far the samples lay apart, and what somebody else needs to measure it again.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
     python -m benchmarks.ring --json benchmarks/results/ring.json
 
-Two processes: a producer that writes rows as wide as SmolLM2's (9,280 bytes) and a consumer that takes private copies of them.
-Every row is copied twice on its way (into the ring, out of it), on two cores at the same time. The yardstick is one thread copying the same
-number of rows between two buffers of the ring's size (``numpy.copyto``, that is memcpy), so ``ring_over_memcpy`` compares
-rows through the ring with plain copies of these rows. Rounds alternate.
+Two processes: a producer that writes rows as wide as SmolLM2's (9,280 bytes) and a consumer that takes private copies
+of them.
+Every row is copied twice on its way (into the ring, out of it), on two cores at the same time. The yardstick is one
+thread copying the same
+number of rows between two buffers of the ring's size (``numpy.copyto``, that is memcpy), so ``ring_over_memcpy``
+compares rows through the ring with plain copies of these rows. Rounds alternate.
 """
 
 from __future__ import annotations

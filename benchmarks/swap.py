@@ -78,7 +78,10 @@ def main(
     }
     console.print(figures)
     if json is not None:
-        spread = {"step_ms": [1000 * min(run.quiet), 1000 * max(run.quiet)], "around_ms": [1000 * min(run.around), 1000 * max(run.around)]}
+        spread = {
+            "step_ms": [1000 * min(run.quiet), 1000 * max(run.quiet)],
+            "around_ms": [1000 * min(run.around), 1000 * max(run.around)],
+        }
         write_report(json, figures, spread, seed, {"eager": eager, "concurrency": CONCURRENCY})
         _plot(run, json.with_suffix(".png"))
 
@@ -163,7 +166,8 @@ def publish_on_request(bank_name: str, draft: str, seed: int, requests: Connecti
     generator = torch.Generator().manual_seed(seed)
     while (version := requests.recv()) is not None:
         changed = {
-            spec.name: tensors[spec.name] + 0.02 * tensors[spec.name].std() * torch.randn(spec.shape, generator=generator)
+            spec.name: tensors[spec.name]
+            + 0.02 * tensors[spec.name].std() * torch.randn(spec.shape, generator=generator)
             if tensors[spec.name].is_floating_point()
             else tensors[spec.name]
             for spec in bank.specs
@@ -180,7 +184,9 @@ def _plot(run: Load, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for times, label in ((run.quiet, "no swap under way"), (run.around, "around a swap")):
         ordered = sorted(1000 * t for t in times)
-        axes.plot(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], label=f"{label} ({len(ordered)} steps)")
+        axes.plot(
+            ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], label=f"{label} ({len(ordered)} steps)"
+        )
     axes.set_xlabel("decode step, ms")
     axes.set_ylabel("share of steps at most this long")
     axes.legend()

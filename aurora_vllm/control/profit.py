@@ -91,8 +91,8 @@ class AcceptanceEstimate:
 class StepTimes:
     """Seconds of a decode step by (batch bucket, K): the median of the last ``window`` ones.
 
-    A median, because what disturbs a step (a prompt being tokenised, another process) is no property of K, and because a
-    machine's mood at start-up must be forgotten.
+    A median, because what disturbs a step (a prompt being tokenised, another process) is no property of K, and because
+    a machine's mood at start-up must be forgotten.
     """
 
     window: int = 31

@@ -1,8 +1,9 @@
 """Day-0 draft: an EAGLE-3 checkpoint made from the target's own weights, before any traffic.
 
-A random draft needs tens of thousands of tokens before it proposes anything useful. The target already contains most of what
-a draft needs: a norm and an ``lm_head`` that read the residual stream, and layers that write it. So the draft is one of the
-target's late layers, fed by the residual stream that enters this layer:
+A random draft needs tens of thousands of tokens before it proposes anything useful. The target already contains most
+of what
+a draft needs: a norm and an ``lm_head`` that read the residual stream, and layers that write it. So the draft is one
+of the target's late layers, fed by the residual stream that enters this layer:
 
     fc          [0 0 I]: the last auxiliary state passes through, the other two start silent
     q/k/v       [0 | W]: act on the hidden half of ``[embedding, hidden]``, the embedding half starts silent
@@ -59,7 +60,8 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int) -> Path:
     aux_layer_ids = auxiliary_layers(config["num_hidden_layers"])
     layer = min(aux_layer_ids[-1], config["num_hidden_layers"] - 1)
     # A draft over the full vocabulary, its head equal to the target's, is served by vLLM from the *target's* lm_head
-    # (SpecDecodeBaseProposer._maybe_share_lm_head), which no update may touch. One token less keeps the head the draft's.
+    # (SpecDecodeBaseProposer._maybe_share_lm_head), which no update may touch. One token less keeps the head the
+    # draft's.
     draft_ids = day0_vocabulary(target, config["vocab_size"], min(draft_vocab_size, config["vocab_size"] - 1))
     tensors = _draft_tensors(weights, config, layer, len(aux_layer_ids), draft_ids)
     _write(out, _draft_config(config, aux_layer_ids, len(draft_ids)), tensors)
@@ -69,7 +71,8 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int) -> Path:
 def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
     """Three distinct auxiliary layer ids; id k is the residual stream entering layer k.
 
-    ``(2, L//2, L-3)`` as in EAGLE-3 and vLLM (``get_eagle3_default_aux_hidden_state_layers``) from seven layers on. Below, these
+    ``(2, L//2, L-3)`` as in EAGLE-3 and vLLM (``get_eagle3_default_aux_hidden_state_layers``) from seven layers on.
+    Below, these
     coincide and vLLM would silently merge them, so small targets get ids that are spread as far as they go.
 
     Raises:
@@ -116,8 +119,9 @@ def _draft_tensors(
 def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
     """Fold Qwen3's per-head q_norm/k_norm into the projection, since a Llama draft layer has no place for it.
 
-    RMSNorm divides by the head's RMS, which depends on the token; the fold divides by its expectation over an input of unit
-    RMS scaled by ``input_norm`` with independent components. An approximation: the draft is trained from here on anyway.
+    RMSNorm divides by the head's RMS, which depends on the token; the fold divides by its expectation over an input of
+    unit RMS scaled by ``input_norm`` with independent components. An approximation: the draft is trained from here on
+    anyway.
 
     Args:
         weight: [heads * head_dim, H]; norm: [head_dim]; input_norm: [H].

@@ -1,14 +1,18 @@
 """Evaluation: how many tokens would greedy speculation with this draft have gained on this trajectory?
 
-Speculation with a chain of K drafts is replayed on what the target really said, not approximated from top-1 accuracy. At a start
-row t the draft has seen the target's true states up to t, as vLLM's draft has, and proposes tokens t+2 .. t+1+K one after the
-other. As long as its proposals are right they *are* the trajectory's tokens, so one unroll over all rows answers for every start
-at once how long the accepted prefix is. Then the answer is walked as the server would: from the prompt's last row, each verification
-advances by the accepted drafts and the bonus token.
+Speculation with a chain of K drafts is replayed on what the target really said, not approximated from top-1 accuracy.
+At a start
+row t the draft has seen the target's true states up to t, as vLLM's draft has, and proposes tokens t+2 .. t+1+K one
+after the
+other. As long as its proposals are right they *are* the trajectory's tokens, so one unroll over all rows answers for
+every start
+at once how long the accepted prefix is. Then the answer is walked as the server would: from the prompt's last row,
+each verification advances by the accepted drafts and the bonus token.
 
-The measure is agreement with the token that followed. For a greedy request this is exactly vLLM's verdict. For a sampled request it is
-not: there vLLM accepts a greedy draft with the target's probability of it, so the walk's mean agrees but single verdicts do
-not. Both are compared with the same measure, which is all a decision between two drafts needs.
+The measure is agreement with the token that followed. For a greedy request this is exactly vLLM's verdict. For a
+sampled request it is
+not: there vLLM accepts a greedy draft with the target's probability of it, so the walk's mean agrees but single
+verdicts do not. Both are compared with the same measure, which is all a decision between two drafts needs.
 
 Used *prequentially*: a trajectory is scored before anything trains on it, so every sample is a test sample first.
 """
@@ -56,10 +60,13 @@ class Score:
 
 
 @torch.no_grad()
-def accepted_prefix(draft: Eagle3Draft, head: TargetHead, trajectory: Trajectory, length: int) -> tuple[int, torch.Tensor]:
+def accepted_prefix(
+    draft: Eagle3Draft, head: TargetHead, trajectory: Trajectory, length: int
+) -> tuple[int, torch.Tensor]:
     """How many of K drafts would be accepted, for every row a verification could start behind.
 
-    Only rows whose K following tokens are all known are asked: a chain cut off by the end of the answer would look worse than it is.
+    Only rows whose K following tokens are all known are asked: a chain cut off by the end of the answer would look
+    worse than it is.
 
     Args:
         length: K.
@@ -70,7 +77,8 @@ def accepted_prefix(draft: Eagle3Draft, head: TargetHead, trajectory: Trajectory
     """
     rows = len(trajectory.token_ids)
     first = max(0, trajectory.prompt_length - 1 - trajectory.start)
-    # The token after the last row is known as well, but no row reads it; draft K-1 of a start t is judged by token t+1+K.
+    # The token after the last row is known as well, but no row reads it; draft K-1 of a start t is judged by token
+    # t+1+K.
     count = rows - 1 - length - first
     if count <= 0:
         return first, torch.zeros(0, dtype=torch.int64)

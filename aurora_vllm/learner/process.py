@@ -19,7 +19,7 @@ import torch
 
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.budget import CpuBudget
-from aurora_vllm.learner.draft import Eagle3Draft, load_draft, load_tensors
+from aurora_vllm.learner.draft import load_draft, load_tensors
 from aurora_vllm.learner.evaluate import Recent, simulate
 from aurora_vllm.learner.publish import Evidence, publish
 from aurora_vllm.learner.replay import Replay
@@ -185,7 +185,10 @@ def main() -> int:
     """Learn until told to stop."""
     session = Session.from_environment()
     if session is None:
-        print("aurora_vllm: error: the learner is started by the server; run python -m aurora_vllm.entrypoint", file=sys.stderr)
+        print(
+            "aurora_vllm: error: the learner is started by the server; run python -m aurora_vllm.entrypoint",
+            file=sys.stderr,
+        )
         return 2
     torch.set_num_threads(session.config.learner_threads)
     torch.manual_seed(session.config.seed)

@@ -9,8 +9,8 @@ The ring brings rows of many requests mixed, in the order the engine computed th
 - preemption: the engine computes positions again that are known; the path keeps the first of them;
 - an end at any moment, or none at all where the worker died.
 
-A path is contiguous in position, and each token on it is the one the target emitted before it. Rows that break this make no
-trajectory: part of a request is worth less than the certainty that what is learned from did happen.
+A path is contiguous in position, and each token on it is the one the target emitted before it. Rows that break this
+make no trajectory: part of a request is worth less than the certainty that what is learned from did happen.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class Assembler:
         position, prompt_length = int(meta[0, Field.POSITION]), int(meta[0, Field.PROMPT_LENGTH])
         path = self._open.get(request)
         if path is None:
-            # A prompt may begin anywhere (prefix cache), an answer may not: its beginning was missed, as after a restart.
+            # A prompt may begin anywhere (prefix cache), an answer may not: its beginning was missed, as after a
+            # restart.
             if position >= prompt_length:
                 self._give_up(request, "beginning missed")
                 return []

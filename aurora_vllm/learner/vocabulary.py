@@ -1,11 +1,11 @@
 """Draft vocabulary: which of the target's tokens the draft may propose.
 
 A draft head over the whole vocabulary costs more than the rest of an EAGLE-3 draft (49,152 x 576 against 4 million
-weights for SmolLM2-135M), so the draft proposes from a subset and ``d2t``/``t2d`` translate. A token outside the subset is
-never proposed: it ends the accepted prefix, nothing else.
+weights for SmolLM2-135M), so the draft proposes from a subset and ``d2t``/``t2d`` translate. A token outside the
+subset is never proposed: it ends the accepted prefix, nothing else.
 
-Day 0 has seen no traffic. What it has is the tokenizer: byte-pair merges are learned most frequent first, so the order of
-the merges *is* a frequency table of the corpus the target's tokenizer was made from.
+Day 0 has seen no traffic. What it has is the tokenizer: byte-pair merges are learned most frequent first, so the order
+of the merges *is* a frequency table of the corpus the target's tokenizer was made from.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def day0_vocabulary(target: Path, vocab_size: int, size: int) -> torch.Tensor:
     """The tokens a draft may propose before any traffic was seen.
 
     In order of preference until ``size`` is reached: the tokens that end an answer, other added tokens (chat marks,
-    ``<think>``; at most a sixteenth of the room), bytes and ASCII characters, then merges in the order they were learned (Unigram
-    tokenizers: by score), then whatever ids are left, lowest first. A target without ``tokenizer.json`` gets the lowest ids, which
-    in byte-pair vocabularies are in merge order as well.
+    ``<think>``; at most a sixteenth of the room), bytes and ASCII characters, then merges in the order they were
+    learned (Unigram
+    tokenizers: by score), then whatever ids are left, lowest first. A target without ``tokenizer.json`` gets the
+    lowest ids, which in byte-pair vocabularies are in merge order as well.
 
     Args:
         target: directory of the target checkpoint.
@@ -62,7 +63,8 @@ def vocabulary_maps(draft_ids: torch.Tensor, vocab_size: int) -> tuple[torch.Ten
 
 
 class Coverage:
-    """Counts emitted tokens, so that the share the draft could have proposed is known (and a better subset can be chosen).
+    """Counts emitted tokens, so that the share the draft could have proposed is known (and a better subset can be
+    chosen).
 
     Counts only, in memory only: no order, no text, no request.
     """

@@ -69,13 +69,17 @@ def learner(snapshot: Snapshot, wanted: bool, now_ns: int) -> dict[str, Any]:
     """The learner's fields; ``state`` is "off" (not wanted), "waiting" (for the engine), "down", or its own word."""
     fields, server = dict(snapshot["learner"]), snapshot["server"]
     heartbeat_age = age(fields.pop("heartbeat_ns"), now_ns)
-    alive = heartbeat_age is not None and heartbeat_age <= LEARNER_DOWN_S and server["learner_pid"] != 0
+    running = server["learner_pid"]
+    # The block outlives a learner: what it says is of the one that runs only where the pids agree.
+    alive = running != 0 and fields["pid"] == running and heartbeat_age is not None and heartbeat_age <= LEARNER_DOWN_S
     if not wanted:
         state = "off"
     elif alive:
         state = fields["state"] or "starting"
-    elif heartbeat_age is None and server["learner_restarts"] == 0:
-        state = "starting" if server["learner_pid"] else "waiting"
+    elif running and fields["pid"] != running:
+        state = "starting"
+    elif not running and not server["learner_restarts"]:
+        state = "waiting"
     else:
         state = "down"
     return {

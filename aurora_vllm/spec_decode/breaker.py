@@ -38,8 +38,10 @@ class CircuitBreaker:
             self._failures += 1
             if self._on_failure is not None:
                 self._on_failure(f"{type(error).__name__}: {error}")
-            if self.open:
-                logger.exception("aurora: %s failed %d times in a row and is off until restart", self._name, self._limit)
+            if self._failures >= self._limit:
+                logger.exception(
+                    "aurora: %s failed %d times in a row and is off until restart", self._name, self._limit
+                )
             return False
         self._failures = 0
         return True

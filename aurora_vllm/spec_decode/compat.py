@@ -66,7 +66,11 @@ HOOKS = (
         "CPU sampling fix (vllm#55005)",
     ),
     Hook("vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM", (), "swap: the draft's layout"),
-    Hook("vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", ("layer",), "swap: how CPU weights are repacked"),
+    Hook(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        ("layer",),
+        "swap: how CPU weights are repacked",
+    ),
     Hook("vllm._custom_ops:create_onednn_mm", ("weight",), "swap: packing weights for the CPU"),
 )
 

@@ -1,4 +1,4 @@
-"""From the weight bank to the live draft: staged on a thread, committed between two steps, undone by exchanging back."""
+"""From the weight bank to the live draft: staged on a thread, committed between two steps, undone by trading back."""
 
 from __future__ import annotations
 

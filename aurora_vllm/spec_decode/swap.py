@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from aurora_vllm.transport.bank import TensorSpec
 
@@ -59,7 +58,7 @@ class _Destination:
     """Where some checkpoint tensors live in vLLM's draft: stacked along dim 0 in this order."""
 
     sources: tuple[str, ...]
-    module: nn.Module
+    module: Any
     parameter: str
     rows: int  # of the live tensor; a vocabulary padded by vLLM has more rows than the checkpoint
     columns: int | None  # None for vectors
@@ -95,7 +94,7 @@ class LiveDraft:
             cannot be reached.
     """
 
-    def __init__(self, draft: nn.Module, target: nn.Module) -> None:
+    def __init__(self, draft: Any, target: Any) -> None:
         if _shares(draft.lm_head, getattr(target, "lm_head", None)):
             raise SwapRefused("the draft's lm_head is the target's own module; writing it would change the target")
         self._destinations = _destinations(draft)
@@ -137,7 +136,7 @@ class LiveDraft:
         return StagedWeights(version, exchanges)
 
 
-def _shares(module: nn.Module, other: nn.Module | None) -> bool:
+def _shares(module: Any, other: Any) -> bool:
     if other is None:
         return False
     if module is other:
@@ -148,12 +147,12 @@ def _shares(module: nn.Module, other: nn.Module | None) -> bool:
     return mine.data_ptr() == theirs.data_ptr()
 
 
-def _destinations(draft: nn.Module) -> list[_Destination]:
+def _destinations(draft: Any) -> list[_Destination]:
     """vLLM's parameters for each checkpoint tensor (llama_eagle3.py, ``hf_to_vllm_mapper`` read backwards)."""
     model, layer = draft.model, draft.model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
     prefix = "midlayer."
-    linears: list[tuple[tuple[str, ...], nn.Module]] = [
+    linears: list[tuple[tuple[str, ...], Any]] = [
         (("fc.weight",), model.fc),
         (tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv"), attention.qkv_proj),
         ((f"{prefix}self_attn.o_proj.weight",), attention.o_proj),
@@ -161,7 +160,7 @@ def _destinations(draft: nn.Module) -> list[_Destination]:
         ((f"{prefix}mlp.down_proj.weight",), mlp.down_proj),
         (("lm_head.weight",), draft.lm_head),
     ]
-    norms: list[tuple[str, nn.Module]] = [
+    norms: list[tuple[str, Any]] = [
         (f"{prefix}hidden_norm.weight", layer.hidden_norm),
         (f"{prefix}input_layernorm.weight", layer.input_layernorm),
         (f"{prefix}post_attention_layernorm.weight", layer.post_attention_layernorm),
@@ -181,7 +180,7 @@ def _destinations(draft: nn.Module) -> list[_Destination]:
     return found
 
 
-def _linear_shape(name: str, module: nn.Module) -> tuple[int, int]:
+def _linear_shape(name: str, module: Any) -> tuple[int, int]:
     weight = getattr(module, "weight", None)
     method = type(getattr(module, "quant_method", None)).__name__
     if weight is None or not method.startswith("Unquantized"):
@@ -194,7 +193,7 @@ def _linear_shape(name: str, module: nn.Module) -> tuple[int, int]:
     return handler.n, handler.k
 
 
-def _onednn_handler(module: nn.Module) -> Any | None:
+def _onednn_handler(module: Any) -> Any | None:
     """The oneDNN handler in the closure of ``layer.cpu_linear`` (vllm dispatch_cpu_unquantized_gemm), if any."""
     for cell in getattr(getattr(module, "cpu_linear", None), "__closure__", None) or ():
         if type(cell.cell_contents).__name__ == "CPUDNNLGEMMHandler":
@@ -213,9 +212,7 @@ def _kind(destination: _Destination) -> str:
     raise SwapRefused(f"{destination.label}: vLLM repacked this layer in a way that is not known here")
 
 
-def _check_shape(
-    destination: _Destination, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
-) -> None:
+def _check_shape(destination: _Destination, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
     for name, dtype in zip(destination.sources, dtypes, strict=True):
         if dtype != destination.dtype:
             raise SwapRefused(f"{name}: dtype {dtype}, the running draft has {destination.dtype}")
@@ -226,7 +223,9 @@ def _check_shape(
     fits = rows <= destination.rows if padded else rows == destination.rows
     if columns != {wanted_columns} or not fits:
         got = " + ".join(str(list(shape)) for shape in shapes)
-        raise SwapRefused(f"{destination.label}: shape {got}, the running draft has [{destination.rows}, {destination.columns}]")
+        raise SwapRefused(
+            f"{destination.label}: shape {got}, the running draft has [{destination.rows}, {destination.columns}]"
+        )
 
 
 def _stage(destination: _Destination, weight: torch.Tensor) -> Exchange:

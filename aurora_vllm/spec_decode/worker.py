@@ -30,7 +30,9 @@ class AuroraWorker(PlatformWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if current_platform.is_cpu() and mend_cpu_sampling():
-            logger.info("aurora: replaced vLLM's expand_batch_to_tokens on the CPU, which loses its output (vllm#55005)")
+            logger.info(
+                "aurora: replaced vLLM's expand_batch_to_tokens on the CPU, which loses its output (vllm#55005)"
+            )
         if hasattr(self.model_runner, "drafter"):
             sample_plainly_without_drafts(self.model_runner)
         try:

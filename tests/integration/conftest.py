@@ -1,7 +1,7 @@
 """One real vLLM engine (CPU, V1 runner) on a real model for the whole test session.
 
-The engine carries AuroraWorker and AuroraScheduler; the test itself stands where the learner would be: it reads the ring
-and publishes into the bank. Prefix caching is on, prefill is chunked, and the KV cache is small enough to preempt.
+The engine carries AuroraWorker and AuroraScheduler; the test itself stands where the learner would be: it reads the
+ring and publishes into the bank. Prefix caching is on, prefill is chunked, and the KV cache is small enough to preempt.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
 class RequestRows:
     """Rows of one request, sorted into the path and the branches that were rejected."""
 
-    path: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # position -> token, aux, last
+    path: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict
+    )  # position -> token, aux, last
     branches: list[list[tuple[int, int, torch.Tensor, torch.Tensor]]] = field(default_factory=list)
     emitted: dict[int, int] = field(default_factory=dict)  # position -> token the target chose after it
     temperature_milli: int = 0
@@ -69,7 +71,12 @@ def count_verdicts(rows: torch.Tensor, layout: RowLayout) -> dict[str, Any]:
         accepted += words[Field.NUM_ACCEPTED]
         for i in range(words[Field.NUM_ACCEPTED]):
             per_position[i] += 1
-    return {"drafts": drafts, "draft_tokens": tokens, "accepted_tokens": accepted, "accepted_tokens_per_pos": per_position}
+    return {
+        "drafts": drafts,
+        "draft_tokens": tokens,
+        "accepted_tokens": accepted,
+        "accepted_tokens_per_pos": per_position,
+    }
 
 
 class Reference:

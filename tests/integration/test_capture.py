@@ -23,8 +23,8 @@ from tests.integration.reference import Reference, RequestRows, count_verdicts, 
 
 TOLERANCE = 1e-3
 # SmolLM2 has massive activations: two or three channels of its residual stream reach 2e4 at attention sinks, and
-# transformers in float32 differs from itself in float64 by 0.2 there (everywhere else by less than 1e-3). Such a channel
-# is held to 1e-5 of its own largest value in the sequence; all others, and the last hidden state, to 1e-3.
+# transformers in float32 differs from itself in float64 by 0.2 there (everywhere else by less than 1e-3). Such a
+# channel is held to 1e-5 of its own largest value in the sequence; all others, and the last hidden state, to 1e-3.
 OF_MASSIVE = 1e-5
 # A rejected branch is text nobody would write ("to to to"); there float32 is off its float64 self by several 1e-3.
 BRANCH_TOLERANCE = 1e-2
@@ -93,7 +93,11 @@ def test_runs_on_the_v1_runner(engine: Engine) -> None:
 
 
 def test_mixed_batch_with_chunked_prefill_agrees_with_transformers(engine: Engine, reference: Reference) -> None:
-    prompts: list[Any] = [*SHORT, code_prompt(engine, 150, 1), code_prompt(engine, 120, 2)]  # 96 tokens fit into one step
+    prompts: list[Any] = [
+        *SHORT,
+        code_prompt(engine, 150, 1),
+        code_prompt(engine, 120, 2),
+    ]  # 96 tokens fit into one step
     before = engine.spec_decode_counters()
     outputs = engine.generate(prompts, max_tokens=24)
     rows = finish(engine)
@@ -115,7 +119,9 @@ def test_mixed_batch_with_chunked_prefill_agrees_with_transformers(engine: Engin
     assert counted["drafts"] > 0
     for name in ("drafts", "draft_tokens", "accepted_tokens"):
         assert counted[name] == after[name] - before.get(name, 0), name
-    per_position = [a - b for a, b in zip(after["accepted_tokens_per_pos"], before["accepted_tokens_per_pos"], strict=True)]
+    per_position = [
+        a - b for a, b in zip(after["accepted_tokens_per_pos"], before["accepted_tokens_per_pos"], strict=True)
+    ]
     assert counted["accepted_tokens_per_pos"] == per_position
 
 
@@ -161,7 +167,9 @@ def test_aborted_request_ends(engine: Engine) -> None:
     from vllm import SamplingParams
 
     core = engine.llm.llm_engine
-    core.add_request("to-abort", {"prompt_token_ids": code_prompt(engine, 20, 4)}, SamplingParams(temperature=0, max_tokens=100))
+    core.add_request(
+        "to-abort", {"prompt_token_ids": code_prompt(engine, 20, 4)}, SamplingParams(temperature=0, max_tokens=100)
+    )
     for _ in range(4):
         core.step()
     core.abort_request(["to-abort"])

@@ -160,7 +160,11 @@ def test_wrong_shape_dtype_and_names_are_refused_by_name(engine: Engine, checkpo
     short = checkpoint | {"fc.weight": checkpoint["fc.weight"][:-1]}
     halves = checkpoint | {"norm.weight": checkpoint["norm.weight"].half()}
     without = {name: tensor for name, tensor in checkpoint.items() if name != "lm_head.weight"}
-    for tensors, says in ((short, r"fc\.weight.*575"), (halves, r"norm\.weight.*float16"), (without, r"lm_head\.weight")):
+    for tensors, says in (
+        (short, r"fc\.weight.*575"),
+        (halves, r"norm\.weight.*float16"),
+        (without, r"lm_head\.weight"),
+    ):
         with pytest.raises(ValueError, match=says):
             engine.bank.publish(next_version(engine), tensors, {})
         with pytest.raises(SwapRefused, match=says):

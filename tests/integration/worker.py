@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from aurora_vllm.spec_decode.worker import AuroraWorker

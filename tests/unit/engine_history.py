@@ -1,4 +1,4 @@
-"""A pretend engine: random request histories as rows, and the trajectories they should give. Shared by learner tests."""
+"""A pretend engine: random request histories as rows, and the trajectories they should give."""
 
 from __future__ import annotations
 
@@ -90,13 +90,22 @@ class Request:
         rows = []
         for i in range(accepted + 1):
             p = first + i
-            rows.append(row(self.number, p, self.tokens[p], step, emitted=self.tokens[p + 1], draft_index=i - 1, **words))
+            rows.append(
+                row(self.number, p, self.tokens[p], step, emitted=self.tokens[p + 1], draft_index=i - 1, **words)
+            )
         self.computed = first + accepted + 1
         if drafts > accepted:  # the first of them is not what the target said, the rest is anything
-            wrong = [(self.tokens[self.computed] + 1) % 61, *(self.rng.randrange(60) for _ in range(drafts - accepted - 1))]
+            wrong = [
+                (self.tokens[self.computed] + 1) % 61,
+                *(self.rng.randrange(60) for _ in range(drafts - accepted - 1)),
+            ]
             self.branches.append((self.computed, wrong))
             for i, token in enumerate(wrong):
-                rows.append(row(self.number, self.computed + i, token, step, RowFlag.REJECTED, draft_index=accepted + i, **words))
+                rows.append(
+                    row(
+                        self.number, self.computed + i, token, step, RowFlag.REJECTED, draft_index=accepted + i, **words
+                    )
+                )
         return rows
 
     def preempt(self) -> None:

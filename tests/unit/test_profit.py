@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -95,7 +96,7 @@ def test_expected_length_grows_with_k_and_stays_within_bounds(verdicts: list[tup
         estimate.observe(drafts, min(drafts, accepted))
     lengths = [estimate.expected_length(k) for k in range(4)]
     assert lengths[0] == 1.0
-    assert all(a <= b <= a + 1 for a, b in zip(lengths, lengths[1:], strict=False))
+    assert all(a <= b <= a + 1 for a, b in itertools.pairwise(lengths))
 
 
 def test_new_version_lets_the_shadow_speak_again() -> None:

@@ -99,7 +99,7 @@ def test_rows_say_what_the_step_was(case: tuple[list[int], list[int], list[int],
             for row in range(length):
                 offset = row - certain
                 rejected = offset > accepted[i]
-                emitted = 100 * (i + 1) + offset if 0 <= offset and not rejected and emits[i] else -1
+                emitted = 100 * (i + 1) + offset if offset >= 0 and not rejected and emits[i] else -1
                 expected.append((start + row, i, row, max(offset - 1, -1), rejected, emitted))
         start += length
     assert written == len(expected) == worker.rows_written

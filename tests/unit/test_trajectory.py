@@ -102,7 +102,9 @@ def _maybe_preempted(request: Request, step: int, rng: random.Random) -> list[Ro
 
 
 def simple(positions: range, tokens: list[int] | None = None, prompt_length: int = 4) -> list[Row]:
-    return [row(5, p, p if tokens is None else tokens[i], 1, prompt_length=prompt_length) for i, p in enumerate(positions)]
+    return [
+        row(5, p, p if tokens is None else tokens[i], 1, prompt_length=prompt_length) for i, p in enumerate(positions)
+    ]
 
 
 END = row(5, 0, 0, 9, RowFlag.END)
@@ -111,11 +113,14 @@ END = row(5, 0, 0, 9, RowFlag.END)
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([*simple(range(0, 6)), *simple(range(7, 12))], "gap"),
+        ([*simple(range(6)), *simple(range(7, 12))], "gap"),
         (simple(range(4, 12)), "beginning missed"),
-        ([*simple(range(0, 6)), *simple(range(2, 8), [2, 3, 40, 5, 6, 7])], "rows contradict each other"),
-        ([*simple(range(0, 5)), row(5, 5, 5, 2, prompt_length=4, emitted=40), *simple(range(6, 9))], "rows contradict each other"),
-        (simple(range(0, MIN_ROWS - 1)), "too short"),
+        ([*simple(range(6)), *simple(range(2, 8), [2, 3, 40, 5, 6, 7])], "rows contradict each other"),
+        (
+            [*simple(range(5)), row(5, 5, 5, 2, prompt_length=4, emitted=40), *simple(range(6, 9))],
+            "rows contradict each other",
+        ),
+        (simple(range(MIN_ROWS - 1)), "too short"),
     ],
 )
 def test_what_cannot_be_trusted_is_discarded_and_counted_once(rows: list[Row], reason: str) -> None:
@@ -125,11 +130,11 @@ def test_what_cannot_be_trusted_is_discarded_and_counted_once(rows: list[Row], r
     assert assembler.feed(pack([*rows, END])) == []
     assert assembler.discarded == {reason: 1}
     assert assembler.open_bytes == assembler.open_requests == 0
-    assert len(assembler.feed(pack([*simple(range(0, 6)), END]))) == 1  # the number may be used again after its end
+    assert len(assembler.feed(pack([*simple(range(6)), END]))) == 1  # the number may be used again after its end
 
 
 def test_rows_beyond_the_end_are_cut() -> None:
-    (trajectory,) = Assembler(LAYOUT).feed(pack([*simple(range(0, 9)), row(5, 6, 0, 9, RowFlag.END)]))
+    (trajectory,) = Assembler(LAYOUT).feed(pack([*simple(range(9)), row(5, 6, 0, 9, RowFlag.END)]))
     assert trajectory.token_ids.tolist() == [0, 1, 2, 3, 4, 5]
 
 
@@ -154,7 +159,7 @@ def by_count_position(number: int) -> int:
 
 def test_trajectory_sizes() -> None:
     (trajectory,) = Assembler(LAYOUT).feed(
-        pack([*simple(range(0, 6)), row(5, 6, 9, 1, RowFlag.REJECTED, prompt_length=4), END])
+        pack([*simple(range(6)), row(5, 6, 9, 1, RowFlag.REJECTED, prompt_length=4), END])
     )
     assert trajectory.response_tokens == 2
     assert trajectory.nbytes == 7 * (8 + LAYOUT.payload_bytes)

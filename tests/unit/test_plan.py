@@ -1,0 +1,234 @@
+"""What a run will be: sizes, the draft and whether it fits the target, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from aurora_vllm import checkpoint, plan, preflight
+from aurora_vllm.checkpoint import Target
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
+from aurora_vllm.spec_decode.compat import Probe
+from aurora_vllm.transport.bank import bank_bytes
+from aurora_vllm.transport.ring import ring_bytes
+
+HIDDEN, VOCABULARY, LAYERS = 16, 100, 8
+DRAFT: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": VOCABULARY,
+    "draft_vocab_size": 64,
+    "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
+    "num_hidden_layers": 1,
+}
+TARGET = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-6,
+}
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    directory = tmp_path / "target"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(TARGET))
+    save_file({"model.embed_tokens.weight": torch.zeros(VOCABULARY, HIDDEN)}, directory / "model.safetensors")
+    return Target("owner/target", directory, HIDDEN, LAYERS, VOCABULARY, "float32")
+
+
+@pytest.fixture
+def draft_dir(tmp_path: Path) -> Path:
+    save_draft(Eagle3Draft(Eagle3Config.from_hf(DRAFT)), tmp_path / "draft", DRAFT)
+    return tmp_path / "draft"
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_draft_that_fits(target: Target, draft_dir: Path) -> None:
+    draft = checkpoint.read_draft(draft_dir, target)
+    assert (draft.origin, draft.aux_layers, draft.vocab_size) == ("given", (2, 4, 5), 64)
+    assert list(draft.specs) == bank_specs(load_draft(draft_dir))
+    parameters = (p for p in load_draft(draft_dir).parameters())
+    assert draft.num_parameters == sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"hidden_size": 32}, "its hidden_size is 32, the target's is 16"),
+        ({"target_hidden_size": 32}, "its target_hidden_size is 32, the target's is 16"),
+        ({"vocab_size": 99}, "its vocab_size is 99, the target's is 100"),
+        ({"intermediate_size": 48}, "tensor midlayer.mlp.gate_proj.weight is [24, 16], it should be [48, 16]"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 4]}, "tensor fc.weight is [16, 48], it should be [16, 32]"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 2, 5]}, "auxiliary layers [2, 2, 5] with 8 target layers"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 4, 9]}, "auxiliary layers [2, 4, 9] with 8 target layers"),
+    ],
+)
+def test_a_draft_that_does_not_fit(target: Target, draft_dir: Path, changes: dict[str, Any], line: str) -> None:
+    change_config(draft_dir, **changes)
+    with pytest.raises(AuroraError, match="does not fit owner/target: ") as caught:
+        checkpoint.read_draft(draft_dir, target)
+    assert line in str(caught.value)
+
+
+def test_a_draft_without_a_tensor(target: Target, draft_dir: Path) -> None:
+    tensors = load_file(draft_dir / "model.safetensors")
+    del tensors["midlayer.hidden_norm.weight"]
+    save_file(tensors, draft_dir / "model.safetensors")
+    with pytest.raises(AuroraError, match=r"has no tensor midlayer\.hidden_norm\.weight"):
+        checkpoint.read_draft(draft_dir, target)
+
+
+def test_an_embedding_of_another_vocabulary(target: Target, draft_dir: Path) -> None:
+    tensors = load_file(draft_dir / "model.safetensors") | {"embed_tokens.weight": torch.zeros(7, HIDDEN)}
+    save_file(tensors, draft_dir / "model.safetensors")
+    with pytest.raises(AuroraError, match=r"embed_tokens\.weight is \[7, 16\], it should be \[100, 16\]"):
+        checkpoint.read_draft(draft_dir, target)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -10])
+def test_a_damaged_checkpoint(draft_dir: Path, size: int) -> None:
+    file = draft_dir / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(AuroraError, match="download it again"):
+        checkpoint.read_shapes(draft_dir)
+
+
+def test_no_checkpoint(tmp_path: Path, target: Target) -> None:
+    with pytest.raises(AuroraError, match=r"holds no \*\.safetensors"):
+        checkpoint.read_shapes(tmp_path)
+    with pytest.raises(AuroraError, match=r"cannot read its config\.json"):
+        checkpoint.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(AuroraError, match="is not JSON"):
+        checkpoint.read_config(tmp_path)
+    with pytest.raises(AuroraError, match="is no directory"):
+        checkpoint.read_draft(tmp_path / "nowhere", target)
+
+
+def test_the_fingerprint_follows_the_weights_and_the_settings(target: Target) -> None:
+    first = checkpoint.fingerprint(target.directory, 64)
+    assert first == checkpoint.fingerprint(target.directory, 64)
+    assert first != checkpoint.fingerprint(target.directory, 65)
+    save_file({"x": torch.zeros(3)}, target.directory / "model.safetensors")
+    assert first != checkpoint.fingerprint(target.directory, 64)
+    second = checkpoint.fingerprint(target.directory, 64)
+    change_config(target.directory, rms_norm_eps=1e-5)
+    assert second != checkpoint.fingerprint(target.directory, 64)
+
+
+def test_the_planned_day0_draft_is_the_one_that_is_made(target: Target, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TARGET.items() if k != "architectures"}))
+    model.save_pretrained(target.directory)
+    config = AuroraConfig(cache_dir=tmp_path / "cache", draft_vocab_size=64)
+    planned = preflight.resolve_draft(config, target)
+    assert planned.origin == "day-0, to be made"
+    assert planned.directory.parent == tmp_path / "cache" / "day0"
+    made = preflight.make_draft(planned, target, config)
+    assert made == planned  # layers, vocabulary, names, shapes and dtypes
+    again = preflight.resolve_draft(config, target)
+    assert again == replace(planned, origin="day-0, cached")
+    written = (again.directory / "model.safetensors").stat().st_mtime_ns
+    preflight.make_draft(again, target, config)
+    assert (again.directory / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_targets_no_day0_draft_can_be_made_from(target: Target, tmp_path: Path) -> None:
+    config = AuroraConfig(cache_dir=tmp_path)
+    with pytest.raises(AuroraError, match="no day-0 draft .* at least 2 layers.* give one with --aurora-draft"):
+        preflight.resolve_draft(config, replace(target, num_layers=1))
+    planned = preflight.resolve_draft(config, target)
+    with pytest.raises(AuroraError, match=r"no day-0 draft .* no tensor .*; give one with --aurora-draft"):
+        preflight.make_draft(planned, target, config)
+    assert not list(tmp_path.glob("**/*.safetensors")) or not planned.directory.exists()
+    change_config(target.directory, quantization_config={"quant_method": "awq"})
+    with pytest.raises(AuroraError, match="it is quantized; give one"):
+        preflight.resolve_draft(config, target)
+
+
+def test_a_cache_that_cannot_be_written(target: Target, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = AuroraConfig(cache_dir=tmp_path / "file")
+    with pytest.raises(AuroraError, match="choose another --aurora-cache-dir"):
+        preflight.make_draft(preflight.resolve_draft(config, target), target, config)
+
+
+@pytest.fixture
+def serve_plan(target: Target, draft_dir: Path) -> plan.ServePlan:
+    probes = (Probe("a:b", True, "the tested source"),)
+    return plan.make_plan(AuroraConfig(ring_mb=1), "0.32.0", target, checkpoint.read_draft(draft_dir, target), probes)
+
+
+def test_sizes(serve_plan: plan.ServePlan) -> None:
+    row = 64 + 4 * (3 + 1) * HIDDEN  # 16 words of metadata; three aux states and the last, float32
+    assert serve_plan.layout.row_bytes == row
+    assert serve_plan.ring_rows == 2**20 // row
+    assert serve_plan.ring_bytes == ring_bytes(row, 2**20 // row)
+    assert serve_plan.bank_bytes == bank_bytes(serve_plan.draft.specs)
+
+
+def test_a_ring_that_is_too_small(target: Target, draft_dir: Path) -> None:
+    wide = replace(target, hidden_size=16384)
+    with pytest.raises(AuroraError, match="--aurora-ring-mb 1 holds 3 rows .* at least 17, better 272"):
+        plan.make_plan(AuroraConfig(ring_mb=1), "0.32.0", wide, checkpoint.read_draft(draft_dir, target))
+
+
+def test_vllms_arguments(serve_plan: plan.ServePlan) -> None:
+    args = Namespace(
+        port=80, worker_cls="auto", scheduler_cls=None, speculative_config={"draft-sample-method": "greedy", "model": "x"}
+    )
+    plan.apply(serve_plan, args)
+    assert vars(args) == {
+        "port": 80,
+        "worker_cls": "aurora_vllm.spec_decode.worker.AuroraWorker",
+        "scheduler_cls": "aurora_vllm.spec_decode.scheduler.AuroraScheduler",
+        "speculative_config": {
+            "draft_sample_method": "greedy",
+            "method": "eagle3",
+            "model": str(serve_plan.draft.directory),
+            "num_speculative_tokens": 3,
+        },
+    }
+
+
+def test_shown_as_json(serve_plan: plan.ServePlan, capsys: Any) -> None:
+    plan.show(serve_plan, "json")
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == serve_plan.as_dict()
+    assert shown["memory"]["bank_bytes"] == serve_plan.bank_bytes
+    assert shown["serves"] == "aurora"
+
+
+def test_shown_as_text(serve_plan: plan.ServePlan, capsys: Any, monkeypatch: Any) -> None:
+    misfit = replace(serve_plan, probes=(*serve_plan.probes, Probe("c:d", False, "not in this vLLM")))
+    plan.show(misfit, "text")
+    out = capsys.readouterr().out
+    for word in ("owner/target", "2, 4, 5", "0.32.0", "1 of 2 fit: serves plain vLLM", "c:d: not in this vLLM", "K up to 3"):
+        assert word in out
+    assert misfit.as_dict()["serves"] == "plain vLLM"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    plan.show(serve_plan, "text")
+    assert "aurora_vllm would run" in capsys.readouterr().out

@@ -1,0 +1,145 @@
+"""The learner's keeper: starts it late, restarts it with back-off, ends it, and never leaves it behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aurora_vllm.supervisor import Supervisor, learner_environment
+
+PYTHON = sys.executable
+
+
+@pytest.fixture
+def keep() -> Iterator[Callable[..., tuple[Supervisor, Any]]]:
+    kept = []
+
+    def start(script: str, ready: Callable[[], bool] = lambda: True, **options: Any) -> tuple[Supervisor, Any]:
+        block = SimpleNamespace(learner_pid=0, learner_restarts=0)
+        supervisor = Supervisor(block, ready, threads=3, command=(PYTHON, "-c", script), **options)
+        kept.append(supervisor)
+        supervisor.start()
+        return supervisor, block
+
+    yield start
+    for supervisor in kept:
+        supervisor.stop()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_nothing_starts_before_the_engine_is_up(keep: Any, tmp_path: Path) -> None:
+    up: list[int] = []
+    _, block = keep(f"open({str(tmp_path / 'ran')!r}, 'w'); import time; time.sleep(60)", ready=lambda: bool(up))
+    time.sleep(0.7)
+    assert block.learner_pid == 0
+    up.append(1)
+    wait_for((tmp_path / "ran").exists)
+    assert is_alive(block.learner_pid)
+
+
+def test_restarts_come_later_and_later_and_are_counted(keep: Any, tmp_path: Path, capfd: Any) -> None:
+    log = tmp_path / "starts"
+    keep(f"import time; open({str(log)!r}, 'a').write(f'{{time.monotonic()}}\\n'); raise SystemExit(7)", waits=(0.2, 0.8))
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 5)
+    starts = [float(line) for line in log.read_text().splitlines()]
+    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    for gap, least in zip(gaps, (0.2, 0.4, 0.8, 0.8), strict=False):
+        assert gap >= least
+    assert "the learner exited with code 7 after" in capfd.readouterr().err
+
+
+def test_a_long_life_starts_the_waits_over(keep: Any) -> None:
+    _, block = keep("pass", waits=(0.05, 60.0), stable_s=0.0)
+    wait_for(lambda: block.learner_restarts >= 6)  # doubling, the sixth would come after 1.5 s of waits; and 60 s at 12
+
+
+def test_stop_ends_a_learner_that_does_not_listen(keep: Any, tmp_path: Path) -> None:
+    ready = tmp_path / "deaf"
+    script = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"open({str(ready)!r}, 'w'); time.sleep(60)"
+    )
+    supervisor, block = keep(script)
+    wait_for(ready.exists)
+    pid = block.learner_pid
+    supervisor.stop()
+    assert not is_alive(pid)
+    assert not supervisor.is_alive()
+    assert (block.learner_pid, block.learner_restarts) == (0, 0)
+
+
+def test_stop_during_a_wait_is_quick(keep: Any) -> None:
+    supervisor, block = keep("raise SystemExit(1)", waits=(60.0, 60.0))
+    wait_for(lambda: block.learner_restarts == 1)
+    started = time.monotonic()
+    supervisor.stop()
+    assert time.monotonic() - started < 1
+
+
+def test_stop_before_start_is_allowed() -> None:
+    block = SimpleNamespace(learner_pid=0, learner_restarts=0)
+    Supervisor(block, lambda: True, threads=1, command=("false",)).stop()
+
+
+def test_the_learner_takes_only_what_is_left_over(keep: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import os, time;"
+        "line = f\"{os.nice(0)} {os.sched_getscheduler(0) == os.SCHED_IDLE} {os.environ['OMP_NUM_THREADS']}\";"
+        f"open({str(out)!r}, 'w').write(line); time.sleep(60)"
+    )
+    _, block = keep(script)
+    wait_for(lambda: out.exists() and out.read_text())
+    assert out.read_text() == "19 True 3"
+    assert os.getsid(block.learner_pid) != os.getsid(0)  # Ctrl-C in the terminal does not reach it
+
+
+def test_the_learner_dies_with_a_server_that_was_killed(tmp_path: Path) -> None:
+    server = f"""
+import time
+from types import SimpleNamespace
+from aurora_vllm.supervisor import Supervisor
+block = SimpleNamespace(learner_pid=0, learner_restarts=0)
+Supervisor(block, lambda: True, 1, ({PYTHON!r}, "-c", "import time; print('up', flush=True); time.sleep(60)")).start()
+while not block.learner_pid: time.sleep(0.01)
+print(block.learner_pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([PYTHON, "-c", server], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid, up = (process.stdout.readline().strip() for _ in range(2))
+        assert up == "up"
+        process.send_signal(signal.SIGKILL)
+        wait_for(lambda: not is_alive(int(pid)), 5)
+
+
+def test_threads_are_the_learners_own() -> None:
+    environment = learner_environment({"OMP_NUM_THREADS": "8", "HOME": "/h"}, 2)
+    assert environment == {
+        "HOME": "/h",
+        "OMP_NUM_THREADS": "2",
+        "MKL_NUM_THREADS": "2",
+        "OPENBLAS_NUM_THREADS": "2",
+    }
