@@ -177,9 +177,7 @@ def resolve_draft(config: AuroraConfig, target: Target) -> Draft:
         specs = checkpoint.draft_specs(model_config | own, target.dtype)
         key = checkpoint.fingerprint(target.directory, config.draft_vocab_size)
     except (ValueError, AuroraError) as error:
-        raise AuroraError(
-            f"no day-0 draft can be made from {target.model}: {error}", "give one with --aurora-draft"
-        ) from None
+        raise AuroraError(f"{target.model}: {error}", "give one with --aurora-draft") from None
     name = target.directory.name if Path(target.model).is_dir() else Path(target.model).name  # not the hub's commit
     directory = config.cache_dir / "day0" / f"{name}-{key}"
     origin = "day-0, cached" if (directory / "model.safetensors").is_file() else "day-0, to be made"
@@ -204,9 +202,7 @@ def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
             f"cannot make the day-0 draft in {draft.directory}: {error}", "choose another --aurora-cache-dir"
         ) from None
     except (ValueError, KeyError) as error:
-        raise AuroraError(
-            f"no day-0 draft can be made from {target.model}: {error}", "give one with --aurora-draft"
-        ) from None
+        raise AuroraError(f"{target.model}: {error}", "give one with --aurora-draft") from None
     return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)
 
 

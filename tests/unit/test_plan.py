@@ -155,25 +155,25 @@ def test_the_planned_day0_draft_is_the_one_that_is_made(target: Target, tmp_path
     preflight.make_draft(again, target, config)
     assert (again.directory / "model.safetensors").stat().st_mtime_ns == written
 
+    (tmp_path / "file").write_text("")  # a cache that cannot be written
+    config = AuroraConfig(cache_dir=tmp_path / "file", draft_vocab_size=64)
+    with pytest.raises(AuroraError, match="choose another --aurora-cache-dir"):
+        preflight.make_draft(preflight.resolve_draft(config, target), target, config)
+
 
 def test_targets_no_day0_draft_can_be_made_from(target: Target, tmp_path: Path) -> None:
     config = AuroraConfig(cache_dir=tmp_path)
-    with pytest.raises(AuroraError, match="no day-0 draft .* at least 2 layers.* give one with --aurora-draft"):
+    with pytest.raises(AuroraError, match=r"owner/target: .* at least 2 layers.* give one with --aurora-draft"):
         preflight.resolve_draft(config, replace(target, num_layers=1))
     planned = preflight.resolve_draft(config, target)
-    with pytest.raises(AuroraError, match=r"no day-0 draft .* no tensor .*; give one with --aurora-draft"):
+    with pytest.raises(
+        AuroraError, match=r"owner/target: no day-0 draft .* no tensor .*; give one with --aurora-draft"
+    ):
         preflight.make_draft(planned, target, config)
     assert not list(tmp_path.glob("**/*.safetensors")) or not planned.directory.exists()
     change_config(target.directory, quantization_config={"quant_method": "awq"})
     with pytest.raises(AuroraError, match="it is quantized; give one"):
         preflight.resolve_draft(config, target)
-
-
-def test_a_cache_that_cannot_be_written(target: Target, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    config = AuroraConfig(cache_dir=tmp_path / "file")
-    with pytest.raises(AuroraError, match="choose another --aurora-cache-dir"):
-        preflight.make_draft(preflight.resolve_draft(config, target), target, config)
 
 
 @pytest.fixture
@@ -192,13 +192,16 @@ def test_sizes(serve_plan: plan.ServePlan) -> None:
 
 def test_a_ring_that_is_too_small(target: Target, draft_dir: Path) -> None:
     wide = replace(target, hidden_size=16384)
-    with pytest.raises(AuroraError, match="--aurora-ring-mb 1 holds 3 rows .* at least 17, better 272"):
+    with pytest.raises(AuroraError, match=r"--aurora-ring-mb 1 holds 3 rows .* at least 17, better 272"):
         plan.make_plan(AuroraConfig(ring_mb=1), "0.32.0", wide, checkpoint.read_draft(draft_dir, target))
 
 
 def test_vllms_arguments(serve_plan: plan.ServePlan) -> None:
     args = Namespace(
-        port=80, worker_cls="auto", scheduler_cls=None, speculative_config={"draft-sample-method": "greedy", "model": "x"}
+        port=80,
+        worker_cls="auto",
+        scheduler_cls=None,
+        speculative_config={"draft-sample-method": "greedy", "model": "x"},
     )
     plan.apply(serve_plan, args)
     assert vars(args) == {
@@ -226,7 +229,14 @@ def test_shown_as_text(serve_plan: plan.ServePlan, capsys: Any, monkeypatch: Any
     misfit = replace(serve_plan, probes=(*serve_plan.probes, Probe("c:d", False, "not in this vLLM")))
     plan.show(misfit, "text")
     out = capsys.readouterr().out
-    for word in ("owner/target", "2, 4, 5", "0.32.0", "1 of 2 fit: serves plain vLLM", "c:d: not in this vLLM", "K up to 3"):
+    for word in (
+        "owner/target",
+        "2, 4, 5",
+        "0.32.0",
+        "1 of 2 fit: serves plain vLLM",
+        "c:d: not in this vLLM",
+        "K up to 3",
+    ):
         assert word in out
     assert misfit.as_dict()["serves"] == "plain vLLM"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

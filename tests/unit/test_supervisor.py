@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -61,10 +62,12 @@ def test_nothing_starts_before_the_engine_is_up(keep: Any, tmp_path: Path) -> No
 
 def test_restarts_come_later_and_later_and_are_counted(keep: Any, tmp_path: Path, capfd: Any) -> None:
     log = tmp_path / "starts"
-    keep(f"import time; open({str(log)!r}, 'a').write(f'{{time.monotonic()}}\\n'); raise SystemExit(7)", waits=(0.2, 0.8))
+    keep(
+        f"import time; open({str(log)!r}, 'a').write(f'{{time.monotonic()}}\\n'); raise SystemExit(7)", waits=(0.2, 0.8)
+    )
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 5)
     starts = [float(line) for line in log.read_text().splitlines()]
-    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(starts)]
     for gap, least in zip(gaps, (0.2, 0.4, 0.8, 0.8), strict=False):
         assert gap >= least
     assert "the learner exited with code 7 after" in capfd.readouterr().err
@@ -78,8 +81,7 @@ def test_a_long_life_starts_the_waits_over(keep: Any) -> None:
 def test_stop_ends_a_learner_that_does_not_listen(keep: Any, tmp_path: Path) -> None:
     ready = tmp_path / "deaf"
     script = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        f"open({str(ready)!r}, 'w'); time.sleep(60)"
+        f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);open({str(ready)!r}, 'w'); time.sleep(60)"
     )
     supervisor, block = keep(script)
     wait_for(ready.exists)
