@@ -81,6 +81,8 @@ class Engine:
             control=control_segment.name,
         )
         session.export()
+        # vLLM 0.32 saves ahead-of-time artefacts on a CPU that it cannot load again; its older compile cache works.
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine core, scheduler included, in the test's own process
 
         from vllm import LLM
