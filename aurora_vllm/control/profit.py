@@ -14,8 +14,8 @@ from statistics import median
 
 UNTRIED_COST_PER_DRAFT = 0.08  # optimistic guess, of a plain step, so that a promising K is tried and then measured
 STEPS_TO_KNOW = 5  # measurements of a (batch, K) pair before its time counts as known
-PROBE_STEPS = 6
-PROBE_EVERY = 240  # steps between two looks at the alternative
+PROBE_STEPS = 8
+PROBE_EVERY = 160  # steps between two looks at the alternative
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
 SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
@@ -95,7 +95,7 @@ class StepTimes:
     a machine's mood at start-up must be forgotten.
     """
 
-    window: int = 31
+    window: int = 15  # two probes renew it: what plain decoding cost while the machine was busy must not last
     _recent: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
     _median: dict[tuple[int, int], float] = field(default_factory=dict)
 
