@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from aurora_vllm.errors import notice
@@ -143,9 +142,6 @@ def become_background(parent_pid: int) -> None:
     if os.getppid() != parent_pid:  # it died before the call above
         raise SystemExit(1)
     os.nice(19)
-    # A new session is a group of its own to the kernel's autogroup scheduling, and nice counts inside a group only.
-    with contextlib.suppress(OSError):  # a kernel without it
-        Path("/proc/self/autogroup").write_text("19")
     with contextlib.suppress(OSError):  # not allowed in some containers; nice stays
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
