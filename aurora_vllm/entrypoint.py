@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _main(settings.parse(sys.argv[1:] if argv is None else argv, os.environ), guard)
     except AuroraError as error:
         code = report(error)
-    except (KeyboardInterrupt, Exception):
+    except BaseException:
         if guard.number is None:
             raise
         code = guard.exit_code  # stopped while starting; whatever broke in vLLM then is not news

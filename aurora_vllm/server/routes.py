@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess
 
 from aurora_vllm import runtime
+from aurora_vllm.errors import notice
 from aurora_vllm.server import metrics
 from aurora_vllm.server.status import status
 from aurora_vllm.session import Session
@@ -47,7 +48,11 @@ class AuroraEndpoints:
         if session is None:
             app.add_api_route("/aurora/status", _off, methods=["GET"])
             return
-        reader = StatusReader(session)
+        try:
+            reader = StatusReader(session)
+        except (OSError, ValueError) as error:  # vLLM would not start over it, and need not know
+            notice(f"no /aurora/status: {error}")
+            return
 
         def aurora_status() -> dict[str, Any]:
             return reader.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def session() -> Iterator[tuple[Session, ControlBlock]]:
         paths = {"target": Path("/t"), "draft": Path("/d")}
         sizes = {"hidden_size": 64, "num_aux": 3, "dtype": "float32"}
         names = {"ring": ring.name, "bank": "none", "control": block.name}
-        yield Session(config=config, **paths, **sizes, **names), control  # type: ignore[arg-type]
+        yield Session(config=config, **paths, **sizes, **names), control
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def test_the_plugin_is_one_for_vllm_and_says_when_the_engine_is_up(monkeypatch: 
 
     plugin = AuroraEndpoints()
     assert (plugin.name, plugin.required_tasks) == ("aurora", None)
-    monkeypatch.setattr(runtime, "engine_is_up", runtime.threading.Event())
+    monkeypatch.setattr(runtime, "engine_is_up", threading.Event())
     asyncio.run(plugin.init_state(None, None, Namespace()))
     assert runtime.engine_is_up.is_set()
 

@@ -1,0 +1,293 @@
+"""The front door: which vLLM runs with which arguments, and what bad input answers. vLLM itself is a stand-in here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aurora_vllm import entrypoint, preflight, vllm_server
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.spec_decode import compat
+from aurora_vllm.spec_decode.compat import Probe
+
+ARGS: dict[str, Any] = {
+    "model": "/nowhere/model",
+    "revision": None,
+    "download_dir": None,
+    "host": "127.0.0.1",
+    "port": 0,
+    "uds": None,
+    "tensor_parallel_size": 1,
+    "api_server_count": None,
+    "worker_cls": "auto",
+    "scheduler_cls": None,
+    "speculative_config": None,
+    "shutdown_timeout": 0,
+}
+
+
+class FakeServer:
+    """vLLM's command line, without vLLM."""
+
+    version = "9.9.9"
+    argv: list[str]
+    ran: dict[str, Any] | None
+
+    def __init__(self) -> None:
+        type(self).ran = None
+
+    def parse(self, argv: list[str]) -> Namespace:
+        type(self).argv = list(argv)
+        return Namespace(**ARGS)
+
+    def run(self, args: Namespace) -> None:
+        type(self).ran = dict(vars(args))
+
+
+class FakeGuard:
+    number: int | None = None
+    grace_s = 0.0
+    exit_code = 143
+
+    def leave(self, code: int) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in [name for name in os.environ if name.startswith("AURORA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setattr(vllm_server, "VllmServer", FakeServer)
+    monkeypatch.setattr(entrypoint, "StopGuard", FakeGuard)  # the real one changes this process's signal handlers
+    monkeypatch.setattr(entrypoint, "end_descendants", lambda: None)
+    monkeypatch.setattr(compat, "probe", lambda: [Probe("a:b", True, "the tested source")])
+    yield
+
+
+def test_off_is_vllm_with_its_own_arguments() -> None:
+    assert entrypoint.main(["serve", "M", "--port", "3", "--aurora-off", "--aurora-seed=3"]) == 0
+    assert FakeServer.argv == ["M", "--port", "3"]
+    assert FakeServer.ran == ARGS
+
+
+def test_an_unknown_vllm_is_served_plain(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(compat, "probe", lambda: [Probe("a:b", True, "fits"), Probe("c:d", False, "not in this vLLM")])
+    assert entrypoint.main(["M"]) == 0
+    assert FakeServer.ran == ARGS
+    error = capfd.readouterr().err
+    assert error == (
+        "aurora_vllm: vLLM 9.9.9 does not fit (c:d: not in this vLLM); serving it plain, without learning\n"
+    )
+
+
+def test_a_vllm_of_another_layout_is_run_as_a_program(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    class Elsewhere:
+        def __init__(self) -> None:
+            raise vllm_server.UnknownLayout("ImportError: no module")
+
+    ran: list[list[str]] = []
+
+    def run_as_program(argv: list[str]) -> None:
+        ran.append(argv)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(vllm_server, "VllmServer", Elsewhere)
+    monkeypatch.setattr(vllm_server, "run_as_program", run_as_program)
+    with pytest.raises(SystemExit):
+        entrypoint.main(["M", "--port=3"])
+    assert ran == [["M", "--port=3"]]
+    assert "serving it plain" in capfd.readouterr().err
+    assert entrypoint.main(["M", "--aurora-plan"]) == 2
+
+
+def test_bad_input_is_one_line_and_exit_code_2(capfd: Any) -> None:
+    assert entrypoint.main(["M"]) == 2
+    assert capfd.readouterr().err == (
+        "aurora_vllm: error: model /nowhere/model does not exist; "
+        "give a directory, or a model on the Hugging Face hub (owner/name)\n"
+    )
+    assert FakeServer.ran is None
+
+
+def test_a_fault_after_a_stop_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: FakeServer, args: Namespace) -> None:
+        raise RuntimeError("Engine core initialization failed")
+
+    monkeypatch.setattr(FakeServer, "run", fail)
+    with pytest.raises(RuntimeError):
+        entrypoint.main(["M", "--aurora-off"])
+    monkeypatch.setattr(FakeGuard, "number", 15)
+    assert entrypoint.main(["M", "--aurora-off"]) == 143
+
+
+@pytest.mark.parametrize("argv", [["--aurora-rng-mb", "3", "M"], ["--aurora-help"]])
+def test_our_own_errors_and_help_come_without_importing_vllm_or_torch(argv: list[str]) -> None:
+    code = (
+        "import sys; from aurora_vllm.entrypoint import main; code = main(sys.argv[1:]);"
+        "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules); sys.exit(code)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AURORA_")}
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
+    if argv == ["--aurora-help"]:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "--aurora-ring-mb" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr == "aurora_vllm: error: unknown option --aurora-rng-mb; the nearest is --aurora-ring-mb\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "hoisted"),
+    [
+        (["M", "--port", "3"], ["M", "--port", "3"]),
+        (["--port", "3", "--model", "M", "-x"], ["M", "--port", "3", "-x"]),
+        (["--port", "3", "--model=M"], ["M", "--port", "3"]),
+        (["--model"], ["--model"]),  # vLLM says what is missing
+        ([], []),
+    ],
+)
+def test_the_model_comes_first(given: list[str], hoisted: list[str]) -> None:
+    assert vllm_server.hoist_model(given) == hoisted
+
+
+def test_the_plugin_is_let_in_and_no_other_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = EntryPoints(
+        [
+            EntryPoint("lora", "m:f", "vllm.general_plugins"),
+            EntryPoint("mine", "m:f", "vllm.platform_plugins"),
+            EntryPoint("others", "m:f", "vllm.endpoint_plugins"),
+            EntryPoint("aurora", "m:f", "vllm.endpoint_plugins"),
+            EntryPoint("script", "m:f", "console_scripts"),
+        ]
+    )
+    monkeypatch.setattr(vllm_server, "entry_points", lambda: points)
+    assert vllm_server.allow_plugin({}) == "lora,mine,aurora"
+    assert vllm_server.allow_plugin({"VLLM_PLUGINS": "lora"}) == "lora,aurora"
+    assert vllm_server.allow_plugin({"VLLM_PLUGINS": "aurora,lora"}) == "aurora,lora"
+    assert vllm_server.allow_plugin({"VLLM_PLUGINS": ""}) == "aurora"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
+        ({"api_server_count": 2}, "--api-server-count 2"),
+        ({"headless": True}, "--headless"),
+        ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
+        ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls my.Scheduler"),
+        ({"load_format": "dummy"}, "--load-format dummy"),
+    ],
+)
+def test_what_is_not_supported_is_named(change: dict[str, Any], said: str) -> None:
+    preflight.check_supported(Namespace(**ARGS))
+    with pytest.raises(AuroraError) as caught:
+        preflight.check_supported(Namespace(**(ARGS | change)))
+    assert str(caught.value) == f"Aurora does not support {said} yet; --aurora-off serves it as plain vLLM"
+
+
+def test_our_own_classes_are_supported() -> None:
+    ours = {"worker_cls": preflight.WORKER_CLASS, "scheduler_cls": preflight.SCHEDULER_CLASS, "api_server_count": 1}
+    preflight.check_supported(Namespace(**(ARGS | ours)))
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        taken = Namespace(**(ARGS | {"port": port}))
+        with pytest.raises(AuroraError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use; choose"):
+            preflight.check_port(taken)
+    preflight.check_port(taken)
+    with pytest.raises(AuroraError, match=r"cannot listen on 203\.0\.113\.1:1"):
+        preflight.check_port(Namespace(**(ARGS | {"host": "203.0.113.1", "port": 1})))
+    (tmp_path / "socket").touch()
+    with pytest.raises(AuroraError, match="exists already"):
+        preflight.check_port(Namespace(**(ARGS | {"uds": str(tmp_path / "socket")})))
+
+
+def speculate(given: dict[str, Any] | None, config: AuroraConfig | None = None, *explicit: str) -> AuroraConfig:
+    args = Namespace(speculative_config=given)
+    return preflight.take_speculative_config(args, config or AuroraConfig(), frozenset(explicit))
+
+
+def test_an_eagle3_draft_of_vllms_is_ours() -> None:
+    assert speculate(None) == AuroraConfig()
+    taken = speculate({"method": "eagle3", "model": "/d", "num-speculative-tokens": 5})
+    assert (taken.draft, taken.num_speculative_tokens) == (Path("/d"), 5)
+    assert speculate({"model": "/d"}).num_speculative_tokens == 3
+    same = AuroraConfig(draft=Path("/d"), num_speculative_tokens=5)
+    assert speculate({"model": "/d", "num_speculative_tokens": 5}, same, "draft", "num_speculative_tokens") == same
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "ngram"}, "--speculative-config says method 'ngram'"),
+        ({"method": "eagle3"}, "--speculative-config says no model"),
+        (
+            {"model": "/d", "num_speculative_tokens": 9},
+            "num_speculative_tokens: Input should be less than or equal to 8",
+        ),
+        ({"model": "/other"}, "--speculative-config and --aurora-draft disagree (/other and /d)"),
+    ],
+)
+def test_other_speculation_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(AuroraError) as caught:
+        speculate(given, AuroraConfig(draft=Path("/d")), "draft")
+    assert said in str(caught.value)
+
+
+def test_where_a_checkpoint_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    calls: list[dict[str, Any]] = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        calls.append({"name": name, **options})
+        if name == "not/there":
+            raise OSError("404 Client Error.\n\nRepository Not Found")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert preflight.fetch(str(tmp_path), "model", weights=True) == tmp_path
+    assert not calls
+    assert preflight.fetch("owner/name", "model", weights=False, revision="r") == tmp_path / "snapshot"
+    assert "*.safetensors" not in calls[0]["allow_patterns"]
+    assert calls[0]["revision"] == "r"
+    preflight.fetch("gpt2", "model", weights=True)
+    assert "*.safetensors" in calls[1]["allow_patterns"]
+    with pytest.raises(AuroraError, match=r"model not/there .* \(404 Client Error\); check the name and the network"):
+        preflight.fetch("not/there", "model", weights=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(AuroraError, match=r"draft .*file is a file"):
+        preflight.fetch(str(tmp_path / "file"), "draft", weights=True)
+    for path in ("./nowhere", "~/nowhere", "/nowhere", "a/b/c"):
+        with pytest.raises(AuroraError, match="does not exist"):
+            preflight.fetch(path, "model", weights=True)
+    assert len(calls) == 3
+
+
+def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = Namespace(**(ARGS | {"model": str(tmp_path)}))
+    (tmp_path / "config.json").write_text('{"speculators_config": {"verifier": {"name_or_path": "owner/target"}}}')
+    with pytest.raises(AuroraError, match=r"is a draft; serve its target \(owner/target\)"):
+        preflight.resolve_target(args, weights=False)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(AuroraError, match="holds no"):
+        preflight.resolve_target(args, weights=True)
+    monkeypatch.setattr(preflight, "_vllm_model_config", lambda _: SimpleNamespace(runner_type="pooling"))
+    with pytest.raises(AuroraError, match="does not generate text"):
+        preflight.resolve_target(args, weights=False)
