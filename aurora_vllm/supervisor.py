@@ -97,8 +97,10 @@ class Supervisor(threading.Thread):
         started = time.monotonic()
         program = [sys.executable, "-m", "aurora_vllm.supervisor", str(os.getpid()), *self._command]
         try:
-            # A session of its own: Ctrl-C in the terminal is for the server, which then ends the learner.
-            process = subprocess.Popen(program, env=self._environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            # A process group of its own: Ctrl-C in the terminal is for the server, which then ends the learner. But the
+            # server's session: with the kernel's autogroup scheduling every session is one competitor, and an idle
+            # learner alone in its own would get as much as the whole server.
+            process = subprocess.Popen(program, env=self._environment, stdin=subprocess.DEVNULL, process_group=0)
         except OSError as error:
             return 0.0, f"could not be started ({error.strerror})"
         self._block.learner_pid = process.pid

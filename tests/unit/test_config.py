@@ -158,7 +158,7 @@ def test_help_names_every_key() -> None:
 
 
 def test_home_is_expanded_and_the_model_is_frozen() -> None:
-    config = AuroraConfig(draft="~/draft")  # type: ignore[arg-type]
+    config = AuroraConfig(draft="~/draft")
     assert config.draft == Path.home() / "draft"
     assert config.cache_dir.is_absolute()
     with pytest.raises(ValidationError):
