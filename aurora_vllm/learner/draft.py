@@ -163,6 +163,8 @@ def load_tensors(draft: Eagle3Draft, tensors: dict[str, torch.Tensor]) -> None:
             raise AuroraError(f"the draft's tensor {name} has shape {found}, its config says {needed}")
     if embedding is not None and embedding.shape != (draft.config.vocab_size, draft.config.hidden_size):
         raise AuroraError(f"the draft's tensor embed_tokens.weight has shape {list(embedding.shape)}")
+    if embedding is None and draft.config.target_hidden_size != draft.config.hidden_size:
+        raise AuroraError("the draft is not as wide as the target and has no embed_tokens.weight of its own")
     draft.load_state_dict(tensors)
     draft.embed_tokens = embedding.float() if embedding is not None else None
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.batch import collate
-from aurora_vllm.learner.draft import bank_specs, bank_tensors, load_draft, save_draft
+from aurora_vllm.learner.draft import Eagle3Draft, bank_specs, bank_tensors, load_draft, save_draft
 from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.learner.rope import cos_sin, inverse_frequencies, rotate
 from tests.unit.naive_eagle3 import Sizes, random_case
@@ -123,6 +123,17 @@ def test_a_config_that_asks_for_more_is_refused(tmp_path: Path, wrong: dict[str,
     (saved(tmp_path) / "config.json").write_text(json.dumps({**SIZES.config(), **wrong}))
     with pytest.raises(AuroraError):
         load_draft(tmp_path)
+
+
+def test_a_draft_of_another_width_needs_its_own_embedding(tmp_path: Path) -> None:
+    sizes = SIZES.config(target_hidden_size=8)
+    draft = Eagle3Draft(Eagle3Config.from_hf(sizes))
+    save_draft(draft, tmp_path, sizes)
+    with pytest.raises(AuroraError, match="embed_tokens"):
+        load_draft(tmp_path)
+    draft.embed_tokens = torch.randn(SIZES.vocab, SIZES.hidden)
+    save_draft(draft, tmp_path, sizes)
+    assert load_draft(tmp_path).fc.weight.shape == (6, 24)
 
 
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:
