@@ -60,7 +60,7 @@ class Block:
         if kind.name == "bool":
             return bool(self._ints[at // 8])
         raw = self._read_wide(kind, at)
-        return raw.rstrip(b"\0").decode(errors="ignore") if kind.name == "text" else memoryview(raw).cast("d").tolist()
+        return raw.rstrip(b"\0").decode(errors="replace") if kind.name == "text" else memoryview(raw).cast("d").tolist()
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind, at = self._place(name)

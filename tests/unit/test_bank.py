@@ -175,7 +175,7 @@ def test_a_flipped_bit_is_found(segment: Segment, where: str) -> None:
         bank.read(2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(kill_at=st.integers(1, 220), held=st.booleans())
 def test_publish_killed_anywhere(kill_at: int, held: bool) -> None:
     with make() as segment:
@@ -322,3 +322,17 @@ def test_attach_refuses_a_segment_without_a_bank() -> None:
 def test_a_version_nobody_published_is_not_there(segment: Segment, version: int) -> None:
     with pytest.raises(TornPublish, match="not in the bank"):
         WeightBank.attach(segment).read(version)
+
+
+def test_a_restarted_learner_takes_the_torn_slot_before_a_good_one(segment: Segment) -> None:
+    bank = WeightBank.attach(segment)
+    for version in (2, 3, 4):
+        publish(bank, version)
+    bank.hold(live=3, previous=2)
+    assert children.finish(children.start(children.publish, segment.name, [5], 60)) == -9
+    with pytest.raises(TornPublish):
+        bank.read(4)
+    bank.hold(live=3, previous=0)
+    publish(WeightBank.attach(segment), 6)
+    for version in (2, 3, 6):
+        check(bank.read(version))

@@ -154,6 +154,13 @@ def test_acceptance_adds_up_per_version_and_forgets_the_one_idle_longest(
             assert counts == model[row.version]
 
 
+def test_a_version_that_came_back_is_not_the_oldest(segment: Segment) -> None:
+    scheduler = ControlBlock.attach(segment).scheduler
+    for version in [*range(1, ROWS + 1), 1, 100]:
+        scheduler.record(version, 1, 3, 0, [])
+    assert [row.version for row in scheduler.acceptance()] == [1, *range(3, ROWS + 1), 100]
+
+
 def test_mean_acceptance_length_counts_the_bonus_token() -> None:
     assert VersionAcceptance(1, 4, 12, 6, (4, 2, 0)).mean_acceptance_length == 2.5
     assert VersionAcceptance(1, 0, 0, 0, ()).mean_acceptance_length == 1
@@ -168,6 +175,25 @@ def test_a_reader_beside_a_writing_process_sees_whole_texts(segment: Segment) ->
         seen.update(control.worker.message for _ in range(200))
     assert children.finish(child) == 0
     assert seen - {""} == set(messages)
+
+
+def test_a_text_written_between_any_two_lines_of_a_read(segment: Segment) -> None:
+    """However often the writer writes while a reader is in the middle, the reader gets one of its texts."""
+    reader = ControlBlock.attach(segment)
+    writer = ControlBlock.attach(Segment.attach(segment.name))
+    texts = [letter * 200 for letter in "abcdefghijklmnopqrstuvwxyz"]
+    for writes in range(1, 18):
+        for at in range(1, 30):
+            writer.worker.message = texts[0]
+
+            def intrude(count: int = writes) -> None:
+                for text in texts[1 : count + 1]:
+                    writer.worker.message = text
+
+            children.at_line(at, intrude)
+            message = reader.worker.message
+            children.at_line(0, intrude)
+            assert message in texts[: writes + 1]
 
 
 @settings(max_examples=25, deadline=None)
