@@ -78,7 +78,8 @@ def test_a_long_life_starts_the_waits_over(keep: Any) -> None:
     wait_for(lambda: block.learner_restarts >= 6)  # doubling, the sixth would come after 1.5 s of waits; and 60 s at 12
 
 
-def test_stop_ends_a_learner_that_does_not_listen(keep: Any, tmp_path: Path) -> None:
+def test_stop_ends_a_learner_that_does_not_listen(keep: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("aurora_vllm.supervisor.STOP_S", 0.5)
     ready = tmp_path / "deaf"
     script = (
         f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);open({str(ready)!r}, 'w'); time.sleep(60)"
