@@ -51,7 +51,7 @@ CRC_CHUNK = 8 << 20  # bytes; large, because the GIL is taken back between two c
 __all__ = ["Publication", "TensorSpec", "TornPublish", "WeightBank", "bank_bytes"]
 
 # Indices of int64 words in the header; slot i has its own cache line at _SLOT + 8 * i.
-_MAGIC, _FORMAT, _SPEC_BYTES, _PUBLISHED, _HELD_LIVE, _HELD_PREVIOUS, _SLOT = 0, 1, 2, 8, 16, 17, 24
+_MAGIC, _FORMAT, _SPEC_BYTES, _PUBLISHED, _HELD, _SLOT = 0, 1, 2, 8, 16, 24
 _SEQUENCE, _VERSION, _CHECKSUM, _EVIDENCE = 0, 1, 2, 3
 
 
@@ -165,26 +165,22 @@ class WeightBank:
                 )
 
     def _claim_slot(self) -> int:
-        """Mark the oldest slot that is not held as being written; its index."""
+        """Mark a slot that is not held as being written: a torn one, else the oldest. Its index."""
         while True:
-            held = self.held()
-            slot = min(
-                (
-                    i
-                    for i in range(SLOTS)
-                    if self._slot_word(i, _VERSION) not in held or not self._slot_word(i, _VERSION)
-                ),
-                key=lambda i: self._slot_word(i, _VERSION),
-            )
-            version, sequence = self._slot_word(slot, _VERSION), self._slot_word(slot, _SEQUENCE)
+            held = self.held()  # once: at most two versions, so a slot is left
+            free = [i for i in range(SLOTS) if not self._is_held(i, held)]
+            slot = min(free, key=lambda i: (self._slot_word(i, _SEQUENCE) % 2 == 0, self._slot_word(i, _VERSION)))
+            sequence = self._slot_word(slot, _SEQUENCE)
             writing = sequence + 1 + sequence % 2  # odd, and new even where a dead writer left an odd one
             self._set_slot_word(slot, _SEQUENCE, writing)
             fence()  # store the mark before looking at what is held: see the module's docstring
-            if not version or version not in self.held():
-                self._set_slot_word(slot, _VERSION, 0)
-                fence()
+            if not self._is_held(slot, self.held()):
                 return slot
             self._set_slot_word(slot, _SEQUENCE, writing + 1)  # the worker claimed it meanwhile; nothing was written
+
+    def _is_held(self, slot: int, held: tuple[int, int]) -> bool:
+        version = self._slot_word(slot, _VERSION)
+        return version > 0 and version in held
 
     # --- worker ---
 
@@ -193,14 +189,14 @@ class WeightBank:
         return int(self._words[_PUBLISHED])
 
     def hold(self, live: int, previous: int) -> None:
-        """Only the worker calls this: the slots of these versions must not be overwritten (0: none)."""
-        self._words[_HELD_LIVE] = live
-        self._words[_HELD_PREVIOUS] = previous
+        """Only the worker calls this: the slots of these versions (below 2**31; 0: none) must not be overwritten."""
+        self._words[_HELD] = live << 32 | previous  # one store: between two, a version could be held by neither
         fence()
 
     def held(self) -> tuple[int, int]:
         """The versions the worker holds: (live, previous)."""
-        return int(self._words[_HELD_LIVE]), int(self._words[_HELD_PREVIOUS])
+        held = int(self._words[_HELD])
+        return held >> 32, held & 0xFFFFFFFF
 
     def read(self, version: int) -> Publication:
         """A version, zero copy, its checksum verified (most of the time goes there; it releases the GIL).

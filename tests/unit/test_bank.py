@@ -276,6 +276,7 @@ def test_learner_publishes_at_any_line_of_a_claim() -> None:
                 pass
             children.at_line(0, intrude)
             outcomes.add((came, took))
+            check(worker.read(3))
             if took:
                 check(publication)
                 check(worker.read(4))
