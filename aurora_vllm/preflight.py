@@ -77,7 +77,6 @@ def check_port(args: Namespace) -> None:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own socket
             probe.bind((host, port))
-            probe.listen()  # two sockets may be bound with SO_REUSEADDR, but not listen
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise AuroraError(

@@ -51,7 +51,7 @@ def busy(session: tuple[Session, ControlBlock]) -> tuple[Session, ControlBlock]:
     """A control block of a server that has been at it for a while."""
     _, control = session
     control.worker.live_version, control.worker.previous_version, control.worker.swaps = 3, 2, 2
-    control.worker.requests_dropped, control.worker.refusal = 5, "not finite"
+    control.worker.requests_dropped, control.worker.refusals, control.worker.refusal = 5, 6, "not finite"
     control.worker.last_swap_ns = time.monotonic_ns() - 3 * SECOND
     control.scheduler.draft_length, control.scheduler.reason = 2, "it pays"
     control.scheduler.record(2, 10, 30, 6, [4, 2, 0])
@@ -146,6 +146,7 @@ def test_values_of_metrics(busy: tuple[Session, ControlBlock]) -> None:
     assert value("aurora_learner_alive") == 1
     assert value("aurora_learner_restarts_total") == 4
     assert value("aurora_requests_dropped_total") == 5
+    assert (value("aurora_swaps_total"), value("aurora_swap_refusals_total")) == (2, 6)
     assert value("aurora_ring_used_rows") == 4
 
 

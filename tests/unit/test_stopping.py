@@ -134,3 +134,21 @@ end_descendants(); child.wait()
 say("ready"); say(stopping._is_alive(grandchild))  # gone, or waiting for init to reap it
 """
     assert run(script)[1] == "False\n"
+
+
+def test_processes_get_the_time_to_end_by_themselves(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, signal, time\n"
+        "def end(*_):\n"
+        "    time.sleep(0.4); pathlib.Path(__file__).with_name('ended').touch(); raise SystemExit\n"
+        "signal.signal(signal.SIGTERM, end); print('up', flush=True); time.sleep(30)\n"
+    )
+    script = f"""
+import subprocess
+child = subprocess.Popen([sys.executable, {str(tmp_path / "slow.py")!r}], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+end_descendants(patience_s=10); child.wait()
+say("ready")
+"""
+    assert run(script)[3] < 10
+    assert (tmp_path / "ended").exists()

@@ -86,8 +86,9 @@ def test_stop_ends_a_learner_that_does_not_listen(keep: Any, tmp_path: Path, mon
     )
     supervisor, block = keep(script)
     wait_for(ready.exists)
-    pid = block.learner_pid
+    pid, started = block.learner_pid, time.monotonic()
     supervisor.stop()
+    assert time.monotonic() - started < 10
     assert not is_alive(pid)
     assert not supervisor.is_alive()
     assert (block.learner_pid, block.learner_restarts) == (0, 0)
