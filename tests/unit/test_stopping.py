@@ -58,8 +58,8 @@ def lost(*_): raise KeyboardInterrupt
 signal.signal(signal.SIGTERM, lost)
 stubborn = "import time, signal; signal.signal(15, signal.SIG_IGN); time.sleep(30)"
 child = subprocess.Popen([sys.executable, "-c", stubborn])
-stopping.cleanups.append(lambda: say("cleaned up"))
-say("ready"); say(child.pid)
+stopping.cleanups.append(lambda: say(child.pid, "cleaned up"))
+say("ready")
 while True:
     try:
         time.sleep(20)
@@ -67,7 +67,7 @@ while True:
         pass
 """
     code, out, error, took = run(script, signal.SIGTERM)
-    child, cleaned = out.splitlines()
+    child, cleaned = out.strip().split(maxsplit=1)
     assert code == 143
     assert cleaned == "cleaned up"
     stat = Path(f"/proc/{child}/stat")  # init may take its time to reap it
