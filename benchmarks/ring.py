@@ -2,12 +2,15 @@
 
     python -m benchmarks.ring --json benchmarks/results/ring.json
 
-Two processes: a producer that writes rows as wide as SmolLM2's (9,280 bytes) and a consumer that takes private copies
-of them.
-Every row is copied twice on its way (into the ring, out of it), on two cores at the same time. The yardstick is one
-thread copying the same
-number of rows between two buffers of the ring's size (``numpy.copyto``, that is memcpy), so ``ring_over_memcpy``
-compares rows through the ring with plain copies of these rows. Rounds alternate.
+Two processes: a producer that writes rows (metadata, three aux states, last hidden state; SmolLM2's, 9,280 bytes) and a
+consumer that takes private copies of them. A row is counted once, when it has come out.
+
+``ring_over_memcpy`` is bytes/s of rows through the ring over bytes/s of one thread's memcpy between two buffers of the
+ring's size. This is the stricter reading: a row through the ring is copied twice, by two processes that share the
+memory's bandwidth, and each commit publishes no more than one step's rows (``--step-rows``: 16 is four requests with
+three drafts each). ``ring_copies_over_two_memcpys`` is the like-for-like one: bytes copied, in and out, over those two
+processes copy when both do nothing but memcpy. Every round measures all of them, one after the other; a figure is the
+median of the rounds' ratios. Other sizes of a commit are in ``by_rows_per_commit`` and in the plot.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import multiprocessing
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,41 +34,90 @@ from benchmarks.report import median_and_spread, write_report
 
 LAYOUT = RowLayout(hidden_size=576, num_aux=3, dtype=torch.float32)
 CAPACITY = 4096  # rows: 36 MiB
-CHUNK = 256  # rows written, and read, at a time
+CHUNK = 256  # rows that memcpy copies, and the consumer takes, at a time
+COMMITS = (1, 4, 16, 64, 256)  # rows published at a time
 console = Console()
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
     rounds: Annotated[int, typer.Option(help="measurements of each")] = 9,
-    rows: Annotated[int, typer.Option(help="rows a round")] = 200_000,
+    rows: Annotated[int, typer.Option(help="rows a measurement")] = 60_000,
+    step_rows: Annotated[int, typer.Option(help="rows per commit of ring_over_memcpy")] = 16,
     seed: int = 0,
 ) -> None:
     """Measure ring_over_memcpy."""
     torch.set_num_threads(1)
-    ring_speeds, memcpy_speeds = [], []
-    for _ in track(range(rounds), "ring, memcpy", console=console):
-        memcpy_speeds.append(_memcpy_speed(rows))
-        ring_speeds.append(_ring_speed(rows))
-    ratio, ratio_spread = median_and_spread([a / b for a, b in zip(ring_speeds, memcpy_speeds, strict=True)])
-    ring, ring_spread = median_and_spread(ring_speeds)
-    memcpy, memcpy_spread = median_and_spread(memcpy_speeds)
-    figures = {"ring_over_memcpy": ratio, "ring_gb_per_s": ring / 1e9, "memcpy_gb_per_s": memcpy / 1e9}
+    torch.manual_seed(seed)
+    commits = sorted({*COMMITS, step_rows})
+    rates: dict[str, list[float]] = {"memcpy": [], "two_memcpys": [], **{f"ring_{n}": [] for n in commits}}
+    with Segment.create("bench", ring_bytes(LAYOUT.row_bytes, CAPACITY)) as segment:
+        producer = RingProducer.create(segment, LAYOUT.row_bytes, CAPACITY)
+        context = multiprocessing.get_context("spawn")
+        partner, theirs = context.Pipe()
+        process = context.Process(target=serve_partner, args=(segment.name, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        buffers = _buffers()
+        for measured in track(range(-1, rounds), "memcpy, two memcpys, ring", console=console):
+            sample = _round(producer, partner, buffers, commits, rows)
+            if measured >= 0:  # the first one warms up
+                for name, rate in sample.items():
+                    rates[name].append(rate)
+        partner.send(None)
+        process.join()
+    figures, spread, by_commit = _summary(rates, step_rows, commits)
     console.print(figures)
     if json is not None:
-        spread = {
-            "ring_over_memcpy": ratio_spread,
-            "ring_gb_per_s": [x / 1e9 for x in ring_spread],
-            "memcpy_gb_per_s": [x / 1e9 for x in memcpy_spread],
+        extra = {
+            "row_bytes": LAYOUT.row_bytes,
+            "rows_per_commit": step_rows,
+            "capacity_rows": CAPACITY,
+            "rounds": rounds,
+            "by_rows_per_commit": by_commit,
         }
-        write_report(json, figures, spread, seed, {"row_bytes": LAYOUT.row_bytes, "rows": rows, "capacity": CAPACITY})
-        _plot(ring_speeds, memcpy_speeds, json.with_suffix(".png"))
+        write_report(json, figures, spread, seed, extra)
+        _plot(rates, step_rows, commits, json.with_suffix(".png"))
 
 
-def _memcpy_speed(rows: int) -> float:
-    """Bytes/s of one thread copying rows between two buffers of the ring's size."""
-    source = np.ones((CAPACITY, LAYOUT.row_bytes), dtype=np.uint8)
-    target = np.zeros_like(source)
+def _round(
+    producer: RingProducer, partner: Connection, buffers: tuple[Any, Any], commits: list[int], rows: int
+) -> dict[str, float]:
+    """One sample of everything, in bytes/s."""
+    rates = {"memcpy": memcpy_rate(buffers, rows)}
+    partner.send(("memcpy", rows))
+    partner.recv()  # both start now
+    rates["two_memcpys"] = memcpy_rate(buffers, rows) + partner.recv()
+    for n in commits:
+        count = rows // (1 if n >= 16 else 4) // n * n
+        partner.send(("consume", count))
+        partner.recv()
+        started = time.perf_counter()
+        write_rows(producer, count, n)
+        partner.recv()  # the last row is out
+        rates[f"ring_{n}"] = count * LAYOUT.row_bytes / (time.perf_counter() - started)
+    return rates
+
+
+def write_rows(producer: RingProducer, count: int, n: int) -> None:
+    """Publish `count` rows, n at a time; they are made once, the ring is what is measured."""
+    rows = torch.zeros(n, LAYOUT.row_bytes, dtype=torch.uint8)
+    LAYOUT.meta(rows).random_(0, 1000)
+    LAYOUT.aux(rows).normal_()
+    LAYOUT.last(rows).normal_()
+    for _ in range(count // n):
+        while (views := producer.reserve(n)) is None:
+            time.sleep(0)  # a benchmark of throughput waits; the worker never does, it drops
+        done = 0
+        for view in views:
+            view.copy_(rows[done : done + len(view)])
+            done += len(view)
+        producer.commit()
+
+
+def memcpy_rate(buffers: tuple[Any, Any], rows: int) -> float:
+    """Bytes/s of this thread copying rows from one buffer to the other (numpy.copyto of contiguous bytes: memcpy)."""
+    source, target = buffers
     started = time.perf_counter()
     for i in range(rows // CHUNK):
         at = slice(i * CHUNK % CAPACITY, i * CHUNK % CAPACITY + CHUNK)
@@ -73,58 +125,85 @@ def _memcpy_speed(rows: int) -> float:
     return rows // CHUNK * CHUNK * LAYOUT.row_bytes / (time.perf_counter() - started)
 
 
-def _ring_speed(rows: int) -> float:
-    """Bytes/s from the first row written to the last row read."""
-    segment = Segment.create("bench", ring_bytes(LAYOUT.row_bytes, CAPACITY))
-    try:
-        producer = RingProducer.create(segment, LAYOUT.row_bytes, CAPACITY)
-        ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        consumer = multiprocessing.get_context("spawn").Process(target=consume, args=(segment.name, rows, theirs))
-        consumer.start()
-        ours.recv()  # it is attached
-        source = torch.ones(CHUNK, LAYOUT.row_bytes, dtype=torch.uint8)
-        started = time.perf_counter()
-        for _ in range(rows // CHUNK):
-            while (views := producer.reserve(CHUNK)) is None:
-                time.sleep(0)  # a benchmark of throughput waits; the worker never does, it drops
-            done = 0
-            for view in views:
-                view.copy_(source[done : done + len(view)])
-                done += len(view)
-            producer.commit()
-        ours.recv()
-        seconds = time.perf_counter() - started
-        consumer.join()
-    finally:
-        segment.unlink()
-    return rows // CHUNK * CHUNK * LAYOUT.row_bytes / seconds
-
-
-def consume(name: str, rows: int, done: Connection) -> None:
-    """The consumer: reads until all rows came."""
+def serve_partner(name: str, commands: Connection) -> None:
+    """The other process: consumes from the ring, or copies for itself, as it is told; ends at None."""
     torch.set_num_threads(1)
     ring = RingConsumer.attach(Segment.attach(name))
-    done.send("attached")
-    left = rows // CHUNK * CHUNK
-    while left:
-        got = len(ring.read(CHUNK))
-        left -= got
-        if not got:
-            time.sleep(0)
-    done.send("all")
+    buffers = _buffers()
+    while (command := commands.recv()) is not None:
+        what, rows = command
+        commands.send("ready")
+        if what == "memcpy":
+            commands.send(memcpy_rate(buffers, rows))
+            continue
+        while rows:
+            got = len(ring.read(CHUNK))
+            rows -= got
+            if not got:
+                time.sleep(0)
+        commands.send("done")
 
 
-def _plot(ring: list[float], memcpy: list[float], path: Path) -> None:
+def _buffers() -> tuple[Any, Any]:
+    """Two buffers of the ring's size, every page of them touched. uint8 [CAPACITY, row_bytes]"""
+    shape = (CAPACITY, LAYOUT.row_bytes)
+    return np.full(shape, 1, dtype=np.uint8), np.full(shape, 2, dtype=np.uint8)
+
+
+def _summary(
+    rates: dict[str, list[float]], step_rows: int, commits: list[int]
+) -> tuple[dict[str, float], dict[str, list[float]], dict[int, dict[str, float]]]:
+    """Figures, their spread, and the medians for every size of a commit."""
+    ring = rates[f"ring_{step_rows}"]
+    samples = {
+        "ring_over_memcpy": _ratios(ring, rates["memcpy"]),
+        "ring_copies_over_two_memcpys": _ratios([2 * rate for rate in ring], rates["two_memcpys"]),
+        "ring_gb_per_s": [rate / 1e9 for rate in ring],
+        "memcpy_gb_per_s": [rate / 1e9 for rate in rates["memcpy"]],
+        "two_memcpys_gb_per_s": [rate / 1e9 for rate in rates["two_memcpys"]],
+    }
+    summary = {name: median_and_spread(values) for name, values in samples.items()}
+    by_commit = {
+        n: {
+            "ring_gb_per_s": median_and_spread(rates[f"ring_{n}"])[0] / 1e9,
+            "ring_over_memcpy": median_and_spread(_ratios(rates[f"ring_{n}"], rates["memcpy"]))[0],
+        }
+        for n in commits
+    }
+    return (
+        {n: median for n, (median, _) in summary.items()},
+        {n: spread for n, (_, spread) in summary.items()},
+        by_commit,
+    )
+
+
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def _plot(rates: dict[str, list[float]], step_rows: int, commits: list[int], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 2.5), layout="constrained")
-    values = [[x / 1e9 for x in memcpy], [x / 1e9 for x in ring]]
-    axes.boxplot(values, tick_labels=["memcpy, one thread", "ring, two processes"], orientation="horizontal")
-    axes.set_xlabel("GB/s of rows")
-    axes.set_xlim(left=0)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    spans = {name: median_and_spread([rate / 1e9 for rate in values]) for name, values in rates.items()}
+    ring = [spans[f"ring_{n}"] for n in commits]
+    axes.plot(commits, [median for median, _ in ring], "o-", color="C0", label="rows through the ring")
+    axes.fill_between(commits, [s[0] for _, s in ring], [s[-1] for _, s in ring], color="C0", alpha=0.2, lw=0)
+    memcpy, (low, *_, high) = spans["memcpy"]
+    axes.axhline(memcpy, color="C1", label="memcpy, one thread")
+    axes.axhspan(low, high, color="C1", alpha=0.15, lw=0)
+    axes.axhline(spans["two_memcpys"][0] / 2, color="C2", ls="-.", label="memcpy, each of two processes")
+    axes.axhline(memcpy / 2, color="0.5", ls=":", label="half of one thread's memcpy (goal)")
+    axes.axvline(step_rows, color="0.8", zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(commits, [str(n) for n in commits])
+    axes.set_xlabel(f"rows of {LAYOUT.row_bytes:,} bytes per commit (the figure: {step_rows})")
+    axes.set_ylabel("GB/s (median, smallest to largest)")
+    axes.set_ylim(bottom=0)
+    axes.legend()
     figure.savefig(path, dpi=120)
 
 

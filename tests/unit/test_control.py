@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aurora_vllm.transport.acceptance import ROWS, VersionAcceptance
+from aurora_vllm.transport.block import COPIES
 from aurora_vllm.transport.control import BLOCKS, ControlBlock, control_bytes
 from aurora_vllm.transport.segment import Segment
 from tests.unit import transport_children as children
@@ -189,6 +190,10 @@ def test_a_text_written_between_any_two_lines_of_a_read(segment: Segment) -> Non
             def intrude(count: int = writes) -> None:
                 for text in texts[1 : count + 1]:
                     writer.worker.message = text
+                kind, at_byte = BLOCKS["worker"]["message"], writer.worker._fields["message"][1]
+                copy = (writer.worker._ints[at_byte // 8] + 1) % COPIES  # and it is half-way through the next one
+                start = at_byte + 8 + copy * kind.width
+                writer.worker._buf[start : start + 100] = b"#" * 100
 
             children.at_line(at, intrude)
             message = reader.worker.message
