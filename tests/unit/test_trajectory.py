@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aurora_vllm.learner.trajectory import MIN_ROWS, Assembler, Trajectory
@@ -15,12 +15,13 @@ from aurora_vllm.transport.rows import RowFlag
 from tests.unit.engine_history import LAYOUT, Request, Row, engine, new_request, pack, payload, row
 
 
-def check(trajectory: Trajectory, truth: Request, start: int, end: int) -> None:
+def check(trajectory: Trajectory, truth: Request, start: int, end: int, next_may_be_unseen: bool = False) -> None:
     """Everything in a trajectory is what the engine computed."""
     number, tokens = truth.number, truth.tokens
+    next_token = tokens[end] if end < len(tokens) and end >= truth.prompt_length else -1
     assert trajectory.start == start
     assert trajectory.token_ids.tolist() == tokens[start:end]
-    assert trajectory.next_token == (tokens[end] if end < len(tokens) and end >= truth.prompt_length else -1)
+    assert trajectory.next_token == next_token or (next_may_be_unseen and trajectory.next_token == -1)
     assert trajectory.prompt_length == truth.prompt_length and trajectory.temperature == 0.7
     rows = payload(number, torch.arange(start, end), torch.tensor(tokens[start:end]))
     assert torch.equal(trajectory.aux, rows[:, :6]) and torch.equal(trajectory.last, rows[:, 6:])
@@ -67,6 +68,7 @@ def test_any_history_gives_its_truth(seed: int, count: int, steps: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), skipped=st.integers(1, 60))
+@example(seed=21632, skipped=46)
 def test_a_learner_that_starts_in_the_middle_never_makes_up_a_path(seed: int, skipped: int) -> None:
     rng = random.Random(seed)
     requests = [new_request(rng.getrandbits(62), rng) for _ in range(4)]
@@ -76,7 +78,8 @@ def test_a_learner_that_starts_in_the_middle_never_makes_up_a_path(seed: int, sk
     for trajectory in feed_in_slices(assembler, rows[skipped:], rng):
         truth = by_number[trajectory.request]
         assert trajectory.start < truth.prompt_length
-        check(trajectory, truth, trajectory.start, trajectory.start + len(trajectory.token_ids))
+        # Rows sent again after a preemption end at a chunk, and a chunk says nothing of the token behind it.
+        check(trajectory, truth, trajectory.start, trajectory.start + len(trajectory.token_ids), True)
 
 
 @settings(max_examples=60, deadline=None)
