@@ -16,6 +16,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.transport.rows import RowLayout
 
 ENVIRONMENT_KEY = "AURORA_SESSION"
+CHECKPOINT_VERSION = 1  # of the draft weights vLLM loads from disk; the learner publishes 2, 3, ...
 
 
 class Session(BaseModel):

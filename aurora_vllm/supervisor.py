@@ -67,7 +67,6 @@ class Supervisor(threading.Thread):
         self._first_wait, self._longest_wait = waits
         self._stable_s = stable_s
         self._stopping = threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
 
     def run(self) -> None:
         while not self._ready():

@@ -8,16 +8,18 @@ The learner is stopped: rows are taken out of the ring between two blocks, outsi
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import track
 
+from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from benchmarks.engine import Engine, humaneval_engine
 from benchmarks.report import median_and_spread, write_report
 
 TOKENS = 48  # of each answer
@@ -31,23 +33,12 @@ def main(
     seed: int = 0,
 ) -> None:
     """Measure capture_ratio."""
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from benchmarks.engine import SERVER, Engine
-    from demo.model import ensure_model
-    from demo.workload import humaneval
-
-    prompts = [wordings[0].text for wordings in humaneval()]
-    with TemporaryDirectory() as scratch:
-        engine = Engine.start(ensure_model(), Path(scratch), enforce_eager=eager, **SERVER)
-        try:
-            ratios = {
-                (mode, concurrency): _ratios(engine, prompts, mode, concurrency, rounds)
-                for mode in ("never", "always")
-                for concurrency in (1, 4)
-            }
-        finally:
-            engine.close()
+    with humaneval_engine(eager) as (engine, prompts):
+        ratios = {
+            (mode, concurrency): _ratios(engine, prompts, mode, concurrency, rounds)
+            for mode in ("never", "always")
+            for concurrency in (1, 4)
+        }
     names = {"never": "k0", "always": "k3"}
     results = {f"{names[mode]}_c{c}": median_and_spread(values) for (mode, c), values in ratios.items()}
     figures = {"capture_ratio": min(median for median, _ in results.values())}
@@ -62,11 +53,8 @@ def main(
         )
 
 
-def _ratios(engine: object, prompts: list[str], mode: str, concurrency: int, rounds: int) -> list[float]:
+def _ratios(engine: Engine, prompts: list[str], mode: str, concurrency: int, rounds: int) -> list[float]:
     """Tokens/s with capture over tokens/s without, a pair of blocks for each ratio; which goes first alternates."""
-    from benchmarks.engine import Engine
-
-    assert isinstance(engine, Engine)
     ratios = []
     with engine.draft_length(mode):
         engine.generate(prompts[:concurrency], max_tokens=TOKENS)
@@ -80,15 +68,26 @@ def _ratios(engine: object, prompts: list[str], mode: str, concurrency: int, rou
     return ratios
 
 
-def _tokens_per_second(engine: object, batch: list[str], capture: bool) -> float:
-    from benchmarks.engine import Engine
-
-    assert isinstance(engine, Engine)
-    started = time.perf_counter()
-    outputs = engine.generate(batch, max_tokens=TOKENS, extra_args={"aurora_learn": capture})
-    seconds = time.perf_counter() - started
+def _tokens_per_second(engine: Engine, batch: list[str], capture: bool) -> float:
+    # Off is off: with the breaker open the hook builds nothing. An opted-out request would still pay for that.
+    with nullcontext() if capture else _breaker_open(engine):
+        started = time.perf_counter()
+        outputs = engine.generate(batch, max_tokens=TOKENS)
+        seconds = time.perf_counter() - started
+    engine.generate(batch[:1], max_tokens=1, extra_args={"aurora_learn": False})  # lets the block's requests end
     engine.drain()
     return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
+
+
+@contextmanager
+def _breaker_open(engine: Engine) -> Iterator[None]:
+    attachment = engine.attachment
+    before = attachment.capture
+    attachment.capture = CircuitBreaker("capture, off for this block", limit=0)
+    try:
+        yield
+    finally:
+        attachment.capture = before
 
 
 def _plot(ratios: dict[str, list[float]], path: Path) -> None:

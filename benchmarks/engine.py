@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,22 @@ AUX_LAYERS = (2, 15, 27)
 RING_ROWS = 20_000
 # For benchmarks: a server of usual proportions. What Engine.start sets by itself is small on purpose, for tests.
 SERVER: dict[str, Any] = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 256 << 20}
+
+
+@contextmanager
+def humaneval_engine(eager: bool) -> Iterator[tuple[Engine, list[str]]]:
+    """The demo's model in an engine of usual proportions, and one prompt for each HumanEval problem."""
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from demo.model import ensure_model
+    from demo.workload import humaneval
+
+    with TemporaryDirectory() as scratch:
+        engine = Engine.start(ensure_model(), Path(scratch), enforce_eager=eager, **SERVER)
+        try:
+            yield engine, [wordings[0].text for wordings in humaneval()]
+        finally:
+            engine.close()
 
 
 @dataclass

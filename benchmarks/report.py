@@ -59,7 +59,9 @@ def write_report(
     }
     report |= {name: value for name, value in (extra or {}).items() if name not in report}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2, default=str)
+    text = text.replace(f'"{Path.home()}/', '"~/')  # where somebody's home is, is nobody's business
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

@@ -15,14 +15,14 @@ import statistics
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.engine import Engine, humaneval_engine
 from benchmarks.report import write_report
 
 CONCURRENCY = 4
@@ -38,19 +38,11 @@ def main(
     seed: int = 0,
 ) -> None:
     """Measure swap_stall_ratio, swap_changed_outputs and swap_failed_requests."""
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from benchmarks.engine import SERVER, Engine
-    from demo.model import ensure_model
-    from demo.workload import humaneval
-
-    prompts = [wordings[0].text for wordings in humaneval()]
-    with TemporaryDirectory() as scratch:
-        engine = Engine.start(ensure_model(), Path(scratch), enforce_eager=eager, **SERVER)
-        ours, theirs = multiprocessing.get_context("spawn").Pipe()
-        publisher = multiprocessing.get_context("spawn").Process(
-            target=publish_on_request, args=(engine.session.bank, str(engine.session.draft), seed, theirs)
-        )
+    with humaneval_engine(eager) as (engine, prompts):
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        arguments = (engine.session.bank, str(engine.session.draft), seed, theirs)
+        publisher = context.Process(target=publish_on_request, args=arguments)
         publisher.start()
         try:
             run = Load(engine, prompts).swap_many(ours, swaps)
@@ -59,7 +51,6 @@ def main(
         finally:
             ours.send(None)
             publisher.join(10)
-            engine.close()
 
     expected = dict(zip(sorted(run.answers), (list(output.outputs[0].token_ids) for output in plain), strict=True))
     changed = sum(run.answers[i] != expected[i] for i in expected)
@@ -89,7 +80,7 @@ def main(
 class Load:
     """Keeps CONCURRENCY greedy requests decoding and times every engine step."""
 
-    def __init__(self, engine: Any, prompts: list[str]) -> None:
+    def __init__(self, engine: Engine, prompts: list[str]) -> None:
         self._engine = engine
         self._core = engine.llm.llm_engine
         self._prompts = prompts

@@ -1,8 +1,9 @@
 """The learner process: ``python -m aurora_vllm.learner.process``, started and supervised by the server.
 
-A turn takes what the ring holds, then does one piece of work: score a trajectory, or train a step. It never trains on
-what it has not scored, it stays within its share of a CPU, and it may die at any moment: the server goes on, and the
-next learner begins with the version that was published last.
+A turn takes what the ring holds, then does one piece of work: score a trajectory, or train a step. What is scored is
+scored before anything trains on it; where traffic comes faster than that, the oldest goes into training unscored and is
+no evidence. The learner stays within its share of a CPU, and it may die at any moment: the server goes on, and the next
+learner begins with the version that was published last.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
 from aurora_vllm.learner.vocabulary import Coverage
-from aurora_vllm.session import Session
+from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.transport.bank import TornPublish, WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.ring import RingConsumer
@@ -36,7 +37,6 @@ from aurora_vllm.transport.segment import Segment
 READ_ROWS = 1024
 IDLE_S = 0.05
 SCORE_BACKLOG = 16  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
-CHECKPOINT_VERSION = 1
 
 
 class Learner:
@@ -65,7 +65,7 @@ class Learner:
         self.budget = CpuBudget(config.learner_cpu_share)
         self.unscored: deque[Trajectory] = deque()
         self.trained_since_publish = False
-        self.tokens_seen = self.tokens_trained = 0
+        self.tokens_seen = self.tokens_trained = self.unusable = 0
 
     def turn(self) -> bool:
         """One piece of work. Returns whether there was any."""
@@ -87,7 +87,7 @@ class Learner:
     def _arrived(self, trajectory: Trajectory) -> None:
         block = self.control.learner
         block.trajectories += 1
-        block.trajectories_discarded = sum(self.assembler.discarded.values())
+        self._show_discarded()
         self.unscored.append(trajectory)
         if len(self.unscored) > SCORE_BACKLOG:
             self._remember(self.unscored.popleft())
@@ -131,8 +131,12 @@ class Learner:
     def _drop(self, chosen: list[Trajectory], why: str) -> None:
         """What breaks a step must not come again and again."""
         self.replay.remove(chosen)
-        self.control.learner.trajectories_discarded += len(chosen)
+        self.unusable += len(chosen)
+        self._show_discarded()
         self.control.learner.message = f"{why}; its {len(chosen)} trajectories were dropped"
+
+    def _show_discarded(self) -> None:
+        self.control.learner.trajectories_discarded = sum(self.assembler.discarded.values()) + self.unusable
 
     def _maybe_publish(self) -> None:
         verdict = self.evidence.verdict(time.monotonic())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aurora_vllm.session import Session
+from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.stager import Stager
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.aurora")
 
 LEARN_KEY = "aurora_learn"  # vllm_xargs: {"aurora_learn": false} keeps a request out
-CHECKPOINT_VERSION = 1  # what vLLM loaded from disk
 
 
 class Attachment:
@@ -62,6 +61,7 @@ class Attachment:
     def step_starts(self, scheduler_output: SchedulerOutput) -> None:
         """Between two steps: new weights go live, requests come and go."""
         self.control.worker.beat()
+        self.control.worker.step += 1
         if self.stager is not None:
             self.stager.commit_if_ready()
         self.capture.run(lambda: self._follow_requests(scheduler_output))

@@ -30,7 +30,6 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "owner_pid": INT,
         "learner_pid": INT,
         "learner_restarts": INT,
-        "learner_gave_up": BOOL,
     },
     "worker": {
         "pid": INT,

@@ -17,7 +17,14 @@ def test_median_and_spread() -> None:
 
 def test_report_says_how_to_measure_again(tmp_path: Path) -> None:
     path = tmp_path / "results" / "x.json"
-    write_report(path, {"ratio": 0.5}, {"ratio": [0.4, 0.6]}, seed=3, extra={"rounds": 2, "seed": "not this one"})
+    write_report(
+        path,
+        {"ratio": 0.5},
+        {"ratio": [0.4, 0.6]},
+        seed=3,
+        extra={"rounds": 2, "seed": "not this one", "model": f"{Path.home()}/m"},
+    )
+    assert json.loads(path.read_text())["model"] == "~/m"
     report = json.loads(path.read_text())
     assert report["figures"] == {"ratio": 0.5}
     assert report["seed"] == 3
