@@ -22,7 +22,9 @@ class AuroraConfig(BaseModel):
     speculate: Literal["auto", "always", "never"] = Field(
         "auto", description="auto: only where it pays; always: fixed K; never: capture and learn only"
     )
-    draft_vocab_size: int = Field(8192, ge=64, description="draft vocabulary of a day-0 draft")
+    draft_vocab_size: int | None = Field(
+        None, ge=64, description="tokens a day-0 draft may propose; without it 8 x hidden size, at most 32768"
+    )
     cache_dir: Path = Field(
         Path("~/.cache/aurora_vllm"),
         validate_default=True,
@@ -41,8 +43,8 @@ class AuroraConfig(BaseModel):
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")
-    batch_tokens: int = Field(512, ge=16, description="about how many positions one optimizer step trains on")
-    prompt_weight: float = Field(0.3, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1")
+    batch_tokens: int = Field(128, ge=16, description="about how many positions one optimizer step trains on")
+    prompt_weight: float = Field(0.0, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1")
     replay_passes: float = Field(
         4.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
     )

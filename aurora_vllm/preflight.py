@@ -157,30 +157,24 @@ def resolve_draft(config: AuroraConfig, target: Target) -> Draft:
     """
     if config.draft is not None:
         return checkpoint.read_draft(fetch(str(config.draft), "draft", weights=True), target)
-    from aurora_vllm.learner.day0 import auxiliary_layers  # imports torch
+    from aurora_vllm.learner import day0  # imports torch
 
     model_config = checkpoint.read_config(target.directory)
     if model_config.get("quantization_config"):
         raise AuroraError(
             f"no day-0 draft can be made from {target.model}, it is quantized", "give one with --aurora-draft"
         )
-    vocab_size = min(config.draft_vocab_size, target.vocab_size - 1)  # as make_day0_draft chooses
     try:
-        aux_layers = auxiliary_layers(target.num_layers)
-        own: dict[str, Any] = {
-            "draft_vocab_size": vocab_size,
-            "num_aux_hidden_states": len(aux_layers),
-            "num_hidden_layers": 1,
-        }
-        own |= {"attention_bias": False, "mlp_bias": False, "layer_types": None}
-        specs = checkpoint.draft_specs(model_config | own, target.dtype)
-        key = checkpoint.fingerprint(target.directory, config.draft_vocab_size)
+        own = day0.draft_config(model_config, config.draft_vocab_size)
+        specs = checkpoint.draft_specs(own, target.dtype)
+        key = checkpoint.fingerprint(target.directory, config.draft_vocab_size, day0.RECIPE)
     except (ValueError, AuroraError) as error:
         raise AuroraError(f"{target.model}: {error}", "give one with --aurora-draft") from None
     name = target.directory.name if Path(target.model).is_dir() else Path(target.model).name  # not the hub's commit
     directory = config.cache_dir / "day0" / f"{name}-{key}"
     origin = "day-0, cached" if (directory / "model.safetensors").is_file() else "day-0, to be made"
-    return Draft(directory, origin, aux_layers, vocab_size, specs)
+    aux_layers = tuple(own["eagle_aux_hidden_state_layer_ids"])
+    return Draft(directory, origin, aux_layers, own["draft_vocab_size"], specs)
 
 
 def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:

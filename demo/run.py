@@ -26,6 +26,7 @@ from demo import figures
 from demo.client import Block, drive
 from demo.figures import Pair
 from demo.model import ensure_model
+from demo.openmp import intel_openmp
 from demo.plot import plot
 from demo.servers import Server, ServerFailed, end_trees, paused, wait_up
 from demo.signals import end_on_signals, held
@@ -44,6 +45,7 @@ ENVIRONMENT = {
     # compiles at every start; its older cache works.
     "VLLM_USE_AOT_COMPILE": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    **intel_openmp(),
     "HF_HUB_OFFLINE": "1",
 }
 MAX_DRAFT_LENGTH = 3  # aurora's default K, which nothing here changes

@@ -11,7 +11,9 @@ of the target's late layers, fed by the residual stream that enters this layer:
     norm, head  the target's, the head restricted to the draft vocabulary
 
 It does not predict well before training (its input knows token t, it should predict t+2), but it learns an order of
-magnitude faster than a random one: everything it has to learn is a correction.
+magnitude faster than a random one: everything it has to learn is a correction. Where the target is small enough for the
+closed-form lesson (lesson.py), the draft gets as many key-value heads as query heads, because the lesson writes one
+value per channel; elsewhere it keeps the target's grouping.
 
 The format is the one plain vLLM loads with ``--speculative-config '{"method": "eagle3", "model": DIR, ...}'``
 (vllm/model_executor/models/llama_eagle3.py); there is no ``embed_tokens`` in it, which makes vLLM share the target's.
@@ -29,8 +31,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from aurora_vllm.learner import lesson
 from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
 
+RECIPE = 2  # changes with what is written here, so that a draft cached by an older version is made anew
+MAX_VOCABULARY = 32_768
 # Keys of the target's config.json that shape a Llama decoder layer, taken over as they are (both spellings of RoPE:
 # transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters).
 _LAYER_KEYS = (
@@ -40,13 +45,13 @@ _LAYER_KEYS = (
 )  # fmt: skip
 
 
-def make_day0_draft(target: Path, out: Path, draft_vocab_size: int) -> Path:
+def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None) -> Path:
     """Write the day-0 draft of a target.
 
     Args:
         target: directory of a Llama-shaped checkpoint (Llama, SmolLM2, Mistral, Qwen3): config.json and safetensors.
         out: directory to write; it appears complete or not at all, and replaces an older one.
-        draft_vocab_size: wanted size of the draft vocabulary; at most V - 1 is used (see below).
+        draft_vocab_size: see :func:`vocabulary_size`.
 
     Returns:
         ``out``, holding config.json and model.safetensors.
@@ -56,16 +61,53 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int) -> Path:
         FileNotFoundError: no config.json or safetensors there.
     """
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    own = draft_config(config, draft_vocab_size)
     weights = _Checkpoint(target)
-    aux_layer_ids = auxiliary_layers(config["num_hidden_layers"])
-    layer = min(aux_layer_ids[-1], config["num_hidden_layers"] - 1)
-    # A draft over the full vocabulary, its head equal to the target's, is served by vLLM from the *target's* lm_head
-    # (SpecDecodeBaseProposer._maybe_share_lm_head), which no update may touch. One token less keeps the head the
-    # draft's.
-    draft_ids = day0_vocabulary(target, config["vocab_size"], min(draft_vocab_size, config["vocab_size"] - 1))
-    tensors = _draft_tensors(weights, config, layer, len(aux_layer_ids), draft_ids)
-    _write(out, _draft_config(config, aux_layer_ids, len(draft_ids)), tensors)
+    layer = min(own["eagle_aux_hidden_state_layer_ids"][-1], config["num_hidden_layers"] - 1)
+    draft_ids = day0_vocabulary(target, config["vocab_size"], own["draft_vocab_size"])
+    _write(out, own, _draft_tensors(weights, config, own, layer, draft_ids))
     return out
+
+
+def vocabulary_size(config: dict[str, Any], wanted: int | None = None) -> int:
+    """Tokens a draft may propose: as wanted, else 8 x hidden size (4,608 for SmolLM2-135M, 32,768 for Qwen3-8B, as many
+    as published EAGLE-3 heads have), which keeps the head's share of the draft about the same.
+
+    At most V - 1: a draft over the full vocabulary, its head equal to the target's, is served by vLLM from the
+    *target's* lm_head (SpecDecodeBaseProposer._maybe_share_lm_head), which no update may touch.
+
+    Args:
+        config: the target's config.json.
+    """
+    return min(wanted or min(8 * config["hidden_size"], MAX_VOCABULARY), config["vocab_size"] - 1)
+
+
+def draft_config(config: dict[str, Any], draft_vocab_size: int | None = None) -> dict[str, Any]:
+    """The config.json of a target's day-0 draft. config: the target's.
+
+    Raises:
+        ValueError: the target is not of a shape that a draft can be made from.
+    """
+    missing = [key for key in ("hidden_size", "num_attention_heads", "rms_norm_eps", "vocab_size") if key not in config]
+    if missing:
+        raise ValueError(f"the target's config.json has no {', '.join(missing)}: not a Llama-shaped model")
+    aux_layer_ids = auxiliary_layers(config["num_hidden_layers"])
+    return {
+        **{key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
+        "num_key_value_heads": _key_value_heads(config, len(aux_layer_ids)),
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "draft_vocab_size": vocabulary_size(config, draft_vocab_size),
+        # Where vLLM reads them: GPUModelRunner._get_eagle3_aux_layers_from_config, llama_eagle3.LlamaModel.
+        "eagle_aux_hidden_state_layer_ids": list(aux_layer_ids),
+        "num_aux_hidden_states": len(aux_layer_ids),
+        "target_hidden_size": config["hidden_size"],
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
+    }
 
 
 def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
@@ -88,16 +130,18 @@ def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
 
 
 def _draft_tensors(
-    weights: _Checkpoint, config: dict[str, Any], layer: int, num_aux: int, draft_ids: torch.Tensor
+    weights: _Checkpoint, config: dict[str, Any], own: dict[str, Any], layer: int, draft_ids: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """EAGLE-3 tensors under their Hugging Face names."""
+    """EAGLE-3 tensors under their Hugging Face names. config: the target's; own: the draft's."""
     prefix = f"model.layers.{layer}."
     input_norm = weights[prefix + "input_layernorm.weight"]  # [H]
     hidden = len(input_norm)
     head = weights["model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]  # [V, H]
-    fc = torch.zeros(hidden, num_aux * hidden, dtype=head.dtype)
+    fc = torch.zeros(hidden, own["num_aux_hidden_states"] * hidden, dtype=head.dtype)
     fc[:, -hidden:] = torch.eye(hidden, dtype=head.dtype)
     d2t, t2d = vocabulary_maps(draft_ids, config["vocab_size"])
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    copies = own["num_key_value_heads"] // heads
 
     tensors = {"fc.weight": fc, "d2t": d2t, "t2d": t2d}
     for name in ("q", "k", "v"):
@@ -105,6 +149,8 @@ def _draft_tensors(
         norm = weights.get(f"{prefix}self_attn.{name}_norm.weight")
         if norm is not None:
             weight = _fold_head_norm(weight, norm, input_norm)
+        if name != "q":
+            weight = weight.unflatten(0, (heads, -1)).repeat_interleave(copies, dim=0).flatten(0, 1)
         tensors[f"midlayer.self_attn.{name}_proj.weight"] = torch.cat([torch.zeros_like(weight), weight], dim=1)
     for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
         tensors[f"midlayer.{name}.weight"] = weights[f"{prefix}{name}.weight"]
@@ -114,6 +160,18 @@ def _draft_tensors(
     tensors["norm.weight"] = weights["model.norm.weight"]
     tensors["lm_head.weight"] = head[draft_ids]
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _key_value_heads(config: dict[str, Any], num_aux: int) -> int:
+    """Of the draft: one for each query head where the closed-form lesson will need them, else as the target has."""
+    heads = int(config["num_attention_heads"])
+    if lesson.fits(config["hidden_size"], heads, _head_dim(config), num_aux):
+        return heads
+    return int(config.get("num_key_value_heads") or heads)
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
@@ -130,27 +188,6 @@ def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.
     expected_rms = (heads * input_norm.float()).square().sum(-1).mean(-1).sqrt()  # [heads]
     folded = heads * norm.float()[None, :, None] / expected_rms[:, None, None]
     return folded.view_as(weight).to(weight.dtype)
-
-
-def _draft_config(config: dict[str, Any], aux_layer_ids: tuple[int, ...], draft_vocab_size: int) -> dict[str, Any]:
-    missing = [key for key in ("hidden_size", "num_attention_heads", "rms_norm_eps") if key not in config]
-    if missing:
-        raise ValueError(f"the target's config.json has no {', '.join(missing)}: not a Llama-shaped model")
-    return {
-        **{key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "draft_vocab_size": draft_vocab_size,
-        # Where vLLM reads them: GPUModelRunner._get_eagle3_aux_layers_from_config, llama_eagle3.LlamaModel.
-        "eagle_aux_hidden_state_layer_ids": list(aux_layer_ids),
-        "num_aux_hidden_states": len(aux_layer_ids),
-        "target_hidden_size": config["hidden_size"],
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
-    }
 
 
 def _write(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,12 @@
-"""The trainer: AdamW on the draft, one batch a step."""
+"""The trainer: AdamW on the draft, one batch a step.
+
+A draft that knows nothing yet is trained as a whole, at the full rate. One that has something to lose (a closed-form
+lesson, somebody's training) is *refined*: AdamW's first steps are as long as its learning rate whatever the gradient
+is, and would walk the body away from where it was put. So first only ``lm_head`` is trained, a convex problem at half
+the cost, and then the body at a small fraction of the rate. Measured on SmolLM2-135M after the lesson (HumanEval, 100
+unseen-prompt requests later; acceptance length 1.50 before): all at 1e-3 1.39, all at 1e-4 1.50, ``lm_head`` alone at
+1e-3 1.59; from there, two more passes: ``lm_head`` alone 1.61, with the body at 3e-5 1.66.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +32,11 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities()
     has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+HEAD_STEPS = 100  # of refining, in which only lm_head is trained
+REFINE_WARMUP_STEPS = 10
+BODY_RATE = 0.03  # of the learning rate, for everything but lm_head in refining
 
 
 class Trainer:
@@ -64,13 +77,34 @@ class Trainer:
         self.matmul_dtype = matmul_dtype or fast_matmul_dtype(draft.fc.weight.device)
         self.max_grad_norm, self.warmup_steps = max_grad_norm, warmup_steps
         self.parameters = list(draft.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
-        )
+        body = [p for p in self.parameters if p is not draft.lm_head.weight]
+        groups = [{"params": body}, {"params": [draft.lm_head.weight]}]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
+        self.refining_since: int | None = None
         self.steps = self.skipped = self.empty = 0
+
+    def refine(self) -> None:
+        """From the next step on the draft is worth keeping; what AdamW remembers of the one before is forgotten."""
+        self.optimizer.state.clear()
+        self.refining_since = self.steps
+
+    def _rates(self) -> tuple[float, float]:
+        """Learning rates of the next step, body and lm_head; the body's is 0 where it is not trained."""
+        if self.refining_since is None:
+            rate = self.learning_rate * min(1.0, (self.steps + 1) / max(self.warmup_steps, 1))
+            return rate, rate
+        age = self.steps - self.refining_since
+        warm = [min(1.0, (age + 1 - begin) / REFINE_WARMUP_STEPS) for begin in (HEAD_STEPS, 0)]
+        body = BODY_RATE * warm[0] if age >= HEAD_STEPS else 0.0
+        return self.learning_rate * body, self.learning_rate * warm[1]
 
     def step(self, batch: Batch) -> LossOutput:
         """One optimizer step. The returned ``total`` is detached."""
+        rates = self._rates()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+            for parameter in group["params"]:
+                parameter.requires_grad_(rate > 0)  # no backward pass through what is not trained
         output = ttt_loss(
             self.draft, self.head, batch, self.ttt_length, self.semantics, self.prompt_weight, self.matmul_dtype
         )
@@ -91,7 +125,5 @@ class Trainer:
         if norm > self.max_grad_norm:
             torch._foreach_mul_(grads, self.max_grad_norm / norm)
         self.steps += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * min(1.0, self.steps / max(self.warmup_steps, 1))
         self.optimizer.step()
         return result

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from aurora_vllm.transport.rows import META_WORDS, Field, RowFlag, RowLayout
@@ -158,59 +159,52 @@ class TraceWriter:
         return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen]).to(trace.token_ids.device)
 
     def _meta(self, trace: StepTrace, chosen: list[int], row_index: torch.Tensor | None) -> torch.Tensor:
-        """Metadata words of every row. int32 [n, 16], on the trace's device."""
+        """Metadata words of every row. int32 [n, 16], on the trace's device.
+
+        What the host knows is laid out by numpy and sent in one piece: between two steps every small tensor operation
+        costs tens of microseconds, because the target's weights have just swept the caches.
+        """
         device = trace.token_ids.device
-        lengths = [trace.lengths[i] for i in chosen]
-        total = sum(lengths)
-        known = torch.tensor(self._words_known_to_the_host(trace, chosen), dtype=torch.int32)  # [R, 7]
-        owner = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(lengths), output_size=total)
-        known, owner = known.to(device, non_blocking=True), owner.to(device, non_blocking=True)
-        low, high, drafts, prompt, temperature, emits, base = known[owner].unbind(1)  # each [n]
-        offset = torch.arange(total, dtype=torch.int32, device=device) - base  # 0 at the last certain token
+        known, lengths, certain = self._known_to_the_host(trace, chosen)
+        owner = np.repeat(np.arange(len(chosen)), lengths)  # [n] row -> request
+        offset = np.arange(len(owner)) - certain[owner]  # [n] 0 at the last certain token, 1 at the first draft
+        words = known[owner]
+        words[:, Field.DRAFT_INDEX] = np.maximum(offset - 1, -1)
+        meta = torch.from_numpy(words).to(device, non_blocking=True)
 
+        take = slice(len(owner)) if row_index is None else row_index
+        meta[:, Field.POSITION] = trace.positions[take]
+        meta[:, Field.TOKEN] = trace.token_ids[take]
+        emits = np.array([trace.emits[i] for i in chosen])
         sampled = trace.sampled if row_index is None else trace.sampled[chosen]  # [R, >=1 + K]
-        accepted = (sampled >= 0).sum(1, dtype=torch.int32)[owner] - 1
-        accepted = torch.minimum(accepted.clamp(min=0), drafts)
-        rejected = offset > accepted
-        column = offset.clamp(0, sampled.shape[1] - 1).long()
-        emitted = torch.where((offset >= 0) & ~rejected & (emits > 0), sampled[owner, column].int(), -1)
-
-        take = slice(total) if row_index is None else row_index
-        meta = torch.zeros(total, META_WORDS, dtype=torch.int32, device=device)
-        meta[:, Field.REQUEST_LOW] = low
-        meta[:, Field.REQUEST_HIGH] = high
-        meta[:, Field.FLAGS] = rejected.int() * int(RowFlag.REJECTED)
-        meta[:, Field.POSITION] = trace.positions[take].int()
-        meta[:, Field.TOKEN] = trace.token_ids[take].int()
-        meta[:, Field.STEP] = self._step
-        meta[:, Field.DRAFT_INDEX] = (offset - 1).clamp(min=-1)
-        meta[:, Field.NUM_DRAFTS] = drafts
+        if not known[:, Field.NUM_DRAFTS].any():
+            last = torch.from_numpy(certain[emits]).to(device, non_blocking=True)
+            meta[last, Field.EMITTED] = sampled[emits, 0].int()
+            return meta
+        asked = (offset >= 0) & emits[owner]
+        index = torch.from_numpy(np.stack([owner, np.clip(offset, 0, sampled.shape[1] - 1), offset, asked]))
+        request, column, behind, answers = index.to(device, non_blocking=True)
+        accepted = ((sampled >= 0).sum(1)[request] - 1).clamp(min=0).minimum(meta[:, Field.NUM_DRAFTS])
+        rejected = behind > accepted
         meta[:, Field.NUM_ACCEPTED] = accepted
-        meta[:, Field.EMITTED] = emitted
-        meta[:, Field.DRAFT_VERSION] = trace.draft_version
-        meta[:, Field.PROMPT_LENGTH] = prompt
-        meta[:, Field.TEMPERATURE_MILLI] = temperature
+        meta[:, Field.FLAGS] = rejected * int(RowFlag.REJECTED)
+        meta[:, Field.EMITTED] = torch.where((answers > 0) & ~rejected, sampled[request, column], -1)
         return meta
 
-    def _words_known_to_the_host(self, trace: StepTrace, chosen: list[int]) -> list[list[int]]:
-        """Per request: key (two words), drafts, prompt length, temperature, emits, row of its last certain token."""
-        words = []
-        end = 0
-        for i in chosen:
+    def _known_to_the_host(self, trace: StepTrace, chosen: list[int]) -> tuple[np.ndarray, list[int], np.ndarray]:
+        """A request's words, its rows in this step, and the row of its last certain token. [R, 16], [R], [R]"""
+        lengths = [trace.lengths[i] for i in chosen]
+        known = np.zeros((len(chosen), META_WORDS), dtype=np.int32)
+        for words, i in zip(known, chosen, strict=True):
             request = self._open[trace.request_ids[i]]
-            end += trace.lengths[i]
-            drafts = trace.num_drafts[i]
-            words.append(
-                [
-                    *_split(request.key),
-                    drafts,
-                    request.prompt_length,
-                    request.temperature_milli,
-                    int(trace.emits[i]),
-                    end - 1 - drafts,
-                ]
-            )
-        return words
+            words[Field.REQUEST_LOW], words[Field.REQUEST_HIGH] = _split(request.key)
+            words[Field.NUM_DRAFTS] = trace.num_drafts[i]
+            words[Field.PROMPT_LENGTH] = request.prompt_length
+            words[Field.TEMPERATURE_MILLI] = request.temperature_milli
+        known[:, Field.STEP] = self._step
+        known[:, Field.EMITTED] = -1
+        known[:, Field.DRAFT_VERSION] = trace.draft_version
+        return known, lengths, np.cumsum(lengths) - 1 - known[:, Field.NUM_DRAFTS]
 
     def _fill(
         self, view: torch.Tensor, meta: torch.Tensor, trace: StepTrace, row_index: torch.Tensor | None, rows: slice
@@ -218,11 +212,8 @@ class TraceWriter:
         """Copy one reserved piece. view: uint8 [k, row_bytes], meta: int32 [k, 16]."""
         take = rows if row_index is None else row_index
         self.layout.meta(view).copy_(meta)
-        width = self.layout.hidden_size
-        aux = self.layout.aux(view)
-        for i, states in enumerate(trace.aux_hidden_states):
-            aux[:, i * width : (i + 1) * width].copy_(states[take], non_blocking=True)
-        self.layout.last(view).copy_(trace.last_hidden_states[take], non_blocking=True)
+        states = [state[take] for state in (*trace.aux_hidden_states, trace.last_hidden_states)]
+        torch.cat(states, dim=1, out=self.layout.states(view))
 
     def _write_end(self, request: _OpenRequest) -> bool:
         views = self.sink.reserve(1)

@@ -86,3 +86,8 @@ class RowLayout:
         """View of the last hidden state. rows: uint8 [n, row_bytes] -> dtype [n, H]."""
         start = META_WORDS * 4 + self.aux_width * self.dtype.itemsize
         return rows[:, start : start + self.hidden_size * self.dtype.itemsize].view(self.dtype)
+
+    def states(self, rows: torch.Tensor) -> torch.Tensor:
+        """View of the auxiliary states and, behind them, the last one. uint8 [n, row_bytes] -> dtype [n, 4 * H]."""
+        start = META_WORDS * 4
+        return rows[:, start : start + self.payload_bytes].view(self.dtype)

@@ -21,8 +21,9 @@ OTHER: dict[str, str] = {
     "speculate": "always",
     "cache_dir": "/some/cache",
     "learn": "false",
+    "draft_vocab_size": "500",
     **{
-        name: str(field.default + 1) if isinstance(field.default, int) else str(field.default / 2)
+        name: str(field.default + 1) if isinstance(field.default, int) else str(field.default / 2 or 0.5)
         for name, field in AuroraConfig.model_fields.items()
         if type(field.default) in (int, float)
     },

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from aurora_vllm.learner.day0 import auxiliary_layers, make_day0_draft
+from aurora_vllm.learner.day0 import auxiliary_layers, draft_config, make_day0_draft
 
 SIZES = {"hidden_size": 48, "intermediate_size": 64, "vocab_size": 320, "max_position_embeddings": 64}
 
@@ -55,8 +55,8 @@ def test_draft_holds_the_targets_weights(tmp_path: Path, tied: bool) -> None:
     assert shapes == {
         "fc.weight": (48, 3 * 48),
         "midlayer.self_attn.q_proj.weight": (6 * head_dim, 2 * 48),
-        "midlayer.self_attn.k_proj.weight": (2 * head_dim, 2 * 48),
-        "midlayer.self_attn.v_proj.weight": (2 * head_dim, 2 * 48),
+        "midlayer.self_attn.k_proj.weight": (6 * head_dim, 2 * 48),  # one for each query head: the lesson needs it
+        "midlayer.self_attn.v_proj.weight": (6 * head_dim, 2 * 48),
         "midlayer.self_attn.o_proj.weight": (48, 6 * head_dim),
         "midlayer.mlp.gate_proj.weight": (64, 48),
         "midlayer.mlp.up_proj.weight": (64, 48),
@@ -76,6 +76,9 @@ def test_draft_holds_the_targets_weights(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(draft["lm_head.weight"], head[chosen])
     layer = "model.layers.5."
     assert torch.equal(draft["midlayer.self_attn.q_proj.weight"][:, 48:], target[layer + "self_attn.q_proj.weight"])
+    keys = target[layer + "self_attn.k_proj.weight"].view(2, 1, head_dim, 48).expand(2, 3, head_dim, 48)
+    assert torch.equal(draft["midlayer.self_attn.k_proj.weight"][:, 48:], keys.reshape(48, 48))
+    assert config["num_key_value_heads"] == 6
     assert torch.equal(draft["midlayer.mlp.down_proj.weight"], target[layer + "mlp.down_proj.weight"])
     assert torch.equal(draft["midlayer.hidden_norm.weight"], target[layer + "input_layernorm.weight"])
     aux = torch.randn(5, 3 * 48)
@@ -156,3 +159,14 @@ def test_a_target_of_another_shape_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "draft").exists()
     with pytest.raises(FileNotFoundError):
         make_day0_draft(tmp_path, tmp_path / "draft", 64)
+
+
+def test_wide_targets_keep_their_key_value_heads_and_the_vocabulary_grows_with_the_width() -> None:
+    llama = {"num_hidden_layers": 32, "rms_norm_eps": 1e-5, "vocab_size": 128_256, "num_attention_heads": 32}
+    wide = draft_config(llama | {"hidden_size": 4096, "num_key_value_heads": 8})
+    assert (wide["num_key_value_heads"], wide["draft_vocab_size"]) == (8, 32_768)
+    narrow = draft_config(llama | {"hidden_size": 1024, "num_key_value_heads": 8})
+    assert (narrow["num_key_value_heads"], narrow["draft_vocab_size"]) == (32, 8192)
+    assert draft_config(llama | {"hidden_size": 1024}, 500)["draft_vocab_size"] == 500
+    with pytest.raises(ValueError, match="no num_attention_heads"):
+        draft_config({"hidden_size": 1024, "num_hidden_layers": 4, "rms_norm_eps": 1e-5, "vocab_size": 10})

@@ -163,8 +163,11 @@ def test_the_planned_day0_draft_is_the_one_that_is_made(target: Target, tmp_path
 
 def test_targets_no_day0_draft_can_be_made_from(target: Target, tmp_path: Path) -> None:
     config = AuroraConfig(cache_dir=tmp_path)
+    layers = checkpoint.read_config(target.directory)["num_hidden_layers"]
+    change_config(target.directory, num_hidden_layers=1)
     with pytest.raises(AuroraError, match=r"owner/target: .* at least 2 layers.* give one with --aurora-draft"):
-        preflight.resolve_draft(config, replace(target, num_layers=1))
+        preflight.resolve_draft(config, target)
+    change_config(target.directory, num_hidden_layers=layers)
     planned = preflight.resolve_draft(config, target)
     with pytest.raises(
         AuroraError, match=r"owner/target: no day-0 draft .* no tensor .*; give one with --aurora-draft"

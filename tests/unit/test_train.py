@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aurora_vllm.learner.train import Trainer, fast_matmul_dtype
+from aurora_vllm.learner.train import (
+    BODY_RATE,
+    HEAD_STEPS,
+    REFINE_WARMUP_STEPS,
+    Trainer,
+    fast_matmul_dtype,
+)
 from tests.unit.naive_eagle3 import Sizes, random_case
 
 SIZES = Sizes([12, 9], [3, 2], hidden=16, head_dim=8, vocab=40, draft_vocab=30)
@@ -93,3 +99,20 @@ def test_bfloat16_only_where_it_is_fast(
     assert Trainer(draft, head, 1e-3, ttt_length=1).matmul_dtype == dtype
     assert Trainer(draft, head, 1e-3, ttt_length=1, matmul_dtype=torch.float32).matmul_dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in draft.parameters())
+
+
+def test_refining_begins_with_the_head_alone_and_goes_on_gently() -> None:
+    draft, head, batch = random_case(SIZES)
+    trainer = Trainer(draft, head, learning_rate=1e-3, ttt_length=2)
+    trainer.step(batch)
+    trainer.refine()
+    body = {name: p.detach().clone() for name, p in draft.named_parameters() if name != "lm_head.weight"}
+    before = draft.lm_head.weight.detach().clone()
+    for _ in range(HEAD_STEPS):
+        trainer.step(batch)
+    assert all(torch.equal(p, body[name]) for name, p in draft.named_parameters() if name in body)
+    assert not torch.equal(draft.lm_head.weight, before)
+    trainer.step(batch)
+    moved = max(float((p - body[name]).detach().abs().max()) for name, p in draft.named_parameters() if name in body)
+    assert 0 < moved <= 1.05 * 1e-3 * BODY_RATE / REFINE_WARMUP_STEPS  # AdamW's first step is as long as its rate
+    assert not torch.equal(draft.fc.weight, body["fc.weight"])
