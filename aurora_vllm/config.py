@@ -50,6 +50,9 @@ class AuroraConfig(BaseModel):
     )
     ttt_length: int = Field(3, ge=1, le=8, description="unroll steps of training-time test")
     max_trajectory_tokens: int = Field(2048, ge=32, description="longer requests are cut")
+    vocabulary_coverage: float = Field(
+        0.97, ge=0, le=1, description="a draft vocabulary that covers less of the traffic is chosen anew; 0: never"
+    )
     publish_margin: float = Field(0.02, ge=0, description="how much acceptance length a candidate must win by")
     publish_interval_s: float = Field(15.0, ge=0, description="shortest time between two publishes")
     evidence_tokens: int = Field(

@@ -27,7 +27,8 @@ MIB = 2**20
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
 LEARNER_SETTINGS = (
     "learn", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "ttt_length",
-    "max_trajectory_tokens", "publish_margin", "publish_interval_s", "evidence_tokens", "sample_rate", "seed",
+    "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s", "evidence_tokens",
+    "sample_rate", "seed",
 )  # fmt: skip
 
 

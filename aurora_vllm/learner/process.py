@@ -23,11 +23,12 @@ from aurora_vllm.learner.budget import CpuBudget
 from aurora_vllm.learner.draft import load_draft, load_tensors
 from aurora_vllm.learner.evaluate import Recent, simulate
 from aurora_vllm.learner.publish import Evidence, publish
+from aurora_vllm.learner.remap import move_to_vocabulary
 from aurora_vllm.learner.replay import Replay
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
-from aurora_vllm.learner.vocabulary import Coverage
+from aurora_vllm.learner.vocabulary import Coverage, Reselection
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.transport.bank import TornPublish, WeightBank
 from aurora_vllm.transport.control import ControlBlock
@@ -61,7 +62,8 @@ class Learner:
             config.evidence_tokens, config.publish_margin, config.publish_interval_s, config.num_speculative_tokens
         )
         self.shadow = Recent(config.num_speculative_tokens)
-        self.coverage = Coverage(self.incumbent.target_ids, self.incumbent.config.vocab_size)
+        self.coverage = Coverage(self.incumbent.config.vocab_size)
+        self.reselection = Reselection(session.target, config.vocabulary_coverage)
         self.budget = CpuBudget(config.learner_cpu_share)
         self.unscored: deque[Trajectory] = deque()
         self.trained_since_publish = False
@@ -99,18 +101,28 @@ class Learner:
         candidate = simulate(self.candidate, self.head, trajectory, length) if self.trained_since_publish else incumbent
         self.evidence.add(candidate, incumbent)
         self.shadow.add(incumbent)
-        response = trajectory.token_ids[max(0, trajectory.prompt_length - trajectory.start) :]
-        self.coverage.observe(response)
-        self.control.learner.vocabulary_coverage = self.coverage.share()
         self._show_shadow()
         self._remember(trajectory)
 
     def _remember(self, trajectory: Trajectory) -> None:
         self.replay.add(trajectory)
         self.tokens_seen += len(trajectory.token_ids)
+        self.coverage.observe(trajectory.token_ids[max(0, trajectory.prompt_length - trajectory.start) :])
+        self._follow_vocabulary()
         block = self.control.learner
+        block.vocabulary_coverage = self.coverage.share(self.incumbent.target_ids)
         block.tokens_seen = self.tokens_seen
         block.replay_bytes, block.replay_tokens = self.replay.nbytes, self.replay.tokens
+
+    def _follow_vocabulary(self) -> None:
+        """Give the candidate another vocabulary where its own no longer fits the traffic; evidence decides as ever."""
+        chosen = self.reselection.propose(self.coverage, self.candidate.target_ids)
+        if chosen is None:
+            return
+        move_to_vocabulary(self.candidate, self.head, chosen, self.trainer.optimizer)
+        self.evidence.restart()
+        self.trained_since_publish = True  # it differs from the incumbent, and is to be scored
+        self.control.learner.vocabulary_changes += 1
 
     def _train(self) -> None:
         chosen = self.replay.sample(self.config.batch_tokens)
@@ -151,6 +163,7 @@ class Learner:
             publish(self.bank, version, self.candidate, {"reason": verdict.reason, "step": self.trainer.steps})
         except ValueError as error:  # weights that are not finite: back to the last good ones
             block.message = f"not published: {error}"
+            move_to_vocabulary(self.candidate, self.head, self.incumbent.target_ids, self.trainer.optimizer)
             self.candidate.load_state_dict(self.incumbent.state_dict())
             return
         self.version = version

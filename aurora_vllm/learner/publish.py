@@ -71,10 +71,14 @@ class Evidence:
     def published(self, now_s: float) -> Score:
         """Start over after a publish. Returns the new incumbent's score on the evidence that carried it."""
         score = sum((pair[0] for pair in self._pairs), Score(0, (0,) * self.length))
-        self._pairs.clear()
-        self._tokens = 0
+        self.restart()
         self._last_publish_s = now_s
         return score
+
+    def restart(self) -> None:
+        """Forget every score: they speak of another candidate."""
+        self._pairs.clear()
+        self._tokens = 0
 
 
 def publish(bank: WeightBank, version: int, draft: Eagle3Draft, evidence: dict[str, Any]) -> None:

@@ -5,12 +5,15 @@ weights for SmolLM2-135M), so the draft proposes from a subset and ``d2t``/``t2d
 subset is never proposed: it ends the accepted prefix, nothing else.
 
 Day 0 has seen no traffic. What it has is the tokenizer: byte-pair merges are learned most frequent first, so the order
-of the merges *is* a frequency table of the corpus the target's tokenizer was made from.
+of the merges *is* a frequency table of the corpus the target's tokenizer was made from. Traffic is another corpus: once
+enough of it was counted, the vocabulary follows it (:class:`Reselection`; remap.py moves the draft).
 """
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,7 @@ import torch
 
 
 def day0_vocabulary(target: Path, vocab_size: int, size: int) -> torch.Tensor:
-    """The tokens a draft may propose before any traffic was seen.
-
-    In order of preference until ``size`` is reached: the tokens that end an answer, other added tokens (chat marks,
-    ``<think>``; at most a sixteenth of the room), bytes and ASCII characters, then merges in the order they were
-    learned (Unigram
-    tokenizers: by score), then whatever ids are left, lowest first. A target without ``tokenizer.json`` gets the
-    lowest ids, which in byte-pair vocabularies are in merge order as well.
+    """The tokens a draft may propose before any traffic was seen: the first ``size`` of :func:`day0_order`.
 
     Args:
         target: directory of the target checkpoint.
@@ -36,14 +33,36 @@ def day0_vocabulary(target: Path, vocab_size: int, size: int) -> torch.Tensor:
     """
     if not 0 < size <= vocab_size:
         raise ValueError(f"draft vocabulary of {size} does not fit a target vocabulary of {vocab_size}")
+    return day0_order(target, vocab_size, size)[:size].sort().values
+
+
+def day0_order(target: Path, vocab_size: int, size: int) -> torch.Tensor:
+    """All of the target's tokens, those a draft of ``size`` tokens needs most first.
+
+    The tokens that end an answer, other added tokens (chat marks, ``<think>``; at most a sixteenth of the room), bytes
+    and ASCII characters, then merges in the order they were learned (Unigram tokenizers: by score), then whatever ids
+    are left, lowest first. A target without ``tokenizer.json`` gets the lowest ids, which in byte-pair vocabularies
+    are in merge order as well.
+
+    Returns:
+        int64 [V], each target id once.
+    """
     tokenizer = _read_json(target / "tokenizer.json")
-    chosen: dict[int, None] = dict.fromkeys(_ending_tokens(target))
+    chosen: dict[int, None] = dict.fromkeys(ending_tokens(target))
     added = [token["id"] for token in tokenizer.get("added_tokens", [])]
     chosen.update(dict.fromkeys(added[: max(1, size // 16)]))
     chosen.update(dict.fromkeys(_by_frequency(tokenizer.get("model", {}))))
     chosen.update(dict.fromkeys(range(vocab_size)))
-    valid = [token for token in chosen if 0 <= token < vocab_size]
-    return torch.tensor(sorted(valid[:size]), dtype=torch.int64)
+    return torch.tensor([token for token in chosen if 0 <= token < vocab_size], dtype=torch.int64)
+
+
+def ending_tokens(target: Path) -> list[int]:
+    """Ids of the tokens that end an answer, as the target's configuration names them."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(target / name).get("eos_token_id")
+        ids += value if isinstance(value, list) else [value] if value is not None else []
+    return ids
 
 
 def vocabulary_maps(draft_ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,24 +82,97 @@ def vocabulary_maps(draft_ids: torch.Tensor, vocab_size: int) -> tuple[torch.Ten
 
 
 class Coverage:
-    """Counts emitted tokens, so that the share the draft could have proposed is known (and a better subset can be
-    chosen).
+    """Counts what the target emits, old tokens for less and less, so that the share a draft vocabulary covers is known
+    and a better one can be chosen.
 
     Counts only, in memory only: no order, no text, no request.
+
+    Args:
+        vocab_size: V.
+        memory: tokens after which a token counts for 1/e.
     """
 
-    def __init__(self, draft_ids: torch.Tensor, vocab_size: int) -> None:
-        self.counts = torch.zeros(vocab_size, dtype=torch.int64)
-        self._draft_ids = draft_ids
+    def __init__(self, vocab_size: int, memory: float = 20_000.0) -> None:
+        self.counts = torch.zeros(vocab_size, dtype=torch.float64)
+        self.memory = memory
+        self.observed = 0  # tokens ever
 
     def observe(self, emitted: torch.Tensor) -> None:
         """Count tokens the target emitted. emitted: int64 [N]."""
+        self.observed += len(emitted)
+        self.counts *= math.exp(-len(emitted) / self.memory)
         self.counts += torch.bincount(emitted, minlength=len(self.counts))
 
-    def share(self) -> float:
-        """Share of all emitted tokens that lie in the draft vocabulary; 0 before the first token."""
-        total = int(self.counts.sum())
-        return int(self.counts[self._draft_ids].sum()) / total if total else 0.0
+    def share(self, target_ids: torch.Tensor) -> float:
+        """Share of recent tokens that lie in a draft vocabulary, int64 [D]; 0 before the first token."""
+        total = float(self.counts.sum())
+        return float(self.counts[target_ids].sum()) / total if total else 0.0
+
+
+@dataclass
+class Reselection:
+    """When the draft vocabulary is chosen anew, and what is chosen.
+
+    Args:
+        target: directory of the target checkpoint; read when the first choice is made.
+        threshold: share of recent tokens that a vocabulary has to cover; below it a better one is looked for. 0: never.
+        enough: tokens to have seen before the first choice, and between two: a draft with a new vocabulary must have
+            the time to be judged.
+        min_gain: share a choice has to win. A token that is new to the vocabulary counts once less than it was seen:
+            leaving that one occurrence out it would not have been chosen, so a token seen once proves nothing about
+            the next. Without this every rare word of the traffic would be a reason to choose again.
+    """
+
+    target: Path
+    threshold: float
+    enough: int = 2_000
+    min_gain: float = 0.01
+    _rank: torch.Tensor | None = None  # int64 [V], place in the day-0 order
+    _chosen_at: int = 0  # tokens ever seen when the last choice was made
+
+    def propose(self, coverage: Coverage, current: torch.Tensor) -> torch.Tensor | None:
+        """A better vocabulary of the same size, int64 [D] ascending, or None where ``current`` is good enough."""
+        if coverage.observed - self._chosen_at < self.enough or coverage.share(current) >= self.threshold:
+            return None
+        counts = coverage.counts
+        ending = torch.tensor(ending_tokens(self.target), dtype=torch.int64)
+        chosen = select(counts, current, self._day0_rank(len(counts), len(current)), ending)
+        entering, leaving = chosen[~torch.isin(chosen, current)], current[~torch.isin(current, chosen)]
+        gain = (counts[entering] - 1).clamp(min=0).sum() - counts[leaving].sum()
+        if float(gain / counts.sum()) < self.min_gain:
+            return None
+        self._chosen_at = coverage.observed
+        return chosen
+
+    def _day0_rank(self, vocab_size: int, size: int) -> torch.Tensor:
+        if self._rank is None:
+            self._rank = day0_order(self.target, vocab_size, size).argsort()
+        return self._rank
+
+
+def select(counts: torch.Tensor, current: torch.Tensor, rank: torch.Tensor, ending: torch.Tensor) -> torch.Tensor:
+    """A draft vocabulary for this traffic, of the size of the current one.
+
+    The tokens that end an answer, then the tokens that were seen, most frequent first, then the current vocabulary's
+    own in the order of ``rank``, which also settles ties.
+
+    Args:
+        counts: float64 [V], of emitted tokens.
+        current: int64 [D], target ids.
+        rank: int64 [V], lowest first.
+        ending: int64 [E], target ids; those outside the vocabulary are ignored.
+
+    Returns:
+        int64 [D], ascending target ids, no duplicates.
+    """
+    protected = torch.zeros(len(counts), dtype=torch.bool)
+    protected[ending[(ending >= 0) & (ending < len(counts))]] = True
+    eligible = protected | (counts > 0)
+    eligible[current] = True
+    ids = eligible.nonzero().squeeze(1)
+    for key in (-rank, counts, protected.long()):  # stable sorts, the weightiest last
+        ids = ids[key[ids].argsort(descending=True, stable=True)]
+    return ids[: len(current)].sort().values
 
 
 def _by_frequency(model: dict[str, Any]) -> list[int]:
@@ -96,14 +188,6 @@ def _by_frequency(model: dict[str, Any]) -> list[int]:
     common = [p for p in alphabet if p.startswith("<0x") or p == "\u2581" or (len(p) == 1 and ord(p) < 0x144)]
     ordered = dict.fromkeys([*common, *merged, *alphabet])
     return [vocab[piece] for piece in ordered if piece in vocab]
-
-
-def _ending_tokens(target: Path) -> list[int]:
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(target / name).get("eos_token_id")
-        ids += value if isinstance(value, list) else [value] if value is not None else []
-    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:

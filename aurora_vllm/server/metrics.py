@@ -102,8 +102,9 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "aurora_vocabulary_coverage",
         "learner.vocabulary_coverage",
-        "Share of the target's tokens that are in the draft vocabulary",
+        "Share of the target's recent tokens that are in the live draft's vocabulary",
     ),
+    Metric("aurora_vocabulary_changes_total", "learner.vocabulary_changes", "Times a draft vocabulary was chosen anew"),
 )
 
 

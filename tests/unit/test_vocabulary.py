@@ -1,4 +1,4 @@
-"""The day-0 guess of the draft vocabulary, and the count of what it covers."""
+"""The day-0 guess of the draft vocabulary, the count of what it covers, and the choice that follows the traffic."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from aurora_vllm.learner.vocabulary import Coverage, day0_vocabulary, vocabulary_maps
+from aurora_vllm.learner.vocabulary import Coverage, Reselection, day0_order, day0_vocabulary, select, vocabulary_maps
 
 
 def tokenizer(directory: Path, model: dict[str, object], added: list[int], eos: int | list[int]) -> None:
@@ -51,10 +53,93 @@ def test_maps_are_inverse() -> None:
     assert t2d.nonzero().flatten().tolist() == ids.tolist()
 
 
-def test_coverage_counts() -> None:
-    coverage = Coverage(torch.tensor([1, 3]), 5)
-    assert coverage.share() == 0.0
-    coverage.observe(torch.tensor([1, 1, 4]))
-    coverage.observe(torch.tensor([3]))
-    assert coverage.share() == 0.75
-    assert coverage.counts.tolist() == [0, 2, 0, 1, 1]
+def test_the_whole_order_holds_every_token_once(tmp_path: Path) -> None:
+    tokenizer(
+        tmp_path, {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 4}, "merges": ["a b"]}, [7, 6, 99], eos=[7, 200]
+    )
+    order = day0_order(tmp_path, 10, 4)
+    assert order.tolist()[:4] == [7, 0, 1, 4]
+    assert sorted(order.tolist()) == list(range(10))
+
+
+def test_coverage_is_of_the_recent_past() -> None:
+    coverage = Coverage(5, memory=100.0)
+    ids = torch.tensor([1, 3])
+    assert coverage.share(ids) == 0.0
+    coverage.observe(torch.tensor([1, 1, 3, 4]))
+    assert coverage.share(ids) == 0.75
+    assert coverage.share(torch.tensor([4])) == 0.25
+    for _ in range(30):
+        coverage.observe(torch.full((10,), 2))
+    assert coverage.share(ids) < 0.01 and coverage.observed == 304
+    assert float(coverage.counts.sum()) == pytest.approx(100, rel=0.1)  # of 304: the rest is forgotten
+
+
+V = 40
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """counts, current vocabulary, day-0 rank, ending tokens."""
+    counts = torch.zeros(V, dtype=torch.float64)
+    for token, count in draw(st.dictionaries(st.integers(0, V - 1), st.floats(0.01, 50), max_size=30)).items():
+        counts[token] = count
+    size = draw(st.integers(4, 20))
+    current = torch.tensor(sorted(draw(st.permutations(range(V)))[:size]))
+    rank = torch.tensor(draw(st.permutations(range(V))))
+    return counts, current, rank, torch.tensor(draw(st.lists(st.integers(0, V + 3), max_size=3)), dtype=torch.int64)
+
+
+@given(choices())
+def test_a_choice_keeps_size_order_and_endings_and_prefers_what_was_seen(
+    case: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    counts, current, rank, ending = case
+    chosen = select(counts, current, rank, ending)
+    assert chosen.dtype == torch.int64 and len(chosen) == len(current)
+    assert bool((chosen.diff() > 0).all()) and int(chosen[0]) >= 0 and int(chosen[-1]) < V
+    ends = {token for token in ending.tolist() if token < V}
+    inside, before = set(chosen.tolist()), set(current.tolist())
+    assert ends <= inside
+    outside = set(range(V)) - inside
+    seen = {token for token in range(V) if counts[token] > 0}
+    assert inside <= ends | seen | before  # nothing enters that nobody asked for
+    worth = {token: (float(counts[token]), -int(rank[token])) for token in range(V)}
+    for left_out in outside & (seen | before):
+        assert all(worth[left_out] < worth[kept] for kept in inside - ends)
+
+
+def traffic(target: Path, ids: torch.Tensor) -> tuple[Coverage, Reselection]:
+    (target / "generation_config.json").write_text('{"eos_token_id": 3}')
+    coverage = Coverage(V)
+    coverage.observe(ids)
+    return coverage, Reselection(target, threshold=0.97, enough=100)
+
+
+def test_nothing_is_chosen_on_little_traffic_or_while_enough_is_covered(tmp_path: Path) -> None:
+    current = torch.arange(8)
+    coverage, reselection = traffic(tmp_path, torch.tensor([30] * 50))
+    assert reselection.propose(coverage, current) is None  # nothing is covered, but 50 tokens are little
+    coverage, reselection = traffic(tmp_path, torch.tensor([5] * 980 + [30] * 20))
+    assert reselection.propose(coverage, current) is None  # 98 % covered
+    assert Reselection(tmp_path, threshold=0.0).propose(traffic(tmp_path, torch.full((5000,), 30))[0], current) is None
+
+
+def test_what_was_seen_comes_in_the_worst_ranked_goes_and_it_settles(tmp_path: Path) -> None:
+    current = torch.arange(8)
+    coverage, reselection = traffic(tmp_path, torch.tensor([1] * 900 + [30] * 60 + [20] * 40))
+    chosen = reselection.propose(coverage, current)
+    assert chosen is not None and chosen.tolist() == [0, 1, 2, 3, 4, 5, 20, 30]
+    assert reselection.propose(coverage, current) is None  # not again so soon, whatever is covered
+    coverage.observe(torch.tensor([1] * 900 + [31] * 60 + [21] * 40))
+    assert reselection.propose(coverage, chosen) is not None
+
+
+def test_tokens_seen_once_are_no_reason_to_choose_again(tmp_path: Path) -> None:
+    rare = torch.arange(8, 16)  # 8 of 200, 4 %, each once
+    coverage, reselection = traffic(tmp_path, torch.cat([torch.full((192,), 1), rare]))
+    assert coverage.share(torch.arange(8)) < 0.97
+    assert reselection.propose(coverage, torch.arange(8)) is None
+    coverage.observe(torch.cat([torch.full((192,), 1), rare]))
+    chosen = reselection.propose(coverage, torch.arange(8))
+    assert chosen is not None and 3 in chosen and 1 in chosen  # the end token stays though it was never seen

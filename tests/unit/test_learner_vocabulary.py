@@ -1,0 +1,162 @@
+"""The learner's own loop on traffic that its day-0 vocabulary does not hold: nobody serves, all else is real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner.day0 import make_day0_draft
+from aurora_vllm.learner.draft import bank_specs, load_draft
+from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.target import load_target_head
+from aurora_vllm.session import Session
+from aurora_vllm.transport.bank import WeightBank, bank_bytes
+from aurora_vllm.transport.control import ControlBlock, control_bytes
+from aurora_vllm.transport.ring import RingProducer, ring_bytes
+from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
+from aurora_vllm.transport.segment import Segment
+from tests.unit.test_day0 import llama
+
+LAYOUT = RowLayout(48, 3, torch.float32)
+RING_ROWS = 2000
+CYCLE = torch.tensor([200, 307, 251, 299, 222, 311, 280])  # what this target says over and over; not in day 0's 64
+EOS = 319
+
+
+@dataclass
+class World:
+    """A session and the worker's end of its ring."""
+
+    session: Session
+    ring: RingProducer
+    bank: WeightBank
+    control: ControlBlock
+    lm_head: torch.Tensor
+    requests: int = 0
+
+    def request(self, prompt: int = 10, answer: int = 60) -> None:
+        """One finished greedy request; its states are a function of the token, so that there is something to learn."""
+        self.requests += 1
+        tokens = CYCLE[(torch.arange(prompt + answer) + self.requests) % len(CYCLE)]
+        follows = CYCLE[(torch.arange(prompt + answer) + self.requests + 1) % len(CYCLE)]
+        aux = torch.randn(320, 3 * 48, generator=torch.Generator().manual_seed(0))
+        rows = torch.zeros(len(tokens) + 1, LAYOUT.row_bytes, dtype=torch.uint8)
+        meta = LAYOUT.meta(rows)
+        meta[:, Field.REQUEST_LOW] = self.requests
+        meta[:-1, Field.POSITION] = torch.arange(len(tokens), dtype=torch.int32)
+        meta[:-1, Field.TOKEN] = tokens.int()
+        meta[:-1, Field.EMITTED] = torch.where(torch.arange(len(tokens)) >= prompt - 1, follows, -1).int()
+        meta[:, Field.PROMPT_LENGTH] = prompt
+        meta[-1, Field.FLAGS] = int(RowFlag.END)
+        LAYOUT.aux(rows)[:-1] = aux[tokens]
+        LAYOUT.last(rows)[:-1] = 500 * self.lm_head[follows]  # of all logits, that of the next token is the highest
+        views = self.ring.reserve(len(rows))
+        assert views is not None
+        for view in views:
+            view.copy_(rows[: len(view)])
+            rows = rows[len(view) :]
+        self.ring.commit()
+
+
+@pytest.fixture
+def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
+    llama(tmp_path / "target")
+    draft = make_day0_draft(tmp_path / "target", tmp_path / "draft", 64)
+    specs = bank_specs(load_draft(draft))
+    segments = [
+        Segment.create("control", control_bytes()),
+        Segment.create("ring", ring_bytes(LAYOUT.row_bytes, RING_ROWS)),
+        Segment.create("bank", bank_bytes(specs)),
+    ]
+    control, ring, bank = segments
+    made = World(
+        session=Session(
+            config=AuroraConfig(
+                evidence_tokens=80, publish_margin=0.3, publish_interval_s=0, batch_tokens=64, ttt_length=2,
+                num_speculative_tokens=2, learning_rate=1e-2, vocabulary_coverage=getattr(request, "param", 0.97),
+            ),
+            target=tmp_path / "target", draft=draft, hidden_size=48, num_aux=3, dtype="float32",
+            ring=ring.name, bank=bank.name, control=control.name,
+        ),
+        control=ControlBlock.create(control),
+        ring=RingProducer.create(ring, LAYOUT.row_bytes, RING_ROWS),
+        bank=WeightBank.create(bank, specs),
+        lm_head=load_target_head(tmp_path / "target").lm_head,
+    )  # fmt: skip
+    yield made
+    for segment in segments:
+        segment.unlink()
+
+
+def run(world: World, learner: Learner, requests: int) -> None:
+    """Requests one after the other, each learned from; stops at the first publish."""
+    for _ in range(requests):
+        world.request()
+        while learner.turn():
+            if world.control.learner.publishes:
+                return
+
+
+def test_a_vocabulary_that_misses_the_traffic_is_replaced_judged_and_published_whole(world: World) -> None:
+    learner = Learner(world.session)
+    learner.reselection.enough = 300
+    day0 = learner.incumbent.target_ids.clone()
+    assert not torch.isin(CYCLE, day0).any() and EOS in day0
+    block = world.control.learner
+
+    run(world, learner, 4)
+    assert block.vocabulary_changes == 0 and block.vocabulary_coverage == 0.0  # too little was seen
+    assert learner.evidence.verdict(0.0).tokens > 0
+    run(world, learner, 1)
+    assert block.vocabulary_changes == 1
+    assert torch.isin(CYCLE, learner.candidate.target_ids).all() and EOS in learner.candidate.target_ids
+    assert torch.equal(learner.incumbent.target_ids, day0)  # what serves stays until the evidence is in
+    assert world.bank.published() == 0 and learner.evidence.verdict(0.0).tokens == 0
+
+    run(world, learner, 12)
+    assert block.publishes == 1 and block.vocabulary_changes == 1
+    assert block.candidate_acceptance_length > 1.3 > block.incumbent_acceptance_length == 1.0
+    published = world.bank.read(world.bank.published()).tensors
+    for name, tensor in learner.candidate.state_dict().items():
+        assert torch.equal(published[name], tensor), name
+    assert torch.equal(learner.incumbent.target_ids, learner.candidate.target_ids)
+    assert bool((learner.incumbent.target_ids.diff() > 0).all())
+    world.request()
+    learner.turn()
+    assert block.vocabulary_coverage == pytest.approx(1.0)
+
+    again = Learner(world.session)  # a restarted learner goes on with the vocabulary that serves
+    assert torch.equal(again.candidate.target_ids, learner.incumbent.target_ids)
+
+
+@pytest.mark.parametrize("world", [0.0], indirect=True)
+def test_without_a_threshold_nothing_changes_and_nothing_can_be_learned(world: World) -> None:
+    learner = Learner(world.session)
+    learner.reselection.enough = 300
+    run(world, learner, 17)
+    assert world.control.learner.vocabulary_changes == 0 and world.bank.published() == 0
+    assert world.control.learner.candidate_acceptance_length == 1.0
+    assert world.control.learner.vocabulary_coverage == 0.0
+
+
+def test_a_candidate_that_is_thrown_away_takes_its_vocabulary_and_moments_along(world: World) -> None:
+    learner = Learner(world.session)
+    learner.reselection.enough = 300
+    run(world, learner, 6)
+    assert world.control.learner.vocabulary_changes == 1
+    moment = learner.trainer.optimizer.state[learner.candidate.lm_head.weight]["exp_avg"]
+    by_token = dict(zip(learner.candidate.target_ids.tolist(), moment.clone(), strict=True))
+    learner.candidate.norm.weight.data[3] = torch.inf
+    learner.evidence.min_tokens = learner.evidence.margin = 0
+    learner._maybe_publish()
+    assert "not finite" in world.control.learner.message and world.bank.published() == 0
+    ids = learner.candidate.target_ids
+    assert torch.equal(ids, learner.incumbent.target_ids)
+    assert torch.isfinite(learner.candidate.norm.weight).all()
+    for token, row in zip(ids.tolist(), moment, strict=True):
+        assert torch.equal(row, by_token.get(token, torch.zeros(48)))
