@@ -40,6 +40,9 @@ class AuroraConfig(BaseModel):
     learner_cpu_share: float = Field(
         0.5, gt=0, le=1, description="largest share of one CPU the learner takes while serving"
     )
+    learner_nice: int = Field(
+        10, ge=0, le=19, description="the learner steps back by this: 10 takes a tenth of a CPU under full load"
+    )
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")

@@ -62,7 +62,7 @@ class Runtime:
         self.session.export()
         if plan.config.learn:
             ready = engine_is_up.is_set if routes_installed else (lambda: bool(control.worker.attached))
-            self._supervisor = Supervisor(control.server, ready, plan.config.learner_threads)
+            self._supervisor = Supervisor(control.server, ready, plan.config.learner_threads, plan.config.learner_nice)
             self._supervisor.start()
 
     def close(self) -> None:

@@ -1,14 +1,13 @@
-"""The learner as a child process: started late, at idle priority, restarted with back-off, never left behind.
+"""The learner as a child process: started late, at low priority, restarted with back-off, never left behind.
 
 The learner dies with the server whatever happens: stopped by its pid at exit, and killed by the kernel
 (PR_SET_PDEATHSIG) where the server had no chance. Run as a program, this is the few lines between fork and learner::
 
-    python -m aurora_vllm.supervisor PARENT_PID COMMAND...
+    python -m aurora_vllm.supervisor PARENT_PID NICE COMMAND...
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -46,6 +45,7 @@ class Supervisor(threading.Thread):
         block: ServerBlock,
         ready: Callable[[], bool],
         threads: int,
+        nice: int,
         command: Sequence[str] = LEARNER,
         waits: tuple[float, float] = (FIRST_WAIT_S, LONGEST_WAIT_S),
         stable_s: float = STABLE_S,
@@ -56,6 +56,7 @@ class Supervisor(threading.Thread):
             ready: whether the learner may start; asked twice a second. Not before the engine is up: vLLM measures
                 memory and speed while it starts.
             threads: of the learner's arithmetic.
+            nice: added to the learner's niceness, 0..19.
             command: what to run.
             waits: first and longest wait before a restart, seconds.
         """
@@ -63,7 +64,7 @@ class Supervisor(threading.Thread):
         self._block = block
         self._ready = ready
         self._environment = learner_environment(os.environ, threads)
-        self._command = command
+        self._command = (str(nice), *command)
         self._first_wait, self._longest_wait = waits
         self._stable_s = stable_s
         self._stopping = threading.Event()
@@ -97,8 +98,8 @@ class Supervisor(threading.Thread):
         program = [sys.executable, "-m", "aurora_vllm.supervisor", str(os.getpid()), *self._command]
         try:
             # A process group of its own: Ctrl-C in the terminal is for the server, which then ends the learner. But the
-            # server's session: with the kernel's autogroup scheduling every session is one competitor, and an idle
-            # learner alone in its own would get as much as the whole server.
+            # server's session: with the kernel's autogroup scheduling every session is one competitor, and niceness
+            # counts only within it: a learner alone in its own would get as much as the whole server.
             process = subprocess.Popen(program, env=self._environment, stdin=subprocess.DEVNULL, process_group=0)
         except OSError as error:
             return 0.0, f"could not be started ({error.strerror})"
@@ -132,8 +133,15 @@ def learner_environment(environment: Mapping[str, str], threads: int) -> dict[st
     return {**environment, **counts}
 
 
-def become_background(parent_pid: int) -> None:
-    """Make this process one that only takes what is left over, and that ends with its parent.
+def become_background(parent_pid: int, nice: int) -> None:
+    """Make this process one that steps back behind serving, and that ends with its parent.
+
+    Not SCHED_IDLE: a server under full load leaves nothing idle (vLLM's OpenMP threads spin while they wait for one
+    another), and a learner that starves there never makes that load lighter.
+
+    Args:
+        parent_pid: whose child it is.
+        nice: the kernel gives nice 10 about a tenth of a CPU that somebody else wants whole, nice 19 a seventieth.
 
     Raises:
         SystemExit: the parent is gone already.
@@ -142,9 +150,7 @@ def become_background(parent_pid: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before the call above
         raise SystemExit(1)
-    os.nice(19)
-    with contextlib.suppress(OSError):  # not allowed in some containers; nice stays
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    os.nice(nice)
 
 
 def _signal_name(number: int) -> str:
@@ -155,5 +161,5 @@ def _signal_name(number: int) -> str:
 
 
 if __name__ == "__main__":
-    become_background(int(sys.argv[1]))
-    os.execvp(sys.argv[2], sys.argv[2:])  # all of the above survives exec
+    become_background(int(sys.argv[1]), int(sys.argv[2]))
+    os.execvp(sys.argv[3], sys.argv[3:])  # all of the above survives exec

@@ -29,7 +29,7 @@ class CpuBudget:
     def debt(self) -> float:
         """Seconds to sleep now, so that the CPU taken since the last call stays within the share.
 
-        Waiting counts as rest: at idle priority most of the rest happens by itself, where serving needs the CPU.
+        Waiting counts as rest: at low priority most of the rest happens by itself, where serving needs the CPU.
         """
         cpu, wall = self.cpu_clock(), self.wall_clock()
         used, passed = cpu - self._cpu, wall - self._wall

@@ -1,9 +1,9 @@
 """The learner process: ``python -m aurora_vllm.learner.process``, started and supervised by the server.
 
-A turn takes what the ring holds, then does one piece of work: score a trajectory, or train a step. What is scored is
-scored before anything trains on it; where traffic comes faster than that, the oldest goes into training unscored and is
-no evidence. The learner stays within its share of a CPU, and it may die at any moment: the server goes on, and the next
-learner begins with the version that was published last.
+A turn takes what the ring holds, then does one piece of work: score a trajectory, give a day-0 draft its first lesson,
+or train a step. What is scored is scored before anything trains on it; where traffic comes faster than that, the oldest
+goes into training unscored and is no evidence. The learner stays within its share of a CPU, and it may die at any
+moment: the server goes on, and the next learner begins with the version that was published last.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 
+from aurora_vllm.learner import lesson
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.budget import CpuBudget
 from aurora_vllm.learner.draft import load_draft, load_tensors
@@ -37,7 +39,10 @@ from aurora_vllm.transport.segment import Segment
 
 READ_ROWS = 1024
 IDLE_S = 0.05
-SCORE_BACKLOG = 16  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
+SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
+SCORE_SHARE = 0.25  # of the learner's CPU time goes into scoring, where there is something else to do
+LESSON_ROWS = 8192  # the first lesson waits for this many, of this many requests
+LESSON_REQUESTS = 24
 
 
 class Learner:
@@ -66,6 +71,11 @@ class Learner:
         self.reselection = Reselection(session.target, config.vocabulary_coverage)
         self.budget = CpuBudget(config.learner_cpu_share)
         self.unscored: deque[Trajectory] = deque()
+        self.awaits_lesson = lesson.is_due(self.candidate)
+        self.lesson: Iterator[None] | None = None
+        if config.draft is not None or self.version != CHECKPOINT_VERSION:
+            self.trainer.refine()
+        self.score_seconds = 0.0
         self.trained_since_publish = False
         self.tokens_seen = self.tokens_trained = self.unusable = 0
 
@@ -74,17 +84,41 @@ class Learner:
         self.control.learner.beat()
         for trajectory in self.assembler.feed(self.ring.read(READ_ROWS)):
             self._arrived(trajectory)
-        if self.unscored:
+        can_study, can_train = self._can_study(), self._can_train()
+        may_score = self.score_seconds <= SCORE_SHARE * time.process_time() or not (can_study or can_train)
+        if self.unscored and may_score:
             self._say("evaluating")
             self._score(self.unscored.popleft())
             self._maybe_publish()
-        elif self.tokens_trained < self.tokens_seen * self.config.replay_passes and len(self.replay):
+        elif can_study:
+            self._say("first lesson")
+            self._study()
+        elif can_train:
             self._say("training")
             self._train()
         else:
-            self._say("waiting for traffic")
+            self._say("collecting for the first lesson" if self.awaits_lesson else "waiting for traffic")
             return False
         return True
+
+    def _can_study(self) -> bool:
+        enough = self.replay.tokens >= LESSON_ROWS and len(self.replay) >= LESSON_REQUESTS
+        return self.lesson is not None or (self.awaits_lesson and enough)
+
+    def _can_train(self) -> bool:
+        wanted = self.tokens_trained < self.tokens_seen * self.config.replay_passes
+        return wanted and len(self.replay) > 0 and not self.awaits_lesson
+
+    def _study(self) -> None:
+        """One piece of the first lesson; the candidate knows it after the last."""
+        if self.lesson is None:
+            self.lesson = lesson.Lesson(self.candidate, self.head).run(self.replay.newest(4 * LESSON_ROWS))
+        if next(self.lesson, self) is not self:
+            return
+        self.lesson, self.awaits_lesson = None, False
+        self.trainer.refine()
+        self.evidence.restart()
+        self.trained_since_publish = True
 
     def _arrived(self, trajectory: Trajectory) -> None:
         block = self.control.learner
@@ -96,11 +130,13 @@ class Learner:
 
     def _score(self, trajectory: Trajectory) -> None:
         """Both drafts on a trajectory that neither has trained on; then it may be trained on."""
+        began = time.process_time()
         length = self.config.num_speculative_tokens
         incumbent = simulate(self.incumbent, self.head, trajectory, length)
         candidate = simulate(self.candidate, self.head, trajectory, length) if self.trained_since_publish else incumbent
         self.evidence.add(candidate, incumbent)
         self.shadow.add(incumbent)
+        self.score_seconds += time.process_time() - began
         self._show_shadow()
         self._remember(trajectory)
 

@@ -80,6 +80,16 @@ class Replay:
             held.uses += 1
         return [held.trajectory for held in chosen]
 
+    def newest(self, tokens: int) -> list[Trajectory]:
+        """The newest trajectories that have no more than ``tokens`` rows together, oldest first. No use is counted."""
+        chosen: list[Trajectory] = []
+        for held in reversed(self._window):
+            tokens -= len(held.trajectory.token_ids)
+            if tokens < 0:
+                break
+            chosen.append(held.trajectory)
+        return chosen[::-1]
+
     def remove(self, trajectories: Iterable[Trajectory]) -> None:
         """Forget these: something about them cannot be learned from."""
         gone = {id(one) for one in trajectories}
