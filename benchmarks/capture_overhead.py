@@ -20,6 +20,7 @@ from rich.progress import track
 
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from benchmarks.engine import Engine, humaneval_engine
+from benchmarks.openmp import restart_with_intel_openmp
 from benchmarks.report import median_and_spread, write_report
 
 TOKENS = 48  # of each answer
@@ -33,6 +34,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Measure capture_ratio."""
+    restart_with_intel_openmp()
     with humaneval_engine(eager) as (engine, prompts):
         ratios = {
             (mode, concurrency): _ratios(engine, prompts, mode, concurrency, rounds)

@@ -21,12 +21,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.openmp import intel_openmp
 from benchmarks.report import write_report
 from demo import figures
 from demo.client import Block, drive
 from demo.figures import Pair
 from demo.model import ensure_model
-from demo.openmp import intel_openmp
 from demo.plot import plot
 from demo.servers import Server, ServerFailed, end_trees, paused, wait_up
 from demo.signals import end_on_signals, held
