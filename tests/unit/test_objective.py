@@ -204,7 +204,7 @@ def test_every_member_is_the_reference(
 @pytest.mark.parametrize("k", [0, 4])
 def test_every_gradient_is_the_references_slope(direction: Direction, weight: float, k: int) -> None:
     sizes, objective = Sizes([9, 6, 8], [3, 2, 5], draft_vocab=15, ttt=4), Objective(direction, weight, k)
-    case = with_branches(sizes, 6)
+    case = with_branches(sizes, 57)
     for parameter in case[0].parameters():  # as tame as a trained draft: differences of float32 gradients are small
         parameter.data *= 1.0 if parameter.dim() == 1 else 0.6
     output = assert_is_the_reference(case, sizes, objective)
@@ -229,7 +229,7 @@ def test_every_gradient_is_the_references_slope(direction: Direction, weight: fl
     ids=lambda options: next(iter(options)),
 )
 def test_branches_of_every_kind_of_draft(options: dict[str, Any]) -> None:
-    sizes = Sizes([9, 5, 7], [3, 1, 6], ttt=4)
+    sizes = Sizes([9, 5, 7], [3, 1, 6], draft_vocab=19, ttt=4)
     output = assert_is_the_reference(with_branches(sizes, 5, **options), sizes, Objective("forward", 1.0, 3))
     assert output.discard_rows.sum() > 5
 
@@ -240,6 +240,23 @@ def test_blocks_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Sizes([17, 5, 11], [6, 0, 2], ttt=4)
     for direction in DIRECTIONS:
         assert_is_the_reference(with_branches(sizes, 8), sizes, Objective(direction, 0.5, 3))
+
+
+def test_bfloat16_products_change_little() -> None:
+    draft, head, batch = with_branches(Sizes([40, 25], [3, 1], hidden=32, head_dim=8, vocab=64, draft_vocab=48), 3)
+    for parameter in draft.parameters():  # as tame as a trained draft, or attention is a lottery
+        parameter.data *= 1.0 if parameter.dim() == 1 else 0.3
+    for direction in DIRECTIONS:
+        exact, rough = (
+            ttt_loss(draft, head, batch, 3, matmul_dtype=d, objective=Objective(direction, 1.0))
+            for d in (torch.float32, torch.bfloat16)
+        )
+        assert not torch.equal(exact.discard_loss, rough.discard_loss)  # it is used
+        assert rough.step_loss.tolist() == pytest.approx(exact.step_loss.tolist(), rel=0.03)
+        assert rough.discard_loss.tolist() == pytest.approx(exact.discard_loss.tolist(), rel=0.03)
+        wanted, found = gradients(draft, exact.total), gradients(draft, rough.total)
+        for name, gradient in wanted.items():
+            assert float((found[name] - gradient).norm()) < 0.05 * float(gradient.norm()), name
 
 
 # --- which row is which ---
@@ -290,17 +307,17 @@ def test_a_chain_begins_where_the_servers_drafts_did() -> None:
         choices = draft_choices(draft, head, spliced(batch, 0, believed), 4, torch.ones(1, certain + 2 + step) > 0)
         drafts.append(int(choices[step, 0, root]))
     assert drafts[0] == int(draft_choices(draft, head, batch, 1, batch.attention_mask)[0, 0, root])
-    # The target makes each draft's successor certain: a loss near zero wherever the row and the draft's state fit.
-    last = 60 * torch.nn.functional.normalize(head.lm_head[drafts[1:]], dim=-1)
+    # A target that is certain of each draft's successor: only a draft state that proposed just that costs nothing.
+    head.lm_head = torch.nn.functional.normalize(head.lm_head, dim=-1)
+    last = 60 * head.lm_head[drafts[1:]]
     batch.branches = [[Branch(certain + 1, 0, torch.tensor(drafts[:3]), batch.aux[0, :3], last)]]
     chains = find_chains(batch, 4)
     assert (int(chains.root), int(chains.leaves), chains.tokens.tolist()) == (root, 1, [[0, *drafts[:3]]])
-    output = ttt_loss(draft, head, batch, 4, objective=Objective("forward", 1.0, 1))
     with torch.no_grad():
-        draft.lm_head.weight *= 50  # nearly certain of its first choice, whatever it is
-    certainly = ttt_loss(draft, head, batch, 4, objective=Objective("forward", 1.0, 1))
+        draft.lm_head.weight *= 100  # all but certain of its first choice, whatever that is
+    output = ttt_loss(draft, head, batch, 4, objective=Objective("forward", 1.0, 1))
     assert output.discard_rows.tolist() == [0, 1, 1, 1]
-    assert (certainly.discard_loss < output.discard_loss + 1e-6).all() and certainly.discard_loss.max() < 0.5
+    assert output.discard_loss.max() < 0.1
 
 
 def test_what_no_chain_reaches_is_left_out() -> None:
