@@ -73,7 +73,8 @@ def find_chains(batch: Batch, ttt_length: int) -> Chains:
                 found.append((one.accepted + 1, b, root, one))
     found.sort(key=lambda chain: chain[:3])
     tokens = torch.zeros(len(found), ttt_length, dtype=torch.int64)
-    chain, step = [], []
+    chain: list[int] = []
+    step: list[int] = []
     states = [batch.last.new_zeros(0, batch.last.shape[-1])]
     for n, (leaves, _, _, one) in enumerate(found):
         rows = min(len(one.token_ids), ttt_length - leaves)

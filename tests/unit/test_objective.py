@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner import attention, divergence
-from aurora_vllm.learner.batch import Batch
+from aurora_vllm.learner.batch import Batch, collate
 from aurora_vllm.learner.branches import find_chains
 from aurora_vllm.learner.divergence import Terms
 from aurora_vllm.learner.draft import Eagle3Draft
@@ -21,7 +22,9 @@ from aurora_vllm.learner.loss import LossOutput, draft_choices, ttt_loss
 from aurora_vllm.learner.objective import Direction, Forward, Objective, Reverse
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.train import Trainer
-from aurora_vllm.learner.trajectory import Branch
+from aurora_vllm.learner.trajectory import Assembler, Branch
+from aurora_vllm.transport.rows import Field, RowFlag
+from tests.unit.engine_history import LAYOUT, engine, new_request, pack
 from tests.unit.naive_eagle3 import Sizes, random_case
 from tests.unit.reference_objective import (
     accepted_cost,
@@ -318,6 +321,32 @@ def test_a_chain_begins_where_the_servers_drafts_did() -> None:
     output = ttt_loss(draft, head, batch, 4, objective=Objective("forward", 1.0, 1))
     assert output.discard_rows.tolist() == [0, 1, 1, 1]
     assert output.discard_loss.max() < 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), steps=st.integers(5, 60))
+def test_from_the_rows_of_a_step_to_the_chain_that_made_its_drafts(seed: int, steps: int) -> None:
+    """The row before a step's drafts is the last certain token; the chain's first step read it, one row earlier."""
+    rng = random.Random(seed)
+    requests = [new_request(rng.getrandbits(62), rng) for _ in range(3)]
+    rows = [row for _, new, _ in engine(requests, rng, steps) for row in new]
+    rows += [one.end(steps + 1) for one in requests if not one.ended]
+    trajectories = Assembler(LAYOUT).feed(pack(rows))
+    if not trajectories:
+        return
+    batch, wanted = collate(trajectories), set()
+    for b, one in enumerate(trajectories):
+        of_request = [r for r in rows if r[Field.REQUEST_LOW] | r[Field.REQUEST_HIGH] << 31 == one.request]
+        for first in (r for r in of_request if r[Field.FLAGS] & RowFlag.REJECTED):
+            before = [r for r in of_request if r[Field.STEP] == first[Field.STEP] and not r[Field.FLAGS]]
+            certain = next(r[Field.POSITION] for r in before if r[Field.DRAFT_INDEX] == -1)
+            root, leaves = certain - 1 - one.start, len(before)
+            if first[Field.POSITION] == before[-1][Field.POSITION] + 1 and root >= 0 and leaves < 4:
+                wanted.add((b, root, leaves, first[Field.TOKEN]))
+    chains = find_chains(batch, 4)
+    tokens = chains.tokens.gather(1, chains.leaves.unsqueeze(1)).squeeze(1)
+    found = zip(*(x.tolist() for x in (chains.sequence, chains.root, chains.leaves, tokens)), strict=True)
+    assert set(found) == wanted
 
 
 def test_what_no_chain_reaches_is_left_out() -> None:
