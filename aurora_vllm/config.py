@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class AuroraConfig(BaseModel):
@@ -52,6 +52,13 @@ class AuroraConfig(BaseModel):
         4.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
     )
     ttt_length: int = Field(3, ge=1, le=8, description="unroll steps of training-time test")
+    objective: Literal["forward", "reverse", "reverse+next-token"] = Field(
+        "forward", description="divergence from the target on accepted positions"
+    )
+    discard_weight: float = Field(
+        0.0, ge=0, description="weight of the discard term (lambda), learned from rejected drafts; 0: without it"
+    )
+    discard_top_k: int = Field(10, ge=0, description="tokens of the target in the discard term; 0: all")
     max_trajectory_tokens: int = Field(2048, ge=32, description="longer requests are cut")
     vocabulary_coverage: float = Field(
         0.97, ge=0, le=1, description="a draft vocabulary that covers less of the traffic is chosen anew; 0: never"
@@ -64,6 +71,13 @@ class AuroraConfig(BaseModel):
 
     # --- housekeeping ---
     seed: int = Field(0, description="seed of learner and sampling of requests")
+
+    @field_validator("discard_weight")
+    @classmethod
+    def _long_enough(cls, weight: float, others: ValidationInfo) -> float:
+        if weight and others.data.get("ttt_length") == 1:
+            raise ValueError("the discard term begins at the second unroll step: ttt_length must be at least 2")
+        return weight
 
     @field_validator("draft", "cache_dir")
     @classmethod

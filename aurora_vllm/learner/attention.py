@@ -20,12 +20,17 @@ _BLOCK = 128  # queries at a time; what lies above a block's diagonal is wasted,
 
 @dataclass(frozen=True)
 class Segment:
-    """One sequence in the packed rows. Its queries are its last rows: query n stands at key ``keys - queries + n``."""
+    """Queries of one sequence in the packed rows, and its keys.
+
+    Query n stands at key ``at[n]`` (ascending) and sees the keys up to there. Without ``at`` the queries are the
+    sequence's last rows.
+    """
 
     query_start: int
     queries: int
     key_start: int
     keys: int
+    at: tuple[int, ...] | None = None
 
 
 def ttt_attention(
@@ -70,8 +75,8 @@ class _TTTAttention(torch.autograd.Function):
         own_scores = _own_scores(q, own[:steps])  # [A, kv, group, steps]
         output = torch.empty_like(q)
         lse = q.new_empty(q.shape[:-1])  # log-sum-exp of all scores of a query, [A, kv, group]
-        for rows, keys in _blocks(segments):
-            scores = _causal_scores(q[rows], key[keys])  # [kv, group * n, seen]
+        for rows, keys, ahead in _blocks(segments, q.device):
+            scores = _causal_scores(q[rows], key[keys], ahead)  # [kv, group * n, seen]
             own_block = _heads_first(own_scores[rows])  # [kv, group * n, steps]
             highest = scores.amax(-1, keepdim=True)
             if steps:
@@ -95,10 +100,10 @@ class _TTTAttention(torch.autograd.Function):
         grad = grad.reshape(q.shape)
         mean = (grad * output).sum(-1)  # [A, kv, group]; the softmax's sum over p * dp
         grad_q, grad_key, grad_value = torch.empty_like(q), torch.zeros_like(key), torch.zeros_like(value)
-        for rows, keys in _blocks(ctx.segments):
+        for rows, keys, ahead in _blocks(ctx.segments, q.device):
             q_block, grad_block = _heads_first(q[rows]), _heads_first(grad[rows])
             k_block, v_block = key[keys].transpose(0, 1), value[keys].transpose(0, 1)
-            p = _causal_scores(q[rows], key[keys]).sub_(_heads_first(lse[rows].unsqueeze(-1))).exp_()
+            p = _causal_scores(q[rows], key[keys], ahead).sub_(_heads_first(lse[rows].unsqueeze(-1))).exp_()
             grad_value[keys] += torch.bmm(p.transpose(1, 2), grad_block).transpose(0, 1)
             grad_scores = torch.bmm(grad_block, v_block.transpose(1, 2))
             grad_scores.sub_(_heads_first(mean[rows].unsqueeze(-1))).mul_(p)
@@ -129,22 +134,26 @@ def _own_scores(q: torch.Tensor, own_keys: tuple[torch.Tensor, ...] | list[torch
     return torch.stack([(q * key.unsqueeze(2)).sum(-1) for key in own_keys], dim=-1)
 
 
-def _blocks(segments: list[Segment]) -> Iterator[tuple[slice, slice]]:
-    """Query rows and the key rows they see; the last query of a block sees the last key of its slice."""
+def _blocks(segments: list[Segment], device: torch.device) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Query rows [n], the key rows they see [seen], and bool [n, m]: which of the last m lie ahead of their query.
+
+    The last query of a block sees the last key of its slice.
+    """
     for one in segments:
-        first = one.keys - one.queries  # where query 0 stands
+        at = one.at if one.at is not None else range(one.keys - one.queries, one.keys)
         for start in range(0, one.queries, _BLOCK):
-            stop = min(start + _BLOCK, one.queries)
-            rows = slice(one.query_start + start, one.query_start + stop)
-            yield rows, slice(one.key_start, one.key_start + first + stop)
+            stands = at[start : start + _BLOCK]
+            rows = slice(one.query_start + start, one.query_start + start + len(stands))
+            near = torch.arange(stands[0], stands[-1] + 1, device=device)
+            own = near if one.at is None else torch.tensor(stands, device=device)
+            yield rows, slice(one.key_start, one.key_start + stands[-1] + 1), near > own.unsqueeze(1)
 
 
-def _causal_scores(q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _causal_scores(q: torch.Tensor, key: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
     """q: [n, kv, group, D], key: [seen, kv, D] -> [kv, group * n, seen], -inf where a key lies ahead of its query."""
     scores = torch.bmm(_heads_first(q), key.permute(1, 2, 0))
     n, kv, group, _ = q.shape
-    ahead = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
-    scores.view(kv, group, n, -1)[..., -n:].masked_fill_(ahead, -torch.inf)
+    scores.view(kv, group, n, -1)[..., -ahead.shape[1] :].masked_fill_(ahead, -torch.inf)
     return scores
 
 

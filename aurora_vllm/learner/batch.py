@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
+from aurora_vllm.learner.trajectory import Branch
 
 
 class TrajectoryLike(Protocol):
@@ -24,6 +26,10 @@ class TrajectoryLike(Protocol):
     def prompt_length(self) -> int: ...  # absolute: positions below it are prompt
     @property
     def temperature(self) -> float: ...
+    @property
+    def next_token(self) -> int: ...  # emitted after the last row; -1 where it is not known
+    @property
+    def branches(self) -> list[Branch]: ...
 
 
 @dataclass
@@ -38,6 +44,10 @@ class Batch:
     positions: torch.Tensor  # int64 [B, T], counting up by one
     # int64 [B, T]: the target's argmax over its full vocabulary where known, -1 where the loss has to work it out.
     target_argmax: torch.Tensor | None = None
+    # int64 [B, T]: the token the target emitted after each row, -1 where it emitted none (inside a prompt) or it is not
+    # known.
+    emitted: torch.Tensor | None = None
+    branches: list[list[Branch]] = field(default_factory=list)  # rejected ones of each sequence, or none at all
 
 
 def collate(trajectories: Sequence[TrajectoryLike]) -> Batch:
@@ -62,8 +72,10 @@ def collate(trajectories: Sequence[TrajectoryLike]) -> Batch:
         loss_mask=torch.zeros(size, rows, dtype=torch.bool),
         positions=torch.zeros(size, rows, dtype=torch.int64),
         target_argmax=torch.full((size, rows), -1, dtype=torch.int64),
+        emitted=torch.full((size, rows), -1, dtype=torch.int64),
+        branches=[one.branches for one in trajectories],
     )
-    assert batch.target_argmax is not None
+    assert batch.target_argmax is not None and batch.emitted is not None
     for b, one in enumerate(trajectories):
         length = len(one.token_ids)
         batch.input_ids[b, :length] = one.token_ids
@@ -72,7 +84,9 @@ def collate(trajectories: Sequence[TrajectoryLike]) -> Batch:
         batch.attention_mask[b, :length] = True
         batch.positions[b] = torch.arange(one.start, one.start + rows)
         batch.loss_mask[b, :length] = batch.positions[b, :length] >= one.prompt_length
+        emitting = max(one.prompt_length - 1 - one.start, 0)  # the prompt's last row emits the first token
+        batch.emitted[b, emitting : length - 1] = one.token_ids[emitting + 1 :]
+        batch.emitted[b, length - 1] = one.next_token
         if one.temperature == 0:
-            emitting = max(one.prompt_length - 1 - one.start, 0)  # the prompt's last row emits the first token
-            batch.target_argmax[b, emitting : length - 1] = one.token_ids[emitting + 1 :]
+            batch.target_argmax[b] = batch.emitted[b]
     return batch

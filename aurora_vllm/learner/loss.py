@@ -1,11 +1,13 @@
-"""Aurora's training objective on the accepted path: forward KL over a training-time-test unroll.
+"""Aurora's training objective over a training-time-test unroll.
 
-``total = sum_i 0.8^i * mean over target rows of -sum_v p(v) log q_i(v)``, where p is the target's distribution at
-temperature 1, restricted to and renormalised on the draft vocabulary. Rows whose first choice in the full vocabulary
-lies outside it are left out: a draft could not propose it. arXiv 2602.06932 and its release (models/eagle3.py,
-models/ops/loss.py).
+``total = sum_i 0.8^i * (mean over target rows of the accepted path + lambda * mean over rows of rejected branches)``.
+The accepted path's rows cost the forward KL, ``-sum_v p(v) log q_i(v)``, unless asked otherwise; objective.py has the
+family, branches.py says what the discard term's rows are. p is the target's distribution at temperature 1, restricted
+to and renormalised on the draft vocabulary. Rows whose first choice in the full vocabulary lies outside it are left
+out: a draft could not propose it. arXiv 2602.06932 and its release (models/eagle3.py, models/ops/loss.py), which has
+the accepted path's forward KL only.
 
-Which target rows j count (see unroll.py for j):
+Which target rows j of the path count (see unroll.py for j):
 
     default          j in the completion. At step 0 this begins with the prompt's last row, from which the first draft
                      after prefill is made.
@@ -22,8 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from aurora_vllm.learner.batch import Batch
-from aurora_vllm.learner.cross_entropy import Terms, soft_cross_entropy
+from aurora_vllm.learner.branches import Chains, find_chains, unroll_branches
+from aurora_vllm.learner.divergence import Terms, divergence
 from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.objective import Objective
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.unroll import UnrollPlan, plan_unroll, unroll
 
@@ -36,12 +40,19 @@ class LossOutput:
     """What a batch cost. Everything but ``total`` is detached."""
 
     total: torch.Tensor  # scalar, differentiable
-    step_loss: torch.Tensor  # float32 [K], mean soft cross-entropy (KL + the target's entropy) of each step, nats
+    step_loss: torch.Tensor  # float32 [K], mean cost of each step's rows of the accepted path, nats
     step_accuracy: torch.Tensor  # float32 [K], share of a step's rows where draft and target agree on the first choice
     step_rows: torch.Tensor  # int64 [K], rows in each mean
     # int8 [K, B, T] by step i and row t: 1 agree, 0 disagree (or the target's choice is none the draft could propose),
     # -1 not asked. Draft i of a chain that starts behind row t is accepted by greedy verification where 0..i are all 1.
     agreement: torch.Tensor
+    discard_loss: torch.Tensor  # float32 [K], as step_loss, of rejected branches; 0 where there is no row
+    discard_rows: torch.Tensor  # int64 [K]
+
+    @property
+    def rows(self) -> int:
+        """Loss terms in all."""
+        return int(self.step_rows.sum() + self.discard_rows.sum())
 
 
 def ttt_loss(
@@ -52,6 +63,7 @@ def ttt_loss(
     semantics: Semantics = "default",
     prompt_weight: float = 0.0,
     matmul_dtype: torch.dtype = torch.float32,
+    objective: Objective | None = None,
 ) -> LossOutput:
     """The objective of one batch.
 
@@ -64,28 +76,45 @@ def ttt_loss(
         prompt_weight: weight of prompt rows beside the completion's 1. The target's distributions inside a prompt are
             known too, though no draft will ever be asked there.
         matmul_dtype: bfloat16 is about twice as fast where the hardware has it; weights and sums stay float32.
+        objective: the member of the family; None is the forward KL on the accepted path. Where its discard weight is 0
+            the batch's branches are not looked at.
 
     Raises:
-        ValueError: a prompt weight with the release's semantics, which have none.
+        ValueError: a prompt weight with the release's semantics, which have none; next tokens asked of a batch that
+            does not know them.
     """
+    objective = objective or Objective()
     weights = _row_weights(batch, semantics, prompt_weight)  # [B, T + 1]
     wanted = weights > 0
     covered = wanted & _in_draft_vocabulary(draft, head, batch, wanted)
-    plan = plan_unroll(covered, ttt_length)
+    chains = find_chains(batch, ttt_length) if objective.discard_weight else None
+    plan = plan_unroll(covered, ttt_length, None if chains is None else chains.needed(batch))
     states = F.pad(batch.last, (0, 0, 0, 1))[plan.target_sequence, plan.target_row]  # [M, H], zero behind the end
     row_weights = weights[plan.target_sequence, plan.target_row]
 
     hidden, terms, queries = [], [], []
-    for i, output in enumerate(unroll(draft, head, batch, plan, ttt_length, matmul_dtype)):
+    path = unroll(draft, head, batch, plan, ttt_length, matmul_dtype)
+    for i, output in enumerate(path.outputs):
         query, target = plan.queries_at(i)
         queries.append(target)
         hidden.append(draft.norm(output[query]))
         share = row_weights[target]
         terms.append(Terms(target, share / share.sum(), STEP_DECAY**i))
-    target_head = head.rows(draft.target_ids)
-    total, step_loss, agree = soft_cross_entropy(
-        hidden, draft.lm_head.weight, states, target_head, terms, draft.config.logit_scale, matmul_dtype
+    target_head, weight, scale = head.rows(draft.target_ids), draft.lm_head.weight, draft.config.logit_scale
+    emitted = _emitted(draft, batch, plan) if objective.direction == "reverse+next-token" else None
+    total, step_loss, agree = divergence(
+        hidden, weight, states, target_head, terms, objective.accepted, emitted, scale, matmul_dtype
     )
+    discard_loss, discard_rows = torch.zeros_like(step_loss), torch.zeros(ttt_length, dtype=torch.int64)
+    if chains is not None:
+        chains = chains.where(_proposable(draft, head, chains.states))
+        outputs = unroll_branches(draft, head, batch, plan, path, chains, matmul_dtype)
+        hidden, discard_terms = _discard_terms(draft, chains, outputs)
+        discard, discard_loss, _ = divergence(
+            hidden, weight, chains.states, target_head, discard_terms, objective.discard, None, scale, matmul_dtype
+        )
+        total = total + objective.discard_weight * discard
+        discard_rows = torch.tensor([len(one.target) for one in discard_terms])
 
     step_rows = torch.tensor([len(one.target) for one in terms])
     correct = torch.stack([one.sum() for one in agree]).cpu()
@@ -95,6 +124,8 @@ def ttt_loss(
         step_accuracy=correct / step_rows.clamp(min=1),
         step_rows=step_rows,
         agreement=_agreement(plan, wanted, agree, queries),
+        discard_loss=discard_loss,
+        discard_rows=discard_rows,
     )
 
 
@@ -120,7 +151,7 @@ def draft_choices(
     plan = plan_unroll(counts, ttt_length)
     choices = torch.full((ttt_length, *rows.shape), -1, dtype=torch.int64, device=rows.device)
     target_ids = draft.target_ids
-    for i, output in enumerate(unroll(draft, head, batch, plan, ttt_length)):
+    for i, output in enumerate(unroll(draft, head, batch, plan, ttt_length).outputs):
         query, target = plan.queries_at(i)
         sequence, row = plan.target_sequence[target], plan.target_row[target] - 1 - i
         asked = rows[sequence, row]
@@ -153,9 +184,43 @@ def _in_draft_vocabulary(draft: Eagle3Draft, head: TargetHead, batch: Batch, wan
     unknown = wanted & (argmax < 0)
     unknown[:, 0] = False  # never a target row
     argmax[unknown] = head.argmax(F.pad(batch.last, (0, 0, 0, 1))[unknown])
-    member = torch.zeros(draft.config.vocab_size, dtype=torch.bool, device=wanted.device)
-    member[draft.target_ids] = True
-    return member[argmax.clamp(min=0)]
+    return _draft_ids(draft)[argmax.clamp(min=0)] >= 0
+
+
+@torch.no_grad()
+def _proposable(draft: Eagle3Draft, head: TargetHead, states: torch.Tensor) -> torch.Tensor:
+    """The same for single rows. states: float32 [M, H] -> bool [M]."""
+    if draft.config.draft_vocab_size == draft.config.vocab_size:
+        return torch.ones(len(states), dtype=torch.bool, device=states.device)
+    return _draft_ids(draft)[head.argmax(states)] >= 0
+
+
+def _draft_ids(draft: Eagle3Draft) -> torch.Tensor:
+    """Draft id of each target id, -1 where the draft has none. int64 [V]"""
+    ids = torch.full((draft.config.vocab_size,), -1, dtype=torch.int64, device=draft.d2t.device)
+    ids[draft.target_ids] = torch.arange(len(draft.d2t), device=ids.device)
+    return ids
+
+
+def _emitted(draft: Eagle3Draft, batch: Batch, plan: UnrollPlan) -> torch.Tensor:
+    """Draft id of the token emitted after each target row; -1 where there is none, or the draft has none. int64 [M]"""
+    if batch.emitted is None:
+        raise ValueError("this batch does not know which tokens the target emitted")
+    tokens = F.pad(batch.emitted, (0, 1), value=-1)[plan.target_sequence, plan.target_row]
+    return torch.where(tokens >= 0, _draft_ids(draft)[tokens.clamp(min=0)], -1)
+
+
+def _discard_terms(
+    draft: Eagle3Draft, chains: Chains, outputs: list[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[Terms]]:
+    """Hidden states and loss terms of the discard term, by step; each of a step's rows has the same share."""
+    hidden, terms = [], []
+    for i, output in enumerate(outputs):
+        target = (chains.step == i).nonzero().squeeze(1)
+        hidden.append(draft.norm(output[chains.chain[target]]))
+        share = torch.full((len(target),), 1 / max(len(target), 1), device=output.device)
+        terms.append(Terms(target, share, STEP_DECAY**i))
+    return hidden, terms
 
 
 def _agreement(

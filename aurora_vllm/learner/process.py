@@ -24,6 +24,7 @@ from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.budget import CpuBudget
 from aurora_vllm.learner.draft import load_draft, load_tensors
 from aurora_vllm.learner.evaluate import Recent, simulate
+from aurora_vllm.learner.objective import Objective
 from aurora_vllm.learner.publish import Evidence, publish
 from aurora_vllm.learner.remap import move_to_vocabulary
 from aurora_vllm.learner.replay import Replay
@@ -61,7 +62,12 @@ class Learner:
         self.version = self._take_published()
         self.candidate = copy.deepcopy(self.incumbent)
         self.trainer = Trainer(
-            self.candidate, self.head, config.learning_rate, config.ttt_length, prompt_weight=config.prompt_weight
+            self.candidate,
+            self.head,
+            config.learning_rate,
+            config.ttt_length,
+            prompt_weight=config.prompt_weight,
+            objective=Objective(config.objective, config.discard_weight, config.discard_top_k),
         )
         self.evidence = Evidence(
             config.evidence_tokens, config.publish_margin, config.publish_interval_s, config.num_speculative_tokens

@@ -18,6 +18,7 @@ import torch
 from aurora_vllm.learner.batch import Batch
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.loss import LossOutput, Semantics, ttt_loss
+from aurora_vllm.learner.objective import Objective
 from aurora_vllm.learner.target import TargetHead
 
 
@@ -47,7 +48,7 @@ class Trainer:
         head: the target's frozen ends.
         learning_rate: AdamW's, after ``warmup_steps`` linear steps.
         ttt_length: K, unroll steps.
-        semantics, prompt_weight: see ``ttt_loss``.
+        semantics, prompt_weight, objective: see ``ttt_loss``.
         matmul_dtype: see ``ttt_loss``; None takes what the hardware is fast in. Parameters and AdamW stay float32.
         betas, weight_decay: AdamW's. A draft is trained for a few hundred steps, which the usual 0.999 outlasts.
         max_grad_norm: gradients are scaled down to this norm.
@@ -65,6 +66,7 @@ class Trainer:
         *,
         semantics: Semantics = "default",
         prompt_weight: float = 0.0,
+        objective: Objective | None = None,
         matmul_dtype: torch.dtype | None = None,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
@@ -73,7 +75,7 @@ class Trainer:
     ) -> None:
         self.draft, self.head = draft, head
         self.learning_rate, self.ttt_length = learning_rate, ttt_length
-        self.semantics, self.prompt_weight = semantics, prompt_weight
+        self.semantics, self.prompt_weight, self.objective = semantics, prompt_weight, objective
         self.matmul_dtype = matmul_dtype or fast_matmul_dtype(draft.fc.weight.device)
         self.max_grad_norm, self.warmup_steps = max_grad_norm, warmup_steps
         self.parameters = list(draft.parameters())
@@ -106,10 +108,17 @@ class Trainer:
             for parameter in group["params"]:
                 parameter.requires_grad_(rate > 0)  # no backward pass through what is not trained
         output = ttt_loss(
-            self.draft, self.head, batch, self.ttt_length, self.semantics, self.prompt_weight, self.matmul_dtype
+            self.draft,
+            self.head,
+            batch,
+            self.ttt_length,
+            self.semantics,
+            self.prompt_weight,
+            self.matmul_dtype,
+            self.objective,
         )
         result = replace(output, total=output.total.detach())
-        if not output.step_rows.any():
+        if not output.rows:
             self.empty += 1
             return result
         if not torch.isfinite(result.total):

@@ -28,9 +28,14 @@ MIN_ROWS = 4  # a shorter path has no draft to learn from: its third token is th
 
 @dataclass(frozen=True)
 class Branch:
-    """Drafts the target rejected: the first of them was the wrong continuation of the path, the rest follow it."""
+    """Drafts the target rejected: the first of them was the wrong continuation of the path, the rest follow it.
+
+    The verification's last certain token stands at ``position - 1 - accepted``. Row n holds the target's states at
+    the branch's token n, read behind the path up to ``position - 1`` and the branch's tokens before it.
+    """
 
     position: int  # of the first rejected row; its parent is the path's row at position - 1
+    accepted: int  # drafts of the same verification that were accepted before it
     token_ids: torch.Tensor  # int64 [R]
     aux: torch.Tensor  # [R, num_aux * H]
     last: torch.Tensor  # [R, H]
@@ -222,8 +227,15 @@ class Assembler:
             at = layout.meta(branch)
             position = int(at[0, Field.POSITION])
             if position <= path.end:
-                token_ids = at[:, Field.TOKEN].long()
-                branches.append(Branch(position, token_ids, layout.aux(branch).clone(), layout.last(branch).clone()))
+                branches.append(
+                    Branch(
+                        position=position,
+                        accepted=int(at[0, Field.DRAFT_INDEX]),  # the first rejected draft's index is their number
+                        token_ids=at[:, Field.TOKEN].long(),
+                        aux=layout.aux(branch).clone(),
+                        last=layout.last(branch).clone(),
+                    )
+                )
         return [
             Trajectory(
                 request=request,

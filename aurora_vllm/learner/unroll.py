@@ -44,21 +44,36 @@ class UnrollPlan:
         return self.query_of_target[reachable] - step, reachable
 
 
-def plan_unroll(counts: torch.Tensor, ttt_length: int) -> UnrollPlan:
+@dataclass(frozen=True)
+class Unrolled:
+    """What an unroll computed, K steps. Branches go on from it (branches.py)."""
+
+    outputs: list[torch.Tensor]  # K of [A, H]: after each step, before the final norm that precedes ``lm_head``
+    hidden: list[torch.Tensor]  # K of [A, H]: what the step after each reads; ``outputs`` for most drafts
+    key: torch.Tensor  # [S, kv_heads, D], of step 0
+    value: torch.Tensor  # [S, kv_heads, D]
+    own_keys: list[torch.Tensor]  # K - 1 of [A, kv_heads, D], of steps 1 ..
+    own_values: list[torch.Tensor]
+
+
+def plan_unroll(counts: torch.Tensor, ttt_length: int, needed: torch.Tensor | None = None) -> UnrollPlan:
     """Plan an unroll.
 
     Args:
         counts: bool [B, T + 1], whether target row j counts; column 0 is ignored (no row comes before it).
         ttt_length: K.
+        needed: bool [B, T], rows t that must be active beside those.
     """
     segments: list[Segment] = []
     rows, targets, active = [], [], []
     key_start = query_start = 0
     for b in range(len(counts)):
         target = counts[b, 1:].nonzero().squeeze(1) + 1
-        if len(target) == 0:
+        beside = target[:0] if needed is None else needed[b].nonzero().squeeze(1)
+        if len(target) + len(beside) == 0:
             continue
-        keys, first = int(target[-1]), max(0, int(target[0]) - ttt_length)
+        keys = int(torch.cat([target, beside + 1]).max())
+        first = max(0, int(torch.cat([target - ttt_length, beside]).min()))
         segments.append(Segment(query_start, keys - first, key_start, keys))
         row = torch.arange(keys, device=counts.device)
         rows.append(torch.stack([torch.full_like(row, b), row]))
@@ -80,20 +95,17 @@ def unroll(
     plan: UnrollPlan,
     ttt_length: int,
     matmul_dtype: torch.dtype = torch.float32,
-) -> list[torch.Tensor]:
-    """Run the draft K steps. ``matmul_dtype`` is that of its linear layers; residuals, norms and softmax stay float32.
+) -> Unrolled:
+    """Run the draft K steps.
 
-    Returns:
-        K tensors [A, H]: the draft's hidden state after each step, before the final norm that precedes ``lm_head``.
+    ``matmul_dtype`` is that of its linear layers; residuals, norms and softmax stay float32.
     """
     autocast = torch.autocast(batch.aux.device.type, torch.bfloat16, enabled=matmul_dtype == torch.bfloat16)
     with autocast:
         return _unroll(draft, head, batch, plan, ttt_length)
 
 
-def _unroll(
-    draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int
-) -> list[torch.Tensor]:
+def _unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int) -> Unrolled:
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
     hidden_size, dim = config.hidden_size, config.head_dim
     token_half = {p: p.weight[:, :hidden_size] for p in (attn.q_proj, attn.k_proj, attn.v_proj)}
@@ -106,7 +118,9 @@ def _unroll(
         x = x.unflatten(-1, (-1, dim))
         return x if cos is None or sin is None else rotate(x, cos, sin)
 
-    tokens = layer.input_layernorm(_next_token_embeddings(draft, head, batch, plan))  # [S, H], at j = t+1
+    # The token at t+1; behind the last column token 0, as the release pads.
+    ids = F.pad(batch.input_ids, (0, 1))[plan.sequence, plan.row + 1]
+    tokens = layer.input_layernorm(embed(draft, head, ids))  # [S, H], at j = t+1
     token_q = F.linear(pick(tokens), token_half[attn.q_proj], attn.q_proj.bias)
     token_k = F.linear(tokens, token_half[attn.k_proj], attn.k_proj.bias)
     token_v = F.linear(tokens, token_half[attn.v_proj], attn.v_proj.bias)
@@ -117,6 +131,7 @@ def _unroll(
 
     hidden = draft.combine(batch.aux[plan.sequence, plan.row]).float()  # [S, H]
     outputs: list[torch.Tensor] = []
+    carried: list[torch.Tensor] = []
     own_keys: list[torch.Tensor] = []
     own_values: list[torch.Tensor] = []
     key = value = torch.empty(0)
@@ -140,10 +155,10 @@ def _unroll(
         output = draft.finish(attended, normed if config.norm_before_residual else hidden)
         outputs.append(output)
         hidden = draft.norm(output) if config.norm_output else output
-    return outputs
+        carried.append(hidden)
+    return Unrolled(outputs, carried, key, value, own_keys, own_values)
 
 
-def _next_token_embeddings(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan) -> torch.Tensor:
-    """Embedding of the token at t+1; behind the last column token 0, as the release pads. -> float32 [S, H]."""
-    ids = F.pad(batch.input_ids, (0, 1))[plan.sequence, plan.row + 1]
+def embed(draft: Eagle3Draft, head: TargetHead, ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings as the draft reads them: its own where it has some, else the target's. int64 [N] -> float32 [N, H]."""
     return F.embedding(ids, draft.embed_tokens) if draft.embed_tokens is not None else head.embed(ids)

@@ -58,7 +58,7 @@ class Request:
     rng: random.Random
     computed: int = -1  # positions the engine has computed
     path_end: int = -1  # positions ever computed
-    branches: list[tuple[int, list[int]]] = field(default_factory=list)
+    branches: list[tuple[int, int, list[int]]] = field(default_factory=list)  # position, accepted before it, tokens
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class Request:
                 (self.tokens[self.computed] + 1) % 61,
                 *(self.rng.randrange(60) for _ in range(drafts - accepted - 1)),
             ]
-            self.branches.append((self.computed, wrong))
+            self.branches.append((self.computed, accepted, wrong))
             for i, token in enumerate(wrong):
                 rows.append(
                     row(

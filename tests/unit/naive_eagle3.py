@@ -76,43 +76,33 @@ def random_case(sizes: Sizes, seed: int = 0, **options: Any) -> tuple[Eagle3Draf
     return draft, head, batch
 
 
-def naive_loss(
-    draft: Eagle3Draft,
-    head: TargetHead,
-    batch: Batch,
-    ttt_length: int,
-    semantics: str = "default",
-    prompt_weight: float = 0.0,
-) -> tuple[torch.Tensor, list[float], list[float]]:
-    """Total, mean loss of each step, top-1 accuracy of each step."""
+def shift(x: torch.Tensor) -> torch.Tensor:
+    """The next row's values in each row, zeros in the last. [B, T, ...] -> [B, T, ...]"""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+
+
+def naive_logits(draft: Eagle3Draft, head: TargetHead, batch: Batch, ttt_length: int) -> list[torch.Tensor]:
+    """The draft's logits [B, T, D] at each of K steps; row t of step i is about the token at t+2+i."""
     config, layer = draft.config, draft.midlayer
     size, rows = batch.input_ids.shape
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
-    def shift(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
-
     def split(x: torch.Tensor, n: int) -> torch.Tensor:
         return x.view(size, rows, n, dim).transpose(1, 2).repeat_interleave(heads // n, dim=1)
 
-    ids, states = shift(batch.input_ids), shift(batch.last)
-    mask = batch.loss_mask.float()
-    if semantics == "default":
-        mask = shift(mask + prompt_weight * (batch.attention_mask & ~batch.loss_mask))
+    ids = shift(batch.input_ids)
     causal = torch.ones(rows, rows, dtype=torch.bool).tril()
     diagonal = torch.eye(rows, dtype=torch.bool)
     embedding = draft.embed_tokens if draft.embed_tokens is not None else head.embed_tokens
-    target_head = head.lm_head[draft.target_ids]
-    member = torch.zeros(config.vocab_size).index_fill(0, draft.target_ids, 1.0)
 
     hidden, keys, values, masks = draft.combine(batch.aux), [], [], []
-    total, losses, accuracies = torch.zeros(()), [], []
+    result = []
     for i in range(ttt_length):
         tokens = layer.input_layernorm(F.embedding(ids, embedding))
         normed = layer.hidden_norm(hidden)
         residual = normed if config.norm_before_residual else hidden
         x = torch.cat([tokens, normed], -1)
-        angle = (batch.positions + i).float().unsqueeze(-1) * draft.frequencies  # [B, T, D / 2]
+        angle = (batch.positions + i).unsqueeze(-1) * draft.frequencies  # [B, T, D / 2]
         cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
 
         def rope(y: torch.Tensor, cos: torch.Tensor = cos, sin: torch.Tensor = sin) -> torch.Tensor:
@@ -130,8 +120,33 @@ def naive_loss(
         output = residual + layer.mlp(layer.post_attention_layernorm(residual))
         normed_output = draft.norm(output)
         hidden = normed_output if config.norm_output else output
+        result.append(config.logit_scale * draft.lm_head(normed_output))
+        ids = shift(ids)
+    return result
 
-        logits = config.logit_scale * draft.lm_head(normed_output)
+
+def naive_mask(batch: Batch, semantics: str, prompt_weight: float) -> torch.Tensor:
+    """Weight of row t at step 0; at step i that of row t+i counts. float32 [B, T]"""
+    mask = batch.loss_mask.float()
+    if semantics == "default":
+        mask = shift(mask + prompt_weight * (batch.attention_mask & ~batch.loss_mask))
+    return mask
+
+
+def naive_loss(
+    draft: Eagle3Draft,
+    head: TargetHead,
+    batch: Batch,
+    ttt_length: int,
+    semantics: str = "default",
+    prompt_weight: float = 0.0,
+) -> tuple[torch.Tensor, list[float], list[float]]:
+    """Total, mean loss of each step, top-1 accuracy of each step."""
+    states, mask = shift(batch.last), naive_mask(batch, semantics, prompt_weight)
+    target_head = head.lm_head[draft.target_ids]
+    member = torch.zeros(draft.config.vocab_size).index_fill(0, draft.target_ids, 1.0)
+    total, losses, accuracies = torch.zeros(()), [], []
+    for i, logits in enumerate(naive_logits(draft, head, batch, ttt_length)):
         target = (states @ target_head.T).softmax(-1)
         valid = mask * member[(states @ head.lm_head.T).argmax(-1)]
         cross_entropy = -(target * logits.log_softmax(-1)).sum(-1)
@@ -140,5 +155,5 @@ def naive_loss(
         total = total + 0.8**i * loss
         losses.append(float(loss.detach()))
         accuracies.append(float(right.mean()) if len(right) else 0.0)
-        ids, states, mask = shift(ids), shift(states), shift(mask)
+        states, mask = shift(states), shift(mask)
     return total, losses, accuracies

@@ -19,6 +19,7 @@ from aurora_vllm.errors import AuroraError, SettingsError
 OTHER: dict[str, str] = {
     "draft": "/some/draft",
     "speculate": "always",
+    "objective": "reverse",
     "cache_dir": "/some/cache",
     "learn": "false",
     "draft_vocab_size": "500",

@@ -190,6 +190,8 @@ def test_collate_pads_and_knows_what_a_greedy_target_chose() -> None:
             last=torch.ones(length, 2, dtype=torch.bfloat16),
             prompt_length=prompt,
             temperature=temperature,
+            next_token=50,
+            branches=[],
         )
 
     # A whole greedy request; one that starts inside its prompt; one whose prompt lies before it; a sampled one.
@@ -202,11 +204,13 @@ def test_collate_pads_and_knows_what_a_greedy_target_chose() -> None:
     assert batch.positions[1].tolist() == [4, 5, 6, 7, 8]
     assert batch.target_argmax is not None
     assert batch.target_argmax.tolist() == [
-        [-1, 102, 103, 104, -1],
-        [-1, 102, -1, -1, -1],
-        [101, 102, -1, -1, -1],
+        [-1, 102, 103, 104, 50],
+        [-1, 102, 50, -1, -1],
+        [101, 102, 50, -1, -1],
         [-1, -1, -1, -1, -1],
     ]
+    assert batch.emitted is not None
+    assert batch.emitted[:3].equal(batch.target_argmax[:3]) and batch.emitted[3].tolist() == [101, 102, 103, 50, -1]
     with pytest.raises(ValueError):
         collate([])
     with pytest.raises(ValueError):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_vllm.learner import attention, cross_entropy, target
+from aurora_vllm.learner import attention, divergence, target
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.loss import Semantics, draft_choices, ttt_loss
 from tests.unit.naive_eagle3 import Sizes, naive_loss, random_case
@@ -85,7 +85,7 @@ def test_equals_the_naive_objective_for_every_kind_of_draft(options: dict[str, A
 
 def test_blocks_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_BLOCK", 3)
-    monkeypatch.setattr(cross_entropy, "_CHUNK", 4)
+    monkeypatch.setattr(divergence, "_CHUNK", 4)
     monkeypatch.setattr(target, "_VOCABULARY_CHUNK", 5)
     for semantics in ("default", "aurora-release"):
         assert_same_as_naive(Sizes([17, 5, 11], [6, 0, 2]), 5, semantics)

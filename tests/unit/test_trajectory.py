@@ -57,12 +57,12 @@ def test_any_history_gives_its_truth(seed: int, count: int, steps: int) -> None:
     assert [one.request for one in done] == [one.number for one in expected]
     for trajectory, truth in zip(done, expected, strict=True):
         check(trajectory, truth, truth.start, truth.path_end)
-        assert [(b.position, b.token_ids.tolist()) for b in trajectory.branches] == truth.branches
+        assert [(b.position, b.accepted, b.token_ids.tolist()) for b in trajectory.branches] == truth.branches
     assert assembler.discarded["dropped by the worker"] == dropped
     assert assembler.discarded["too short"] == len(ended) - len(expected)
     open_now = [one for one in requests if not one.ended and one.path_end > one.start]
     assert assembler.open_requests == len(open_now)
-    held = sum(one.path_end - one.start + sum(len(b[1]) for b in one.branches) for one in open_now)
+    held = sum(one.path_end - one.start + sum(len(b[2]) for b in one.branches) for one in open_now)
     assert assembler.open_bytes == held * LAYOUT.row_bytes
 
 

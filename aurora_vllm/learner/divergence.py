@@ -1,9 +1,9 @@
-"""Soft cross-entropy against the target's distribution, with the draft's ``lm_head`` and its gradient in one pass.
+"""Divergence from the target's distribution, with the draft's ``lm_head`` and its gradient in one pass.
 
-A loss term with target distribution p and draft logits l = W h, q = softmax(l), costs ``-sum_v p(v) log q(v)``, that
-is KL(p || q) + H(p); its gradient with respect to l is ``q - p``. So the gradient is known as soon as the logits are,
-and no logits are kept: target rows are taken a chunk at a time, p is computed once and serves every unroll step that
-aims at it.
+A loss term with target distribution p and draft logits l = W h, q = softmax(l), has a gradient with respect to l in
+closed form, ``q - p`` for the forward KL (objective.py has the others). So the gradient is known as soon as the logits
+are, and no logits are kept: target rows are taken a chunk at a time, p is computed once and serves every unroll step
+that aims at it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+
+from aurora_vllm.learner.objective import Forward, Reverse
 
 _CHUNK = 128  # target rows at a time; with D = 8192 and three steps the logits of a chunk take 12 MiB
 
@@ -26,16 +28,18 @@ class Terms:
     weight: float  # of the step in the total
 
 
-def soft_cross_entropy(
+def divergence(
     hidden: list[torch.Tensor],
     lm_head: torch.Tensor,
     target_states: torch.Tensor,
     target_head: torch.Tensor,
     terms: list[Terms],
+    cost: Forward | Reverse,
+    emitted: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     matmul_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Weighted sum over steps of each step's mean soft cross-entropy at temperature 1.
+    """Weighted sum over steps of each step's mean cost at temperature 1.
 
     Args:
         hidden: per step [N, H], after the draft's final norm.
@@ -43,6 +47,9 @@ def soft_cross_entropy(
         target_states: [M, Ht], after the target's final norm.
         target_head: [D, Ht], the target's lm_head on the draft vocabulary: p is renormalised there.
         terms: per step.
+        cost: what a term costs.
+        emitted: int64 [M], draft id of the token the target emitted after each target row, -1 where there is none; for
+            a cost with ``next_token``.
         logit_scale: vLLM's ``logit_scale`` of the draft.
         matmul_dtype: of the products with ``lm_head``, forward and backward. p, softmax and sums stay float32.
 
@@ -50,19 +57,30 @@ def soft_cross_entropy(
         total (scalar, differentiable in hidden and lm_head), mean per step float32 [K], and per step bool [N]: whether
         draft and target agree on the first choice.
     """
-    total, step_loss, *agree = _SoftCrossEntropy.apply(
-        target_states, target_head, terms, logit_scale, matmul_dtype, torch.is_grad_enabled(), lm_head, *hidden
+    total, step_loss, *agree = _Divergence.apply(
+        target_states,
+        target_head,
+        terms,
+        cost,
+        emitted,
+        logit_scale,
+        matmul_dtype,
+        torch.is_grad_enabled(),
+        lm_head,
+        *hidden,
     )
     return total, step_loss, agree
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
+class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         states: torch.Tensor,
         target_head: torch.Tensor,
         terms: list[Terms],
+        cost: Forward | Reverse,
+        emitted: torch.Tensor | None,
         scale: float,
         dtype: torch.dtype,
         want_grad: bool,
@@ -81,27 +99,21 @@ class _SoftCrossEntropy(torch.autograd.Function):
             sizes = [span.stop - span.start for span in spans]
             start = chunk * _CHUNK
             target_logits = states[start : start + _CHUNK] @ target_head.T
-            p = torch.softmax(target_logits, -1)  # [n, D]
+            aim = cost.aim(target_logits)  # [n, D]
             local = torch.cat([one.target[span] - start for one, span in zip(terms, spans, strict=True)])
-            aims = [p if len(rows) == len(p) else p[rows] for rows in local.split(sizes)]  # mostly p itself, not copies
             stacked = torch.cat([h[span] for h, span in zip(hidden, spans, strict=True)]) * scale  # [sum of n, H]
-            q = (stacked.to(dtype) @ weight.T).float()  # logits still, [sum of n, D]
-            highest, choice = q.max(-1)
-            right = choice == target_logits.argmax(-1)[local]
-            dot = torch.cat(
-                [torch.linalg.vecdot(aim, logits) for aim, logits in zip(aims, q.split(sizes), strict=True)]
-            )
-            torch.softmax(q, -1, out=q)
-            # log-sum-exp from the largest logit and its probability: no further pass over the vocabulary
-            cost = highest - q.gather(1, choice.unsqueeze(1)).squeeze(1).log_() - dot
-            for i, span in enumerate(spans):
-                step_loss[i] += (cost.split(sizes)[i] * terms[i].share[span]).sum()
-                agree[i][span] = right.split(sizes)[i]
+            logits = (stacked.to(dtype) @ weight.T).float()  # [sum of n, D]
+            choice = logits.argmax(-1)
+            right = (choice == target_logits.argmax(-1)[local]).split(sizes)
+            parts = zip(logits.split(sizes), choice.split(sizes), local.split(sizes), strict=True)
+            for i, (span, (part, first_choice, rows)) in enumerate(zip(spans, parts, strict=True)):
+                aimed = aim if len(rows) == len(aim) else aim[rows]  # mostly all of them: no copy
+                said = emitted[start + rows] if emitted is not None else None
+                step_loss[i] += (cost.cost_(part, first_choice, aimed, said) * terms[i].share[span]).sum()
+                agree[i][span] = right[i]
             if not want_grad:
                 continue
-            for aim, part in zip(aims, q.split(sizes), strict=True):
-                part -= aim
-            error = q.to(dtype)  # gradient with respect to the logits, but for each row's weight
+            error = logits.to(dtype)  # by now the gradient with respect to the logits, but for each row's weight
             row_weight = torch.cat([one.share[span] * one.weight for one, span in zip(terms, spans, strict=True)])
             _add_product(grad_head, error.T, (stacked * row_weight.unsqueeze(1)).to(dtype))
             grad = (error @ weight) * (row_weight * scale).unsqueeze(1)
@@ -117,7 +129,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = ctx.saved_tensors
-        return None, None, None, None, None, None, *(g * grad for g in grads)
+        return *(None,) * 8, *(g * grad for g in grads)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
