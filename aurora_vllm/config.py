@@ -48,6 +48,9 @@ class AuroraConfig(BaseModel):
     replay_passes: float = Field(
         4.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
     )
+    semantics: Literal["default", "aurora-release"] = Field(
+        "default", description="aurora-release: loss masks as in Aurora's release, quirks included, prompt_weight 0"
+    )
     ttt_length: int = Field(3, ge=1, le=8, description="unroll steps of training-time test")
     max_trajectory_tokens: int = Field(2048, ge=32, description="longer requests are cut")
     vocabulary_coverage: float = Field(
@@ -60,6 +63,7 @@ class AuroraConfig(BaseModel):
     )
 
     # --- housekeeping ---
+    sglang_api: bool = Field(False, description="also answer SGLang's and Aurora's endpoints")
     seed: int = Field(0, description="seed of learner and sampling of requests")
 
     @field_validator("draft", "cache_dir")
