@@ -51,6 +51,9 @@ class AuroraConfig(BaseModel):
     replay_passes: float = Field(
         4.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
     )
+    semantics: Literal["default", "aurora-release"] = Field(
+        "default", description="aurora-release: loss masks as in Aurora's release, quirks included, prompt_weight 0"
+    )
     ttt_length: int = Field(3, ge=1, le=8, description="unroll steps of training-time test")
     objective: Literal["forward", "reverse", "reverse+next-token"] = Field(
         "forward", description="divergence from the target on accepted positions"
@@ -70,6 +73,7 @@ class AuroraConfig(BaseModel):
     )
 
     # --- housekeeping ---
+    sglang_api: bool = Field(False, description="also answer SGLang's and Aurora's endpoints")
     seed: int = Field(0, description="seed of learner and sampling of requests")
 
     @field_validator("discard_weight")

@@ -9,6 +9,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aurora_vllm import settings
@@ -59,6 +60,8 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
             notice(f"this vLLM keeps its server elsewhere ({error}); serving it plain, without learning")
         vllm_server.run_as_program(invocation.vllm_argv)
     args = server.parse(invocation.vllm_argv)
+    if invocation.aurora_file is not None and invocation.aurora_file.model and getattr(args, "model_tag", None) is None:
+        args = server.parse([invocation.aurora_file.model, *invocation.vllm_argv])
     guard.grace_s += getattr(args, "shutdown_timeout", 0)  # time vLLM gives requests to finish
     try:
         if invocation.off:
@@ -87,6 +90,8 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     if invocation.plan:
         plans.show(plan, invocation.plan)
         return 0
+    for line in plan.aurora_file.summary() if plan.aurora_file else ():
+        notice(line)
     preflight.check_port(args)
     plan = plans.with_draft(plan, preflight.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args)
@@ -105,7 +110,8 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     preflight.check_supported(args)
     config = preflight.take_speculative_config(args, invocation.config, invocation.explicit)
     target = preflight.resolve_target(args, weights=not invocation.plan)
-    return plans.make_plan(config, server.version, target, preflight.resolve_draft(config, target), probes)
+    plan = plans.make_plan(config, server.version, target, preflight.resolve_draft(config, target), probes)
+    return replace(plan, aurora_file=invocation.aurora_file)
 
 
 def _probes() -> tuple[Probe, ...]:

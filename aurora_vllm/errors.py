@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 EXIT_BAD_INPUT = 2
 
@@ -21,6 +23,12 @@ class SettingsError(AuroraError):
     def __init__(self, lines: list[str]) -> None:
         super().__init__(" | ".join(lines))
         self.lines = lines
+
+
+def unknown(what: str, key: str, known: Iterable[str]) -> str:
+    """A message about a key nobody knows, with the nearest that is known."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+    return f"{what}; the nearest is {near[0]}" if near else what
 
 
 def report(error: AuroraError) -> int:

@@ -6,7 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
+from aurora_vllm.semantics.aurora_yaml import AuroraFile
 from aurora_vllm.transport.bank import bank_bytes
 from aurora_vllm.transport.ring import ring_bytes
 from aurora_vllm.transport.rows import RowLayout
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
 LEARNER_SETTINGS = (
-    "learn", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "ttt_length",
+    "learn", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "semantics", "ttt_length",
     "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s", "evidence_tokens",
     "sample_rate", "seed",
 )  # fmt: skip
@@ -45,6 +46,7 @@ class ServePlan:
     ring_bytes: int
     bank_bytes: int
     probes: tuple[Probe, ...]
+    aurora_file: AuroraFile | None = None
 
     @property
     def fits(self) -> bool:
@@ -83,6 +85,7 @@ class ServePlan:
                 "replay_bytes": self.config.replay_mb * MIB,
             },
             "learner": {name: getattr(self.config, name) for name in LEARNER_SETTINGS},
+            "aurora_file": self.aurora_file.as_dict() if self.aurora_file else None,
             "hooks": [{"name": probe.name, "ok": probe.ok, "detail": probe.detail} for probe in self.probes],
         }
 
@@ -111,7 +114,8 @@ def make_plan(
 
 def with_draft(plan: ServePlan, draft: Draft) -> ServePlan:
     """The same plan, once its day-0 draft is made."""
-    return make_plan(plan.config, plan.vllm_version, plan.target, draft, plan.probes)
+    made = make_plan(plan.config, plan.vllm_version, plan.target, draft, plan.probes)
+    return replace(made, aurora_file=plan.aurora_file)
 
 
 def apply(plan: ServePlan, args: Namespace) -> None:
@@ -166,3 +170,7 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
     )
     for probe in plan.probes:
         yield "", f"{'ok  ' if probe.ok else 'MISS'} {probe.name}: {probe.detail}"
+    if plan.aurora_file is not None:
+        yield "Aurora's file", str(plan.aurora_file.file)
+        for entry in plan.aurora_file.entries:
+            yield "", f"{'ok  ' if entry.honoured else 'NOT '} {entry.key}: {entry.what}"

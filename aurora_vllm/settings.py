@@ -1,14 +1,14 @@
 """From flags, environment and a YAML file to one AuroraConfig, before anything heavy is imported.
 
 Precedence: ``--aurora-*`` flags, then ``AURORA_*`` environment, then the YAML file of ``--aurora-config``, then the
-defaults. The keys are AuroraConfig's field names everywhere. What is not ours is left alone, in order, for vLLM.
+defaults. The keys are AuroraConfig's field names everywhere, but the file may also be one of Aurora's own
+(aurora_vllm.semantics). What is not ours is left alone, in order, for vLLM.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -18,7 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.errors import AuroraError, SettingsError
+from aurora_vllm.errors import AuroraError, SettingsError, unknown
+from aurora_vllm.semantics import aurora_yaml
+from aurora_vllm.semantics.aurora_yaml import AuroraFile
 
 ENVIRONMENT_PREFIX = "AURORA_"
 # Ours, but no settings: the session (aurora_vllm.session), the YAML file, and the switch.
@@ -27,7 +29,7 @@ FLAG_PREFIX = "--aurora-"
 SWITCHES = {
     "off": "plain vLLM: same arguments, nothing of aurora_vllm (AURORA_OFF=1 does the same)",
     "plan": "print what would run, and exit; --aurora-plan=json prints JSON",
-    "config": "YAML file of settings, keys as below without --aurora- (or AURORA_CONFIG)",
+    "config": "YAML file of settings, keys as below without --aurora-, or a file of Aurora's own (or AURORA_CONFIG)",
     "help": "show these options, and exit",
 }
 
@@ -42,6 +44,7 @@ class Invocation:
     help: bool
     vllm_argv: list[str]  # what is left for vLLM; without a leading "serve"
     explicit: frozenset[str]  # fields set by somebody, as opposed to defaults
+    aurora_file: AuroraFile | None = None  # the YAML file, where it is one of Aurora's own
 
 
 def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
@@ -54,21 +57,30 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     flags, vllm_argv = _split(argv)
     switches = {name: flags.pop(name) for name in SWITCHES if name in flags}
     off = bool(switches.get("off")) or _is_true("AURORA_OFF", environment.get("AURORA_OFF", ""))
+    aurora_file = None
     layers = [{key: (f"{FLAG_PREFIX}{_dashed(key)}", value) for key, value in flags.items()}]
     if not off:  # then nobody asked for settings; a stray variable must not stop plain vLLM
         file = switches.get("config") or environment.get("AURORA_CONFIG")
-        layers += [_from_environment(environment), _from_yaml(Path(file).expanduser()) if file else {}]
+        from_file, aurora_file = _from_yaml(Path(file).expanduser()) if file else ({}, None)
+        layers += [_from_environment(environment), from_file]
 
     settings: dict[str, tuple[str, Any]] = {}  # field -> (where it was said, value)
     for layer in reversed(layers):
         settings |= layer
+    vllm_argv = vllm_argv[1:] if vllm_argv[:1] == ["serve"] else vllm_argv
+    if aurora_file is not None:
+        aurora_file = aurora_file.overridden(settings)
+        # In front of the options, for the last of two equal ones wins; behind the model, which vLLM wants first.
+        model = [word for word in vllm_argv[:1] if not word.startswith("-")]
+        vllm_argv = [*model, *aurora_file.flags, *vllm_argv[len(model) :]]
     return Invocation(
         config=_validate(settings),
         off=off,
         plan=switches.get("plan", ""),
         help=bool(switches.get("help")),
-        vllm_argv=vllm_argv[1:] if vllm_argv[:1] == ["serve"] else vllm_argv,
+        vllm_argv=vllm_argv,
         explicit=frozenset(settings),
+        aurora_file=aurora_file,
     )
 
 
@@ -111,10 +123,10 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     words = [_normalise(word) if _is_ours(word) else word for word in argv]
     own = parser()
     taken, rest = own.parse_known_args(words)
-    unknown = [word.split("=")[0] for word in rest if _is_ours(word)]
-    if unknown:
+    strange = [word.split("=")[0] for word in rest if _is_ours(word)]
+    if strange:
         known = [option for action in own._actions for option in action.option_strings]
-        raise SettingsError([_unknown(f"unknown option {word}", word, known) for word in unknown])
+        raise SettingsError([unknown(f"unknown option {word}", word, known) for word in strange])
     return {name.removeprefix("aurora_"): value for name, value in vars(taken).items()}, rest
 
 
@@ -138,13 +150,14 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, An
             found[field] = (variable, environment[variable])
         else:
             known = [ENVIRONMENT_PREFIX + name.upper() for name in AuroraConfig.model_fields]
-            wrong.append(_unknown(f"unknown environment variable {variable}", variable, known))
+            wrong.append(unknown(f"unknown environment variable {variable}", variable, known))
     if wrong:
         raise SettingsError(wrong)
     return found
 
 
-def _from_yaml(file: Path) -> dict[str, tuple[str, Any]]:
+def _from_yaml(file: Path) -> tuple[dict[str, tuple[str, Any]], AuroraFile | None]:
+    """The settings in a file, and an account of it where it is Aurora's."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -156,21 +169,24 @@ def _from_yaml(file: Path) -> dict[str, tuple[str, Any]]:
             f"settings file {file} is not YAML{place}: {getattr(error, 'problem', None) or error}"
         ) from None
     if content is None:  # an empty file
-        return {}
+        return {}, None
     if not isinstance(content, dict):
         raise AuroraError(f"settings file {file} is no mapping of keys to values", "write lines like 'ring_mb: 128'")
+    if aurora_yaml.is_aurora(content):
+        found = aurora_yaml.read(content, file)
+        return found.settings, found
     keys = {str(key).replace("-", "_"): value for key, value in content.items()}
-    unknown = [key for key in keys if key not in AuroraConfig.model_fields]
-    if unknown:
+    strange = [key for key in keys if key not in AuroraConfig.model_fields]
+    if strange:
         raise SettingsError(
-            [_unknown(f"unknown key {key} in {file}", key, AuroraConfig.model_fields) for key in unknown]
+            [unknown(f"unknown key {key} in {file}", key, AuroraConfig.model_fields) for key in strange]
         )
-    return {key: (f"{key} in {file}", value) for key, value in keys.items()}
+    return {key: (f"{key} in {file}", value) for key, value in keys.items()}, None
 
 
 def _validate(settings: dict[str, tuple[str, Any]]) -> AuroraConfig:
     try:
-        return AuroraConfig(**{field: value for field, (_, value) in settings.items()})
+        config = AuroraConfig(**{field: value for field, (_, value) in settings.items()})
     except ValidationError as error:
         lines = []
         for fault in error.errors():
@@ -178,6 +194,10 @@ def _validate(settings: dict[str, tuple[str, Any]]) -> AuroraConfig:
             reason = fault["msg"][:1].lower() + fault["msg"][1:]
             lines.append(f"{where}: {reason}, not {value!r}")
         raise SettingsError(lines) from None
+    if config.semantics == "aurora-release" and "prompt_weight" in settings and config.prompt_weight > 0:
+        where, value = settings["prompt_weight"]
+        raise SettingsError([f"{where}: Aurora's release trains on no prompts, it should be 0, not {value!r}"])
+    return config
 
 
 def _is_true(variable: str, text: str) -> bool:
@@ -185,11 +205,6 @@ def _is_true(variable: str, text: str) -> bool:
         return TypeAdapter(bool).validate_python(text or "0")
     except ValidationError:
         raise SettingsError([f"{variable}: input should be a valid boolean, not {text!r}"]) from None
-
-
-def _unknown(what: str, key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-    return f"{what}; the nearest is {near[0]}" if near else what
 
 
 def _dashed(field: str) -> str:

@@ -16,14 +16,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner import lesson
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.budget import CpuBudget
 from aurora_vllm.learner.draft import load_draft, load_tensors
-from aurora_vllm.learner.evaluate import Recent, simulate
+from aurora_vllm.learner.evaluate import Recent, Score, simulate
+from aurora_vllm.learner.from_disk import publish_from_disk
 from aurora_vllm.learner.objective import Objective
 from aurora_vllm.learner.publish import Evidence, publish
 from aurora_vllm.learner.remap import move_to_vocabulary
@@ -33,10 +36,12 @@ from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
 from aurora_vllm.learner.vocabulary import Coverage, Reselection
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
+from aurora_vllm.transport import update_request
 from aurora_vllm.transport.bank import TornPublish, WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.ring import RingConsumer
 from aurora_vllm.transport.segment import Segment
+from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
 IDLE_S = 0.05
@@ -66,7 +71,8 @@ class Learner:
             self.head,
             config.learning_rate,
             config.ttt_length,
-            prompt_weight=config.prompt_weight,
+            semantics=config.semantics,
+            prompt_weight=config.prompt_weight if config.semantics == "default" else 0.0,
             objective=Objective(config.objective, config.discard_weight, config.discard_top_k),
         )
         self.evidence = Evidence(
@@ -84,10 +90,14 @@ class Learner:
         self.score_seconds = 0.0
         self.trained_since_publish = False
         self.tokens_seen = self.tokens_trained = self.unusable = 0
+        update_request.refuse_open(self.control)
 
     def turn(self) -> bool:
         """One piece of work. Returns whether there was any."""
         self.control.learner.beat()
+        if request := update_request.open_request(self.control):
+            self._say("updating from disk")
+            update_request.answer(self.control, request, self._update(Path(request.directory)))
         for trajectory in self.assembler.feed(self.ring.read(READ_ROWS)):
             self._arrived(trajectory)
         can_study, can_train = self._can_study(), self._can_train()
@@ -155,6 +165,7 @@ class Learner:
         block.vocabulary_coverage = self.coverage.share(self.incumbent.target_ids)
         block.tokens_seen = self.tokens_seen
         block.replay_bytes, block.replay_tokens = self.replay.nbytes, self.replay.tokens
+        block.replay_trajectories = len(self.replay)
 
     def _follow_vocabulary(self) -> None:
         """Give the candidate another vocabulary where its own no longer fits the traffic; evidence decides as ever."""
@@ -200,7 +211,7 @@ class Learner:
         block.message = verdict.reason
         if not (verdict.publish and self.trained_since_publish):
             return
-        version = max(self.version, self.bank.published(), self.control.worker.live_version) + 1
+        version = self._next_version()
         try:
             publish(self.bank, version, self.candidate, {"reason": verdict.reason, "step": self.trainer.steps})
         except ValueError as error:  # weights that are not finite: back to the last good ones
@@ -208,14 +219,37 @@ class Learner:
             move_to_vocabulary(self.candidate, self.head, self.incumbent.target_ids, self.trainer.optimizer)
             self.candidate.load_state_dict(self.incumbent.state_dict())
             return
-        self.version = version
         self.incumbent.load_state_dict(self.candidate.state_dict())
+        self._published(version, self.evidence.published(time.monotonic()))
+
+    def _update(self, directory: Path) -> Answer:
+        """A draft somebody wants, in place of incumbent and candidate. Learning goes on from it."""
+        version = self._next_version()
+        try:
+            draft = publish_from_disk(self.bank, version, directory, self.incumbent, lambda: self.head.embed_tokens)
+        except AuroraError as error:
+            return Answer(0, str(error))
+        self.incumbent.load_state_dict(draft.state_dict())
+        self.candidate.load_state_dict(draft.state_dict())
+        self.trainer.refine()
+        self.evidence.restart()  # it speaks of other drafts
+        self._published(version, None)
+        return Answer(version, f"published as version {version}")
+
+    def _published(self, version: int, score: Score | None) -> None:
+        """The incumbent is this version now. score: on what carried it, where there is any."""
+        self.version = version
         self.shadow = Recent(self.config.num_speculative_tokens)
-        self.shadow.add(self.evidence.published(time.monotonic()))
+        if score is not None:
+            self.shadow.add(score)
         self.trained_since_publish = False
+        block = self.control.learner
         block.published_version = version
         block.publishes += 1
         self._show_shadow()
+
+    def _next_version(self) -> int:
+        return max(self.version, self.bank.published(), self.control.worker.live_version) + 1
 
     def _show_shadow(self) -> None:
         block = self.control.learner

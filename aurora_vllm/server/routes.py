@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from aurora_vllm import runtime
 from aurora_vllm.errors import notice
+from aurora_vllm.semantics.sglang_api import SglangApi
 from aurora_vllm.server import metrics
 from aurora_vllm.server.status import status
 from aurora_vllm.session import Session
@@ -27,13 +28,13 @@ class StatusReader:
     def __init__(self, session: Session) -> None:
         self._settings = session.config.model_dump(mode="json")
         self._run = {"target": str(session.target), "draft": str(session.draft), "dtype": session.dtype}
-        self._control = ControlBlock.attach(Segment.attach(session.control))
+        self.control = ControlBlock.attach(Segment.attach(session.control))
         self._ring = RingGauge.attach(Segment.attach(session.ring))
 
     def read(self) -> dict[str, Any]:
         """The status of now."""
         ring = {"used": self._ring.used, "capacity": self._ring.capacity}
-        return status(self._control.snapshot(), ring, self._run, self._settings, time.monotonic_ns())
+        return status(self.control.snapshot(), ring, self._run, self._settings, time.monotonic_ns())
 
 
 class AuroraEndpoints:
@@ -41,6 +42,9 @@ class AuroraEndpoints:
 
     name = "aurora"
     required_tasks = None
+
+    def __init__(self) -> None:
+        self._sglang_api: SglangApi | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; without a session (plain vLLM, plugin allowed) there is only a status that says so."""
@@ -58,6 +62,9 @@ class AuroraEndpoints:
             return reader.read()
 
         app.add_api_route("/aurora/status", aurora_status, methods=["GET"])
+        if session.config.sglang_api:
+            self._sglang_api = SglangApi(session, reader.control, reader.read)
+            self._sglang_api.attach(app)
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             _attach_multiprocess_metrics(app, reader)
         else:
@@ -65,6 +72,8 @@ class AuroraEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """vLLM calls this when the engine is up: time for the learner."""
+        if self._sglang_api is not None:
+            self._sglang_api.guard(args)
         runtime.engine_is_up.set()
 
 

@@ -69,6 +69,7 @@ def learner(snapshot: Snapshot, wanted: bool, now_ns: int) -> dict[str, Any]:
     """The learner's fields; ``state`` is "off" (not wanted), "waiting" (for the engine), "down", or its own word."""
     fields, server = dict(snapshot["learner"]), snapshot["server"]
     heartbeat_age = age(fields.pop("heartbeat_ns"), now_ns)
+    fields.pop("update_answer", None)  # to one question, and not news for all
     running = server["learner_pid"]
     # The block outlives a learner: what it says is of the one that runs only where the pids agree.
     alive = running != 0 and fields["pid"] == running and heartbeat_age is not None and heartbeat_age <= LEARNER_DOWN_S

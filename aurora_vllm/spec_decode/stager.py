@@ -79,6 +79,7 @@ class Stager:
             self._seen = version
             try:
                 self._ready = self._stage(version)
+                self._worker.staged_version = version
             except (SwapRefused, TornPublish) as refusal:
                 self._refuse(version, str(refusal))
             except Exception as error:  # a bug here must cost a version, not the server

@@ -30,6 +30,7 @@ class Kind:
 
 INT, BOOL, FLOAT = Kind("int"), Kind("bool"), Kind("float")
 TEXT, STATE = Kind("text", 200), Kind("text", 32)
+REQUEST, ANSWER = Kind("text", 4128), Kind("text", 1024)  # a path of 4096 bytes and a number; a sentence
 FLOATS = Kind("floats", 8 * POSITIONS)
 
 

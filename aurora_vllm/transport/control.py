@@ -17,7 +17,7 @@ import zlib
 from typing import Any
 
 from aurora_vllm.transport.acceptance import TABLE_BYTES, AcceptanceTable, VersionAcceptance
-from aurora_vllm.transport.block import BOOL, FLOAT, FLOATS, INT, STATE, TEXT, Block, Kind, block_bytes
+from aurora_vllm.transport.block import ANSWER, BOOL, FLOAT, FLOATS, INT, REQUEST, STATE, TEXT, Block, Kind, block_bytes
 from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.segment import Segment
 
@@ -30,6 +30,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "owner_pid": INT,
         "learner_pid": INT,
         "learner_restarts": INT,
+        "update_request": REQUEST,  # transport/update_request.py
     },
     "worker": {
         "pid": INT,
@@ -44,6 +45,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "requests_captured": INT,
         "requests_dropped": INT,
         "requests_opted_out": INT,
+        "staged_version": INT,  # checked and packed: the next step runs it
         "live_version": INT,
         "previous_version": INT,
         "swaps": INT,
@@ -72,6 +74,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "tokens_trained": INT,
         "replay_bytes": INT,
         "replay_tokens": INT,
+        "replay_trajectories": INT,
         "loss": FLOAT,
         "cpu_seconds": FLOAT,
         "published_version": INT,
@@ -83,6 +86,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "incumbent_acceptance_length": FLOAT,
         "vocabulary_coverage": FLOAT,
         "vocabulary_changes": INT,
+        "update_answer": ANSWER,
     },
 }
 

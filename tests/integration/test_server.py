@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from aurora_vllm.semantics.sglang_api import acceptance_length
 
 MARKER = "Zyxomma Quintessor"  # words that occur nowhere but in a prompt of this test
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +40,7 @@ class Server:
             *(sys.executable, "-m", "aurora_vllm.entrypoint", str(target), "--served-model-name", "m"),
             *("--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
             *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(128 << 20), "--aurora-evidence-tokens", "150"),
-            *("--aurora-publish-interval-s", "1", "--aurora-learner-cpu-share", "1"),
+            *("--aurora-publish-interval-s", "1", "--aurora-learner-cpu-share", "1", "--aurora-sglang-api"),
         ]
         environment = {
             k: v for k, v in os.environ.items() if k not in ("AURORA_SESSION", "VLLM_ENABLE_V1_MULTIPROCESSING")
@@ -111,6 +116,34 @@ def test_metrics_are_on_vllms_own_page(server: Server) -> None:
     page = server.http.get("/metrics").text
     assert "vllm:" in page
     assert "aurora_" in page
+
+
+def test_a_draft_from_disk_goes_live_and_one_that_does_not_fit_does_not(server: Server, tmp_path: Path) -> None:
+    """As Aurora's trainer asks for it: SGLang's endpoint, a directory with config.json and pytorch_model.bin."""
+
+    def update() -> httpx.Response:
+        body = {"model_path": str(tmp_path), "update_draft_model": True}
+        return server.http.post("/update_weights_from_disk", json=body)
+
+    draft = Path(server.status()["draft"])
+    shutil.copy(draft / "config.json", tmp_path)
+    tensors = load_file(draft / "model.safetensors")
+    torch.save(tensors | {"fc.weight": tensors["fc.weight"][:, :-1].clone()}, tmp_path / "pytorch_model.bin")
+    before = server.status()
+    refused = update()
+    assert (refused.status_code, refused.json()["success"]) == (400, False)
+    assert "tensor fc.weight has shape" in refused.json()["message"]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    answer = update()
+    assert (answer.status_code, answer.json()["success"]) == (200, True), answer.text
+    server.ask("The weather is", 8)
+    after = server.status()
+    assert after["versions"]["live"] > before["versions"]["live"]
+    assert f"draft version {after['versions']['live']}." in answer.json()["message"]
+    assert after["swaps"]["refusals"] == before["swaps"]["refusals"]
+    info = server.http.get("/get_server_info").json()
+    assert info["internal_states"][0]["avg_spec_accept_length"] == acceptance_length(after)  # None where K stayed 0
+    assert (server.http.get("/health").json()["status"], server.http.get("/aurora/health").status_code) == ("ok", 200)
 
 
 def test_a_request_opts_out(server: Server) -> None:

@@ -23,6 +23,8 @@ OTHER: dict[str, str] = {
     "cache_dir": "/some/cache",
     "learn": "false",
     "draft_vocab_size": "500",
+    "semantics": "aurora-release",
+    "sglang_api": "true",
     **{
         name: str(field.default + 1) if isinstance(field.default, int) else str(field.default / 2 or 0.5)
         for name, field in AuroraConfig.model_fields.items()
@@ -37,7 +39,7 @@ def test_every_field_has_a_test_value() -> None:
 
 def as_flag(name: str, text: str) -> list[str]:
     flag = f"--aurora-{name.replace('_', '-')}"
-    if name == "learn":
+    if AuroraConfig.model_fields[name].annotation is bool:
         return [flag] if text == "true" else [f"--no-{flag[2:]}"]
     return [flag, text]
 
@@ -125,6 +127,14 @@ def test_wrong_yaml_is_one_clear_line(text: str, line: str, tmp_path: Path) -> N
     with pytest.raises(AuroraError) as caught:
         front.parse([], {"AURORA_CONFIG": str(file)})
     assert str(caught.value).startswith(line.format(file=file))
+
+
+def test_the_release_trains_on_no_prompts() -> None:
+    assert front.parse(["--aurora-semantics=aurora-release"], {}).config.semantics == "aurora-release"
+    assert front.parse(["--aurora-semantics=aurora-release", "--aurora-prompt-weight=0"], {}).config.prompt_weight == 0
+    with pytest.raises(SettingsError) as caught:
+        front.parse(["--aurora-semantics=aurora-release"], {"AURORA_PROMPT_WEIGHT": "0.3"})
+    assert str(caught.value).startswith("AURORA_PROMPT_WEIGHT: Aurora's release trains on no prompts")
 
 
 def test_each_fault_has_its_line() -> None:

@@ -132,6 +132,16 @@ def test_a_fault_after_a_stop_is_no_news(monkeypatch: pytest.MonkeyPatch) -> Non
     assert entrypoint.main(["M", "--aurora-off"]) == 143
 
 
+@pytest.mark.parametrize(("argv", "tag", "served"), [([], None, ["T"]), (["M"], "M", ["M"])])
+def test_an_aurora_file_names_the_model_where_nobody_does(
+    argv: list[str], tag: str | None, served: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ARGS, "model_tag", tag)
+    (tmp_path / "a.yaml").write_text("{model: {target_model_path: T}, decode: {max_running_requests: 4}}")
+    assert entrypoint.main([*argv, "--aurora-config", str(tmp_path / "a.yaml")]) == 2  # no such model
+    assert FakeServer.argv == [*served, "--max-num-seqs", "4"]
+
+
 @pytest.mark.parametrize("argv", [["--aurora-rng-mb", "3", "M"], ["--aurora-help"]])
 def test_our_own_errors_and_help_come_without_importing_vllm_or_torch(argv: list[str]) -> None:
     code = (

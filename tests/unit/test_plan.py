@@ -18,6 +18,7 @@ from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
+from aurora_vllm.semantics import aurora_yaml
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.transport.bank import bank_bytes
 from aurora_vllm.transport.ring import ring_bytes
@@ -226,6 +227,18 @@ def test_shown_as_json(serve_plan: plan.ServePlan, capsys: Any) -> None:
     assert shown == serve_plan.as_dict()
     assert shown["memory"]["bank_bytes"] == serve_plan.bank_bytes
     assert shown["serves"] == "aurora"
+
+
+def test_every_key_of_an_aurora_file_is_shown(serve_plan: plan.ServePlan, tmp_path: Path, capsys: Any) -> None:
+    content = {"training": {"seed": 3}, "decode": {"top_p": 0.9}}
+    shown = replace(serve_plan, aurora_file=aurora_yaml.read(content, tmp_path / "a.yaml"))
+    plan.show(plan.with_draft(shown, serve_plan.draft), "text")
+    out = capsys.readouterr().out
+    assert f"Aurora's file   {tmp_path / 'a.yaml'}" in out
+    assert "ok   training.seed: seed = 3" in out
+    assert "NOT  decode.top_p: nothing is generated for training" in out
+    keys = json.loads(json.dumps(shown.as_dict()))["aurora_file"]["keys"]
+    assert [(one["key"], one["honoured"]) for one in keys] == [("training.seed", True), ("decode.top_p", False)]
 
 
 def test_shown_as_text(serve_plan: plan.ServePlan, capsys: Any, monkeypatch: Any) -> None:

@@ -1,0 +1,117 @@
+"""A draft from disk in place of the one in training and in use: somebody asked for it, so it needs no evidence."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, load_tensors
+from aurora_vllm.learner.publish import publish
+from aurora_vllm.transport.bank import WeightBank
+
+PICKLED = "pytorch_model.bin"  # what Aurora's trainer writes for its server (training/trainer.py)
+
+
+def publish_from_disk(
+    bank: WeightBank, version: int, directory: Path, running: Eagle3Draft, target_embedding: Callable[[], torch.Tensor]
+) -> Eagle3Draft:
+    """Check an EAGLE-3 checkpoint against the draft that runs, and publish it. Only the bank's writer calls this.
+
+    Args:
+        version: larger than every published one.
+        running: what the checkpoint takes the place of; not changed.
+        target_embedding: gives the target's token embedding [V, H]; asked for only where the checkpoint or the running
+            draft has one of its own.
+
+    Returns:
+        The new draft, float32.
+
+    Raises:
+        AuroraError: it is no checkpoint, or does not fit; names the file, key or tensor. Nothing was published.
+    """
+    draft = read_replacement(directory, running, target_embedding)
+    try:
+        publish(bank, version, draft, {"reason": "asked for, from disk"})
+    except ValueError as error:
+        raise AuroraError(f"{directory}: {error}") from None
+    return draft
+
+
+def read_replacement(
+    directory: Path, running: Eagle3Draft, target_embedding: Callable[[], torch.Tensor]
+) -> Eagle3Draft:
+    """The first half of :func:`publish_from_disk`; arguments, result and errors as there."""
+    _check_config(directory, running.config)
+    tensors = _read_tensors(directory)
+    for name, tensor in tensors.items():
+        if name != "t2d" and tensor.is_floating_point() == (name == "d2t"):
+            raise AuroraError(f"{directory}: tensor {name} has dtype {tensor.dtype}")
+    draft = copy.deepcopy(running)
+    try:
+        load_tensors(draft, tensors)
+    except AuroraError as error:
+        raise AuroraError(f"{directory}: {error}") from None
+    _check_vocabulary(directory, draft)
+    # Neither bank nor worker knows the embedding: vLLM keeps the one it loaded, and the draft was trained with its own.
+    own, live = draft.embed_tokens, running.embed_tokens
+    if not (own is None and live is None):
+        other = target_embedding() if own is None or live is None else None
+        if not _same(own if own is not None else other, live if live is not None else other):
+            raise AuroraError(f"{directory}: tensor embed_tokens.weight is not the embedding in use, which is frozen")
+    draft.embed_tokens = live
+    return draft
+
+
+def _check_config(directory: Path, running: Eagle3Config) -> None:
+    if not directory.is_dir():
+        raise AuroraError(f"{directory} is no directory")
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        found = Eagle3Config.from_hf(config)
+    except (OSError, ValueError, AttributeError) as error:
+        raise AuroraError(f"{directory}: no usable config.json ({error})") from None
+    except AuroraError as error:
+        raise AuroraError(f"{directory}: {error}") from None
+    for key in (field.name for field in fields(Eagle3Config)):
+        new, old = getattr(found, key), getattr(running, key)
+        if new != old and not (key == "aux_layer_ids" and None in (new, old)):
+            raise AuroraError(f"{directory}: its config has {key} = {new!r}, the running draft's has {old!r}")
+
+
+def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    pickled = directory / PICKLED
+    if not files and not pickled.is_file():
+        raise AuroraError(f"{directory} holds no *.safetensors and no {PICKLED}")
+    try:
+        if not files:
+            # weights_only: a checkpoint is data, and must not run code here.
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+        else:
+            tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError("it holds more than tensors")
+    except Exception as error:  # safetensors and pickle have a dozen kinds for a damaged file, and it may vanish
+        raise AuroraError(f"{directory}: its weights cannot be read ({type(error).__name__}: {error})") from None
+    return tensors
+
+
+def _check_vocabulary(directory: Path, draft: Eagle3Draft) -> None:
+    """A target id out of range would end the engine at the first draft."""
+    ids = draft.target_ids
+    if int(ids.min()) < 0 or int(ids.max()) >= draft.config.vocab_size or len(ids.unique()) < len(ids):
+        raise AuroraError(f"{directory}: tensor d2t is no map into the target's {draft.config.vocab_size} tokens")
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two embeddings are one, perhaps rounded to fewer bits."""
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    return any(torch.equal(a.to(dtype), b.to(dtype)) for dtype in (torch.bfloat16, torch.float16))

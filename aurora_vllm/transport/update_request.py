@@ -1,0 +1,80 @@
+"""The server asks the learner to publish a draft from disk: one request at a time, over the control block.
+
+The weight bank has one writer, the learner, so whoever wants other weights in it has to ask. Each side has one text
+field, which is read whole or not at all: ``server.update_request`` holds "number directory", ``learner.update_answer``
+"number version message". A request is open while the numbers differ; one without a directory was withdrawn.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from aurora_vllm.transport.control import BLOCKS, ControlBlock
+
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a request went."""
+
+    version: int  # the version it was published as, 0 where it was refused
+    message: str
+
+
+@dataclass(frozen=True)
+class UpdateRequest:
+    """A request the learner has not answered yet."""
+
+    number: int
+    directory: str
+
+
+def ask(control: ControlBlock, directory: str, timeout_s: float) -> Answer:
+    """Ask the learner, and wait. Only one thread of the server at a time may call this.
+
+    Args:
+        directory: of an EAGLE-3 checkpoint.
+        timeout_s: how long to wait; the request is then withdrawn.
+    """
+    if len(directory.encode()) > BLOCKS["server"]["update_request"].width - 32 or "\0" in directory:
+        return Answer(0, "model_path is too long, or no path")
+    number = _number(control.server.update_request) + 1
+    control.server.update_request = f"{number} {directory}"
+    deadline = time.monotonic() + timeout_s
+    while _number(control.learner.update_answer) != number:
+        if time.monotonic() > deadline:
+            control.server.update_request = f"{number + 1} "
+            return Answer(0, f"the learner did not answer within {timeout_s:g} s")
+        time.sleep(POLL_S)
+    _, version, message = control.learner.update_answer.split(" ", 2)
+    return Answer(int(version), message)
+
+
+def open_request(control: ControlBlock) -> UpdateRequest | None:
+    """The request that waits for the learner. Two short reads: may be asked at every turn."""
+    text = control.server.update_request
+    number = _number(text)
+    if number == _number(control.learner.update_answer):
+        return None
+    request = UpdateRequest(number, text.partition(" ")[2])
+    if not request.directory:
+        answer(control, request, Answer(0, "withdrawn"))
+        return None
+    return request
+
+
+def answer(control: ControlBlock, request: UpdateRequest, given: Answer) -> None:
+    """Close a request. Only the learner calls this."""
+    control.learner.update_answer = f"{request.number} {given.version} {given.message}"
+
+
+def refuse_open(control: ControlBlock) -> None:
+    """A new learner's first deed: what the one before it may have died over must not be its next."""
+    if request := open_request(control):
+        answer(control, request, Answer(0, "the learner was started again meanwhile; ask again"))
+
+
+def _number(text: str) -> int:
+    return int(text.partition(" ")[0] or 0)
