@@ -58,11 +58,26 @@ class AuroraConfig(BaseModel):
     evidence_tokens: int = Field(
         600, ge=1, description="response tokens a candidate is judged on before it may publish"
     )
+    sync: Literal["evidence", "steps", "requests"] = Field(
+        "evidence",
+        description="what publishes: evidence that a draft is better; or, unjudged as in Aurora's release, every "
+        "sync_interval optimizer steps or requests",
+    )
+    sync_interval: int = Field(50, ge=1, description="optimizer steps or requests between two publishes, see sync")
+
+    # --- what is kept ---
+    checkpoint_dir: Path | None = Field(
+        None, description="where checkpoints are kept, one directory a server; without one none are written"
+    )
+    checkpoint_interval_s: float = Field(300.0, gt=0, description="time between two checkpoints; one more at the end")
+    resume: Path | None = Field(
+        None, description="checkpoint to go on from; latest: the newest in checkpoint_dir, if there is one"
+    )
 
     # --- housekeeping ---
     seed: int = Field(0, description="seed of learner and sampling of requests")
 
-    @field_validator("draft", "cache_dir")
+    @field_validator("draft", "cache_dir", "checkpoint_dir", "resume")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         # A shell expands ~ in a flag, but nobody does in a YAML file or in a container's environment.

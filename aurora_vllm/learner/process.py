@@ -3,7 +3,7 @@
 A turn takes what the ring holds, then does one piece of work: score a trajectory, or train a step. What is scored is
 scored before anything trains on it; where traffic comes faster than that, the oldest goes into training unscored and is
 no evidence. The learner stays within its share of a CPU, and it may die at any moment: the server goes on, and the next
-learner begins with the version that was published last.
+learner begins with the version that was published last, and with what was saved of its training.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import sys
 import threading
 import time
 from collections import deque
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.budget import CpuBudget
-from aurora_vllm.learner.draft import load_draft, load_tensors
+from aurora_vllm.learner.draft import load_config, load_draft
 from aurora_vllm.learner.evaluate import Recent, simulate
-from aurora_vllm.learner.publish import Evidence, publish
+from aurora_vllm.learner.publish import Evidence, Sync, publish
 from aurora_vllm.learner.remap import move_to_vocabulary
 from aurora_vllm.learner.replay import Replay
+from aurora_vllm.learner.resume import checkpoints_of, go_on, state_of
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
@@ -61,13 +64,22 @@ class Learner:
         self.evidence = Evidence(
             config.evidence_tokens, config.publish_margin, config.publish_interval_s, config.num_speculative_tokens
         )
+        self.sync = Sync(config.sync, config.sync_interval)
         self.shadow = Recent(config.num_speculative_tokens)
         self.coverage = Coverage(self.incumbent.config.vocab_size)
         self.reselection = Reselection(session.target, config.vocabulary_coverage)
         self.budget = CpuBudget(config.learner_cpu_share)
         self.unscored: deque[Trajectory] = deque()
         self.trained_since_publish = False
-        self.tokens_seen = self.tokens_trained = self.unusable = 0
+        self.tokens_seen = self.tokens_trained = self.requests_seen = self.unusable = 0
+        # In the dtype that is served, so that what is saved is what runs.
+        self.draft_config = load_config(session.draft) | {"torch_dtype": session.dtype}
+        self.checkpoints = checkpoints_of(session)
+        self.carried: dict[str, Any] = {}  # counters of the learner this one goes on from
+        self.control.learner.checkpoint = go_on(self, session)
+        self.sync.published(self.trainer.steps, 0)
+        self.saved, self.saved_at = (self.version, self.trainer.steps), time.monotonic()
+        self._show_shadow()
 
     def turn(self) -> bool:
         """One piece of work. Returns whether there was any."""
@@ -81,6 +93,8 @@ class Learner:
         elif self.tokens_trained < self.tokens_seen * self.config.replay_passes and len(self.replay):
             self._say("training")
             self._train()
+            if self.config.sync != "evidence":
+                self._maybe_publish()
         else:
             self._say("waiting for traffic")
             return False
@@ -106,6 +120,8 @@ class Learner:
 
     def _remember(self, trajectory: Trajectory) -> None:
         self.replay.add(trajectory)
+        end = trajectory.start + len(trajectory.token_ids)
+        self.requests_seen += trajectory.start < trajectory.prompt_length <= end  # of a cut one, one piece counts
         self.tokens_seen += len(trajectory.token_ids)
         self.coverage.observe(trajectory.token_ids[max(0, trajectory.prompt_length - trajectory.start) :])
         self._follow_vocabulary()
@@ -156,24 +172,44 @@ class Learner:
         block.candidate_acceptance_length = verdict.candidate
         block.incumbent_acceptance_length = verdict.incumbent
         block.message = verdict.reason
-        if not (verdict.publish and self.trained_since_publish):
+        reason = self.sync.reason(verdict, self.trainer.steps, self.requests_seen)
+        if not (reason and self.trained_since_publish):
             return
         version = max(self.version, self.bank.published(), self.control.worker.live_version) + 1
         try:
-            publish(self.bank, version, self.candidate, {"reason": verdict.reason, "step": self.trainer.steps})
+            publish(self.bank, version, self.candidate, {"reason": reason, "step": self.trainer.steps})
         except ValueError as error:  # weights that are not finite: back to the last good ones
             block.message = f"not published: {error}"
-            move_to_vocabulary(self.candidate, self.head, self.incumbent.target_ids, self.trainer.optimizer)
             self.candidate.load_state_dict(self.incumbent.state_dict())
+            self.trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
+            self.trained_since_publish = False
             return
         self.version = version
         self.incumbent.load_state_dict(self.candidate.state_dict())
+        self.sync.published(self.trainer.steps, self.requests_seen)
         self.shadow = Recent(self.config.num_speculative_tokens)
         self.shadow.add(self.evidence.published(time.monotonic()))
         self.trained_since_publish = False
         block.published_version = version
         block.publishes += 1
         self._show_shadow()
+
+    def save(self, at_once: bool = False) -> None:
+        """Write a checkpoint where one is wanted, due (or ``at_once``), and something was learned since the last."""
+        now, state = time.monotonic(), (self.version, self.trainer.steps)
+        due = at_once or now - self.saved_at >= self.config.checkpoint_interval_s
+        if self.checkpoints is None or not due or state == self.saved:
+            return
+        self._say("saving a checkpoint")
+        block = self.control.learner
+        self.saved_at = now
+        try:
+            path = self.checkpoints.save(self.incumbent, self.draft_config, *state_of(self))
+        except (OSError, SafetensorError) as error:  # no room, most likely; learning goes on
+            block.checkpoint = f"not saved: {error}"
+            return
+        self.saved = state
+        block.checkpoint, block.checkpoints = path.name, block.checkpoints + 1
 
     def _show_shadow(self) -> None:
         block = self.control.learner
@@ -186,7 +222,7 @@ class Learner:
         if version == 0:
             return CHECKPOINT_VERSION
         try:
-            load_tensors(self.incumbent, {name: t.clone() for name, t in self.bank.read(version).tensors.items()})
+            self.incumbent.load_state_dict(self.bank.read(version).tensors)
         except TornPublish:
             return CHECKPOINT_VERSION
         return version
@@ -216,7 +252,9 @@ def main() -> int:
     learner.control.learner.pid = os.getpid()
     while not stop.is_set():
         worked = learner.turn()
+        learner.save()
         stop.wait(learner.budget.debt() if worked else IDLE_S)
+    learner.save(at_once=True)
     return 0
 
 

@@ -11,6 +11,7 @@ unseen-prompt requests later; acceptance length 1.50 before): all at 1e-3 1.39, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -97,6 +98,30 @@ class Trainer:
         warm = [min(1.0, (age + 1 - begin) / REFINE_WARMUP_STEPS) for begin in (HEAD_STEPS, 0)]
         body = BODY_RATE * warm[0] if age >= HEAD_STEPS else 0.0
         return self.learning_rate * body, self.learning_rate * warm[1]
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state as ``<parameter>.<key>`` (AdamW's keys: exp_avg, exp_avg_sq, step). Not copies."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.draft.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Go on from what :meth:`state_tensors` gave after ``steps`` optimizer steps.
+
+        Raises:
+            ValueError: a tensor belongs to no parameter, or is not of its shape. Nothing was changed.
+        """
+        parameters = dict(self.draft.named_parameters())
+        state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            owner, _, key = name.rpartition(".")
+            if owner not in parameters or (tensor.dim() and tensor.shape != parameters[owner].shape):
+                raise ValueError(f"the optimizer's state {name} {list(tensor.shape)} fits no tensor of the draft")
+            state.setdefault(parameters[owner], {})[key] = tensor.to(parameters[owner].device)
+        self.optimizer.state.update(state)
+        self.steps = steps
 
     def step(self, batch: Batch) -> LossOutput:
         """One optimizer step. The returned ``total`` is detached."""
