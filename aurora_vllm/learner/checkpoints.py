@@ -149,7 +149,9 @@ class Checkpoints:
             with appears_whole(out, private=True) as staging:
                 save_draft(draft, staging, config)
                 (staging / _LEARNER).mkdir()
-                save_file({name: t.detach().cpu() for name, t in tensors.items()}, staging / _LEARNER / _TENSORS)
+                save_file(
+                    {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / _LEARNER / _TENSORS
+                )
                 text = json.dumps(facts | {"provenance": self._provenance}, indent=2)
                 (staging / _LEARNER / _FACTS).write_text(text + "\n", encoding="utf-8")
             self._point_to(out)
