@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = typer.main.get_command(app).main(args=argv, prog_name="aurora-vllm", standalone_mode=False)
     except typer.TyperException as error:
-        return report(AuroraError(error.format_message(), "see aurora-vllm --help"))
+        return report(AuroraError(error.format_message().rstrip("."), "see aurora-vllm --help"))
     return int(code or 0)
 
 

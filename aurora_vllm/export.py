@@ -45,7 +45,7 @@ def export(source: Path, out: Path, form: Format, verifier: str | None = None) -
         raise AuroraError(f"{out} exists already", "name a directory that does not")
     if not source.is_dir():
         raise AuroraError(f"{source} is no directory", "give a checkpoint, or a directory of checkpoints")
-    source = checkpoints.newest(source) or source
+    source = checkpoints.newest(source) or source.resolve()
     draft, config = load_draft(source), load_config(source)
     described = speculators_config(draft.config, config, *_origin(source, verifier)) if form == "speculators" else None
     try:

@@ -82,12 +82,9 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "candidate_acceptance_length": FLOAT,
         "incumbent_acceptance_length": FLOAT,
         "vocabulary_coverage": FLOAT,
-<<<<<<< HEAD
         "vocabulary_changes": INT,
-=======
         "checkpoints": INT,
         "checkpoint": TEXT,  # the newest, what was resumed, or why none was saved
->>>>>>> f0d4d65 (What is learned survives and leaves: checkpoints, --aurora-resume, aurora-vllm export, drafts of every format vLLM loads, sync policies (tests follow))
     },
 }
 
