@@ -15,6 +15,7 @@ import torch
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs
+from aurora_vllm.learner.draft_files import canonical_name, flatten, read_tensors, weight_files
 from aurora_vllm.transport.bank import TensorSpec
 
 Shape = tuple[int, ...]
@@ -37,7 +38,7 @@ class Draft:
     """An EAGLE-3 draft: where it comes from, what of the target it reads, and its trainable tensors."""
 
     directory: Path
-    origin: str  # "given", "day-0, cached", "day-0, to be made"
+    origin: str  # "given", "resumed", "day-0, cached", "day-0, to be made"
     aux_layers: tuple[int, ...]  # id k is the residual stream that enters the target's layer k
     vocab_size: int
     specs: tuple[TensorSpec, ...]  # by their Hugging Face names: what travels through the weight bank
@@ -102,7 +103,7 @@ def read_draft(directory: Path, target: Target) -> Draft:
         raise AuroraError(
             f"draft {directory} is no directory", "give one that holds config.json and *.safetensors, or none"
         )
-    config = read_config(directory)
+    config = flatten(read_config(directory))
     misfit = f"draft {directory} does not fit {target.model}"
     remedy = "use a draft trained for this target, or none: then one is made"
     for key in ("target_hidden_size", "hidden_size"):
@@ -115,7 +116,7 @@ def read_draft(directory: Path, target: Target) -> Draft:
 
     aux_layers = _aux_layers(config, target, misfit)
     specs = draft_specs(config | {"num_aux_hidden_states": len(aux_layers)}, target.dtype)
-    found = read_shapes(directory)
+    found = draft_shapes(directory)
     wanted_shapes = {spec.name: spec.shape for spec in specs} | {
         "embed_tokens.weight": (target.vocab_size, target.hidden_size)
     }
@@ -126,7 +127,23 @@ def read_draft(directory: Path, target: Target) -> Draft:
             raise AuroraError(f"draft {directory} is no EAGLE-3 draft of one layer: it has no tensor {name}", remedy)
         if found.get(name, shape) != shape:
             raise AuroraError(f"{misfit}: tensor {name} is {list(found[name])}, it should be {list(shape)}", remedy)
+    unknown = sorted(found.keys() - wanted_shapes.keys() - {"t2d"})
+    if unknown:  # vLLM would refuse it as well, once the target is loaded
+        one = f"{unknown[0]} {list(found[unknown[0]])}"
+        raise AuroraError(f"draft {directory} has a tensor {one}, which no EAGLE-3 draft of its config has", remedy)
     return Draft(directory, "given", aux_layers, draft_vocabulary, specs)
+
+
+def draft_shapes(directory: Path) -> dict[str, Shape]:
+    """Shape of every tensor of a draft in any format that vLLM loads, by its EAGLE-3 name.
+
+    Raises:
+        AuroraError: there are no weights, or a file is damaged.
+    """
+    files = weight_files(directory)
+    if files and files[0].suffix == ".bin":
+        return {name: tuple(tensor.shape) for name, tensor in read_tensors(directory, "meta").items()}
+    return {canonical_name(name): shape for name, shape in read_shapes(directory).items()}
 
 
 def draft_specs(config: dict[str, Any], dtype: str) -> tuple[TensorSpec, ...]:

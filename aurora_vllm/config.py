@@ -38,10 +38,10 @@ class AuroraConfig(BaseModel):
     # --- learning ---
     learn: bool = Field(True, description="run the learner")
     learner_cpu_share: float = Field(
-        0.5, gt=0, le=1, description="largest share of one CPU the learner takes while serving"
+        0.15, gt=0, le=1, description="largest share of one CPU the learner takes while something is served"
     )
     learner_nice: int = Field(
-        10, ge=0, le=19, description="the learner steps back by this: 10 takes a tenth of a CPU under full load"
+        10, ge=0, le=19, description="niceness of the learner: how far it steps back behind serving"
     )
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
@@ -71,6 +71,21 @@ class AuroraConfig(BaseModel):
     evidence_tokens: int = Field(
         600, ge=1, description="response tokens a candidate is judged on before it may publish"
     )
+    sync: Literal["evidence", "steps", "requests"] = Field(
+        "evidence",
+        description="what publishes: evidence that a draft is better; or, unjudged as in Aurora's release, every "
+        "sync_interval optimizer steps or requests",
+    )
+    sync_interval: int = Field(50, ge=1, description="optimizer steps or requests between two publishes, see sync")
+
+    # --- what is kept ---
+    checkpoint_dir: Path | None = Field(
+        None, description="where checkpoints are kept, one directory a server; without one none are written"
+    )
+    checkpoint_interval_s: float = Field(300.0, gt=0, description="time between two checkpoints; one more at the end")
+    resume: Path | None = Field(
+        None, description="checkpoint to go on from; latest: the newest in checkpoint_dir, if there is one"
+    )
 
     # --- housekeeping ---
     sglang_api: bool = Field(False, description="also answer SGLang's and Aurora's endpoints")
@@ -83,7 +98,7 @@ class AuroraConfig(BaseModel):
             raise ValueError("the discard term begins at the second unroll step: ttt_length must be at least 2")
         return weight
 
-    @field_validator("draft", "cache_dir")
+    @field_validator("draft", "cache_dir", "checkpoint_dir", "resume")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         # A shell expands ~ in a flag, but nobody does in a YAML file or in a container's environment.

@@ -16,6 +16,7 @@ from aurora_vllm import settings
 from aurora_vllm.errors import AuroraError, notice, report
 from aurora_vllm.settings import Invocation
 from aurora_vllm.stopping import StopGuard, end_descendants
+from aurora_vllm.supervisor import SAVE_S
 
 if TYPE_CHECKING:
     from aurora_vllm.plan import ServePlan
@@ -63,6 +64,8 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
     if invocation.aurora_file is not None and invocation.aurora_file.model and getattr(args, "model_tag", None) is None:
         args = server.parse([invocation.aurora_file.model, *invocation.vllm_argv])
     guard.grace_s += getattr(args, "shutdown_timeout", 0)  # time vLLM gives requests to finish
+    if invocation.config.checkpoint_dir is not None:
+        guard.grace_s += SAVE_S
     try:
         if invocation.off:
             server.run(args)
@@ -74,7 +77,7 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
 
 def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     from aurora_vllm import plan as plans
-    from aurora_vllm import preflight, vllm_server
+    from aurora_vllm import preflight, resuming, vllm_server
     from aurora_vllm.runtime import Runtime
 
     probes = _probes()
@@ -93,6 +96,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     for line in plan.aurora_file.summary() if plan.aurora_file else ():
         notice(line)
     preflight.check_port(args)
+    resuming.check_checkpoint_dir(plan.config)
     plan = plans.with_draft(plan, preflight.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args)
     installed = vllm_server.routes_are_installed()

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from aurora_vllm import checkpoint
+from aurora_vllm import checkpoint, resuming
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
@@ -150,11 +150,14 @@ def resolve_target(args: Namespace, weights: bool) -> Target:
 
 
 def resolve_draft(config: AuroraConfig, target: Target) -> Draft:
-    """The given draft, checked; or what the day-0 draft is or will be.
+    """The resumed or the given draft, checked; or what the day-0 draft is or will be.
 
     Raises:
         AuroraError: it does not fit, or none can be made.
     """
+    resumed = resuming.resumed_draft(config, target)
+    if resumed is not None:
+        return resumed
     if config.draft is not None:
         return checkpoint.read_draft(fetch(str(config.draft), "draft", weights=True), target)
     from aurora_vllm.learner import day0  # imports torch
@@ -184,6 +187,9 @@ def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
         AuroraError: the target is not of the shape it can be made from, or it cannot be written.
     """
     if draft.origin == "given":
+        return draft
+    if draft.origin == "resumed":
+        resuming.check_same_target(draft, target)
         return draft
     from aurora_vllm.learner.day0 import make_day0_draft
 
@@ -221,6 +227,8 @@ def fetch(name: str, kind: str, weights: bool, revision: str | None = None, cach
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+    if kind == "draft":
+        patterns.append("*.bin")  # yuhuili's have no safetensors
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
     except Exception as error:  # the hub's client has a dozen kinds, network errors come bare

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
+from pathlib import Path
 from types import TracebackType
 
 from aurora_vllm import stopping
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.plan import ServePlan
+from aurora_vllm.provenance import without_secrets
 from aurora_vllm.session import Session
-from aurora_vllm.supervisor import Supervisor
+from aurora_vllm.supervisor import SAVE_S, STOP_S, Supervisor
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer
@@ -58,11 +61,17 @@ class Runtime:
             ring=ring.name,
             bank=bank.name,
             control=block.name,
+            resume=plan.draft.directory if plan.draft.origin == "resumed" else None,
+            model=str(plan.target.directory) if Path(plan.target.model).is_dir() else plan.target.model,
+            command=without_secrets(sys.argv),
         )
         self.session.export()
         if plan.config.learn:
             ready = engine_is_up.is_set if routes_installed else (lambda: bool(control.worker.attached))
-            self._supervisor = Supervisor(control.server, ready, plan.config.learner_threads, plan.config.learner_nice)
+            stop_s = SAVE_S if plan.config.checkpoint_dir else STOP_S
+            self._supervisor = Supervisor(
+                control.server, ready, plan.config.learner_threads, plan.config.learner_nice, stop_s=stop_s
+            )
             self._supervisor.start()
 
     def close(self) -> None:

@@ -33,6 +33,9 @@ class Session(BaseModel):
     ring: str  # names of the shared-memory segments
     bank: str
     control: str
+    resume: Path | None = None  # the checkpoint that `draft` is, where the learner goes on from one
+    model: str = ""  # the target as the user named it
+    command: tuple[str, ...] = ()  # that started the server, secrets blanked
 
     @property
     def row_layout(self) -> RowLayout:

@@ -24,6 +24,7 @@ LEARNER = (sys.executable, "-m", "aurora_vllm.learner.process")
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 STABLE_S = 60.0  # a learner that lived this long starts over at the first wait
 STOP_S = 3.0  # from SIGTERM to SIGKILL
+SAVE_S = 15.0  # the same for a learner that writes a last checkpoint
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -49,6 +50,7 @@ class Supervisor(threading.Thread):
         command: Sequence[str] = LEARNER,
         waits: tuple[float, float] = (FIRST_WAIT_S, LONGEST_WAIT_S),
         stable_s: float = STABLE_S,
+        stop_s: float = STOP_S,
     ) -> None:
         """
         Args:
@@ -59,6 +61,8 @@ class Supervisor(threading.Thread):
             nice: added to the learner's niceness, 0..19.
             command: what to run.
             waits: first and longest wait before a restart, seconds.
+            stable_s: a learner that lived this long starts over at the first wait.
+            stop_s: from SIGTERM to SIGKILL.
         """
         super().__init__(name="aurora-learner-supervisor", daemon=True)
         self._block = block
@@ -66,7 +70,7 @@ class Supervisor(threading.Thread):
         self._environment = learner_environment(os.environ, threads)
         self._command = (str(nice), *command)
         self._first_wait, self._longest_wait = waits
-        self._stable_s = stable_s
+        self._stable_s, self._stop_s = stable_s, stop_s
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -107,7 +111,7 @@ class Supervisor(threading.Thread):
         try:
             while process.poll() is None:
                 if self._stopping.wait(0.2):
-                    end_process(process)
+                    end_process(process, self._stop_s)
         finally:
             self._block.learner_pid = 0
         code = process.returncode
@@ -117,11 +121,11 @@ class Supervisor(threading.Thread):
         )
 
 
-def end_process(process: subprocess.Popen[bytes]) -> None:
+def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
     """SIGTERM, and SIGKILL where that is not heard."""
     process.terminate()
     try:
-        process.wait(STOP_S)
+        process.wait(patience_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

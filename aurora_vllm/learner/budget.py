@@ -1,4 +1,7 @@
-"""The learner's share of a CPU: after each piece of work it sleeps long enough to have taken no more than its share."""
+"""The learner's share of a CPU: after each piece of work it sleeps long enough to have taken no more than its share.
+
+While nothing is served the share is the whole CPU.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ class CpuBudget:
     """Bounds CPU seconds per second.
 
     Args:
-        share: of one CPU, in (0, 1].
+        share: of one CPU while something is served, in (0, 1].
         cpu_clock: seconds of CPU this process has used, all threads (``time.process_time``).
         wall_clock: seconds that pass (``time.monotonic``).
     """
@@ -25,14 +28,19 @@ class CpuBudget:
 
     def __post_init__(self) -> None:
         self._cpu, self._wall = self.cpu_clock(), self.wall_clock()
+        self._engine_steps = 0
 
-    def debt(self) -> float:
+    def debt(self, engine_steps: int) -> float:
         """Seconds to sleep now, so that the CPU taken since the last call stays within the share.
 
-        Waiting counts as rest: at low priority most of the rest happens by itself, where serving needs the CPU.
+        Waiting counts as rest: at low priority some of the rest happens by itself, where serving needs the CPU.
+
+        Args:
+            engine_steps: of the server, ever; where it is what it was at the last call, nothing is being served.
         """
         cpu, wall = self.cpu_clock(), self.wall_clock()
         used, passed = cpu - self._cpu, wall - self._wall
-        pause = min(max(used / self.share - passed, 0.0), LONGEST_SLEEP_S)
-        self._cpu, self._wall = cpu, wall + pause
+        share = self.share if engine_steps != self._engine_steps else 1.0
+        pause = min(max(used / share - passed, 0.0), LONGEST_SLEEP_S)
+        self._cpu, self._wall, self._engine_steps = cpu, wall + pause, engine_steps
         return pause

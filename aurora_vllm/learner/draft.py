@@ -1,7 +1,8 @@
-"""The EAGLE-3 draft: one Llama-style layer that reads the target's states, in plain torch, to be trained.
+"""The EAGLE-3 draft: one Llama or Qwen3 layer that reads the target's states, in plain torch, to be trained.
 
-It computes what ``vllm/model_executor/models/llama_eagle3.py`` computes, and its tensors have the names of a Hugging
-Face EAGLE-3 checkpoint. Here are the weights and the row-wise parts; how rows attend to each other is in unroll.py.
+It computes what ``vllm/model_executor/models/llama_eagle3.py`` (or ``qwen3_eagle3.py``) computes, and its tensors have
+the names of a Hugging Face EAGLE-3 checkpoint. Here are the weights and the row-wise parts; how rows attend to each
+other is in unroll.py.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner.draft_files import flatten, read_tensors
 from aurora_vllm.learner.eagle3_config import Eagle3Config as Eagle3Config
 from aurora_vllm.learner.rope import inverse_frequencies
 from aurora_vllm.transport.bank_layout import TensorSpec
@@ -43,6 +45,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(2 * config.hidden_size, key, bias=config.attention_bias)
         self.v_proj = nn.Linear(2 * config.hidden_size, key, bias=config.attention_bias)
         self.o_proj = nn.Linear(query, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
 
 class MLP(nn.Module):
@@ -122,24 +127,27 @@ class Eagle3Draft(nn.Module):
 
 
 def load_draft(directory: Path) -> Eagle3Draft:
-    """Read a checkpoint (config.json and safetensors) as float32.
+    """Read a checkpoint as float32, in any format of draft_files.py.
 
     Raises:
         AuroraError: no checkpoint there, an unusable config, or a tensor that is missing, unknown or of another shape.
+    """
+    draft = Eagle3Draft(Eagle3Config.from_hf(load_config(directory)))
+    load_tensors(draft, read_tensors(directory))
+    return draft
+
+
+def load_config(directory: Path) -> dict[str, Any]:
+    """A checkpoint's ``config.json``, flat.
+
+    Raises:
+        AuroraError: there is none, or it is of another kind of draft.
     """
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AuroraError(f"no draft in {directory}: {error}") from None
-    draft = Eagle3Draft(Eagle3Config.from_hf(config))
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise AuroraError(f"no draft in {directory}: there is no safetensors file")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors.update(load_file(file))
-    load_tensors(draft, tensors)
-    return draft
+    return flatten(config)
 
 
 def load_tensors(draft: Eagle3Draft, tensors: dict[str, torch.Tensor]) -> None:
@@ -177,7 +185,23 @@ def save_draft(draft: Eagle3Draft, directory: Path, config: dict[str, Any]) -> N
         directory: made where it does not exist.
         config: the ``config.json`` to write, as it was read.
     """
-    dtype = getattr(torch, str(config.get("torch_dtype") or "float32").removeprefix("torch."))
+    dtype = stored_dtype(config)
+    config = {key: value for key, value in config.items() if key != "dtype"}
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = checkpoint_tensors(draft, dtype)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    """What ``torch_dtype`` says, or transformers 5's ``dtype``; float32 where neither says anything."""
+    name = str(config.get("torch_dtype") or config.get("dtype") or "float32").removeprefix("torch.")
+    return getattr(torch, name)
+
+
+def checkpoint_tensors(draft: Eagle3Draft, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What a checkpoint of this draft holds, ``t2d`` and an embedding of its own included; contiguous, on the CPU."""
     tensors = {name: t.to("cpu").contiguous() for name, t in bank_tensors(draft, dtype).items()}
     if draft.embed_tokens is not None:
         tensors["embed_tokens.weight"] = draft.embed_tokens.to("cpu", dtype).contiguous()
@@ -186,9 +210,7 @@ def save_draft(draft: Eagle3Draft, directory: Path, config: dict[str, Any]) -> N
     else:
         tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool)
         tensors["t2d"][draft.target_ids.cpu()] = True
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return tensors
 
 
 def bank_specs(draft: Eagle3Draft, dtype: torch.dtype = torch.float32) -> list[TensorSpec]:

@@ -26,6 +26,7 @@ class Eagle3Config:
     aux_layer_ids: tuple[int, ...] | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3's layer: each head of q and k is normalised before RoPE
     norm_before_residual: bool = False
     norm_before_fc: bool = False
     fc_norm: bool = False
@@ -58,6 +59,8 @@ class Eagle3Config:
                 aux_layer_ids=tuple(layer_ids) if layer_ids else None,
                 attention_bias=bool(config.get("attention_bias", False)),
                 mlp_bias=bool(config.get("mlp_bias", False)),
+                # As vLLM's registry maps them; "Eagle3Qwen3vlForCausalLM" is a Llama layer.
+                qk_norm=bool({"Eagle3Qwen3ForCausalLM", "Qwen3ForCausalLM"} & set(config.get("architectures") or ())),
                 norm_before_residual=bool(config.get("norm_before_residual", False)),
                 norm_before_fc=bool(eagle.get("norm_before_fc", config.get("norm_before_fc", False))),
                 fc_norm=bool(config.get("fc_norm", False)),

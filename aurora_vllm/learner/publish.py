@@ -1,4 +1,4 @@
-"""When a candidate may replace the incumbent, and how it is written into the bank. Nothing else publishes."""
+"""When a candidate replaces the incumbent, and how it is written into the bank. Nothing else publishes."""
 
 from __future__ import annotations
 
@@ -79,6 +79,32 @@ class Evidence:
         """Forget every score: they speak of another candidate."""
         self._pairs.clear()
         self._tokens = 0
+
+
+@dataclass
+class Sync:
+    """When a candidate goes out: on evidence, or unjudged every so many optimizer steps or requests (Aurora's release:
+    ``decode.weight_sync_interval``, steps; its paper: requests).
+
+    Args:
+        policy: "evidence", "steps" or "requests".
+        interval: of the latter two.
+    """
+
+    policy: str
+    interval: int
+    _steps: int = 0  # at the last publish
+    _requests: int = 0
+
+    def reason(self, verdict: Verdict, steps: int, requests: int) -> str:
+        """Why to publish now; empty for not now. steps, requests: since the learner began."""
+        if self.policy == "evidence":
+            return verdict.reason if verdict.publish else ""
+        passed = steps - self._steps if self.policy == "steps" else requests - self._requests
+        return f"{passed} {self.policy} since the last publish" if passed >= self.interval else ""
+
+    def published(self, steps: int, requests: int) -> None:
+        self._steps, self._requests = steps, requests
 
 
 def publish(bank: WeightBank, version: int, draft: Eagle3Draft, evidence: dict[str, Any]) -> None:

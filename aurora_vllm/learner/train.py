@@ -11,7 +11,9 @@ unseen-prompt requests later; acceptance length 1.50 before): all at 1e-3 1.39, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -80,7 +82,7 @@ class Trainer:
         self.max_grad_norm, self.warmup_steps = max_grad_norm, warmup_steps
         self.parameters = list(draft.parameters())
         body = [p for p in self.parameters if p is not draft.lm_head.weight]
-        groups = [{"params": body}, {"params": [draft.lm_head.weight]}]
+        groups: list[dict[str, Any]] = [{"params": body}, {"params": [draft.lm_head.weight]}]
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
         self.refining_since: int | None = None
         self.steps = self.skipped = self.empty = 0
@@ -99,6 +101,30 @@ class Trainer:
         warm = [min(1.0, (age + 1 - begin) / REFINE_WARMUP_STEPS) for begin in (HEAD_STEPS, 0)]
         body = BODY_RATE * warm[0] if age >= HEAD_STEPS else 0.0
         return self.learning_rate * body, self.learning_rate * warm[1]
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state as ``<parameter>.<key>`` (AdamW's keys: exp_avg, exp_avg_sq, step). Not copies."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.draft.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: Mapping[str, torch.Tensor], steps: int, refining_since: int | None) -> None:
+        """Go on from what :meth:`state_tensors` gave after ``steps`` optimizer steps.
+
+        Raises:
+            ValueError: a tensor belongs to no parameter, or is not of its shape. Nothing was changed.
+        """
+        parameters = dict(self.draft.named_parameters())
+        state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            owner, _, key = name.rpartition(".")
+            if owner not in parameters or (tensor.dim() and tensor.shape != parameters[owner].shape):
+                raise ValueError(f"the optimizer's state {name} {list(tensor.shape)} fits no tensor of the draft")
+            state.setdefault(parameters[owner], {})[key] = tensor.to(parameters[owner].device)
+        self.optimizer.state.update(state)
+        self.steps, self.refining_since = steps, refining_since
 
     def step(self, batch: Batch) -> LossOutput:
         """One optimizer step. The returned ``total`` is detached."""

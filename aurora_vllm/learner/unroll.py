@@ -114,9 +114,14 @@ def _unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan
     def pick(x: torch.Tensor) -> torch.Tensor:  # [S, ...] -> [A, ...]
         return x if plan.active is None else x[plan.active]
 
-    def heads(x: torch.Tensor, cos: torch.Tensor | None = None, sin: torch.Tensor | None = None) -> torch.Tensor:
-        x = x.unflatten(-1, (-1, dim))
-        return x if cos is None or sin is None else rotate(x, cos, sin)
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, dim))
+
+    def keys(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotate(attn.k_norm(heads(x).float()) if config.qk_norm else heads(x), cos, sin)
+
+    def queries(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotate(attn.q_norm(heads(x).float()) if config.qk_norm else heads(x), cos, sin)
 
     # The token at t+1; behind the last column token 0, as the release pads.
     ids = F.pad(batch.input_ids, (0, 1))[plan.sequence, plan.row + 1]
@@ -139,7 +144,7 @@ def _unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan
         normed = layer.hidden_norm(hidden)
         if step == 0:
             cos, sin = cos_sin(positions, draft.frequencies)
-            key = heads(token_k + F.linear(normed, hidden_half[attn.k_proj]), cos, sin)
+            key = keys(token_k + F.linear(normed, hidden_half[attn.k_proj]), cos, sin)
             value = heads(token_v + F.linear(normed, hidden_half[attn.v_proj]))
             hidden, normed, cos, sin = pick(hidden), pick(normed), pick(cos), pick(sin)
             query = token_q
@@ -147,10 +152,10 @@ def _unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan
             # Past the last target row nothing counts any more: such rows read the last token again, to stay in bounds.
             shifted = torch.minimum(active + step, plan.last_of_segment)  # [A] into S
             cos, sin = cos_sin(positions[active] + step, draft.frequencies)
-            own_keys.append(heads(token_k[shifted] + F.linear(normed, hidden_half[attn.k_proj]), cos, sin))
+            own_keys.append(keys(token_k[shifted] + F.linear(normed, hidden_half[attn.k_proj]), cos, sin))
             own_values.append(heads(token_v[shifted] + F.linear(normed, hidden_half[attn.v_proj])))
             query = token_q[shifted - query_offset]
-        query = heads(query + F.linear(normed, hidden_half[attn.q_proj]), cos, sin)
+        query = queries(query + F.linear(normed, hidden_half[attn.q_proj]), cos, sin)
         attended = ttt_attention(query, key, value, own_keys, own_values, plan.segments)
         output = draft.finish(attended, normed if config.norm_before_residual else hidden)
         outputs.append(output)

@@ -17,7 +17,7 @@ from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
-TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a checkpoint the user names, until it is measured
+TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a draft the user names or resumes, until measured
 
 
 class _ChosenDraftLength:
@@ -39,7 +39,7 @@ class DraftLengthAdvisor:
         self._controller = DraftLengthController(
             max_draft_length=max_draft_length,
             mode=config.speculate,
-            prior=0.0 if config.draft is None else TRUST_IN_A_GIVEN_DRAFT,
+            prior=TRUST_IN_A_GIVEN_DRAFT if config.draft or session.resume else 0.0,
         )
         self._breaker = CircuitBreaker("choosing the draft length")
         self._max_draft_length = max_draft_length

@@ -169,6 +169,12 @@ def _destinations(draft: Any) -> list[_Destination]:
         (f"{prefix}post_attention_layernorm.weight", layer.post_attention_layernorm),
         ("norm.weight", model.norm),
     ]
+    optional = [
+        ("input_norm.weight", getattr(model, "input_norm", None)),
+        *((f"fc_norm.{i}.weight", module) for i, module in enumerate(getattr(model, "fc_norm", None) or ())),
+        *((f"{prefix}self_attn.{name}_norm.weight", getattr(attention, f"{name}_norm", None)) for name in "qk"),
+    ]
+    norms += [(name, module) for name, module in optional if module is not None]
     found = []
     for sources, module in linears:
         if getattr(module, "bias", None) is not None:

@@ -87,6 +87,8 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "vocabulary_coverage": FLOAT,
         "vocabulary_changes": INT,
         "update_answer": ANSWER,
+        "checkpoints": INT,
+        "checkpoint": TEXT,  # the newest, what was resumed, or why none was saved
     },
 }
 

@@ -1,4 +1,4 @@
-"""The whole thing as a user starts it: one server process, no draft, no aurora flag that matters, real HTTP."""
+"""The whole thing as a user starts it: one server process, no draft, real HTTP; and the next one, which goes on."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aurora_vllm.learner.checkpoints import Checkpoint
 from aurora_vllm.semantics.sglang_api import acceptance_length
 
 MARKER = "Zyxomma Quintessor"  # words that occur nowhere but in a prompt of this test
@@ -28,19 +29,20 @@ ROOT = Path(__file__).resolve().parents[2]
 class Server:
     """A running server with a learner, all its files below one directory."""
 
-    def __init__(self, target: Path, directory: Path) -> None:
+    def __init__(self, target: Path, directory: Path, *more: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.directory = directory
         self.log = directory / "server.log"
         home = {name: str(directory / name.lower()) for name in ("TMPDIR", "AURORA_CACHE_DIR")}
-        (directory / "tmpdir").mkdir()
+        (directory / "tmpdir").mkdir(exist_ok=True)
         command = [
             *(sys.executable, "-m", "aurora_vllm.entrypoint", str(target), "--served-model-name", "m"),
             *("--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
             *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(128 << 20), "--aurora-evidence-tokens", "150"),
             *("--aurora-publish-interval-s", "1", "--aurora-learner-cpu-share", "1", "--aurora-sglang-api"),
+            *("--aurora-checkpoint-dir", str(directory / "kept"), *more),
         ]
         environment = {
             k: v for k, v in os.environ.items() if k not in ("AURORA_SESSION", "VLLM_ENABLE_V1_MULTIPROCESSING")
@@ -183,7 +185,7 @@ def test_nothing_of_the_traffic_is_on_disk(server: Server) -> None:
 
 
 def test_ctrl_c_leaves_no_process_and_no_segment(server: Server) -> None:
-    """Last: it ends the server."""
+    """It ends the server; those behind it look at what is left."""
     tree = psutil.Process(server.process.pid).children(recursive=True)
     prefix = f"aurora-{server.process.pid}-"
     assert any(path.name.startswith(prefix) for path in Path("/dev/shm").iterdir())
@@ -192,3 +194,34 @@ def test_ctrl_c_leaves_no_process_and_no_segment(server: Server) -> None:
     assert not any(path.name.startswith(prefix) for path in Path("/dev/shm").iterdir())
     _, alive = psutil.wait_procs(tree, timeout=20)
     assert not alive
+
+
+def test_the_next_server_goes_on_from_the_checkpoint(server: Server, target: Path) -> None:
+    kept = server.directory / "kept"
+    first = Checkpoint.read(kept / "latest")
+    step = first.facts["statistics"]["steps"]
+    assert step > 0 and first.directory.resolve().name == "checkpoint-000001"  # saved at the end alone
+    assert str(target) in first.facts["provenance"]["command"]
+    for path in kept.rglob("*"):
+        assert path.is_dir() or MARKER.encode() not in path.read_bytes()
+
+    resumed = Server(target, server.directory, "--aurora-resume", "latest")
+    try:
+        resumed.wait_up()
+        wait_for(lambda: resumed.status()["learner"]["alive"], 60)
+        before = resumed.status()
+        assert before["draft"] == str((kept / "checkpoint-000001").resolve())
+        assert before["versions"]["live"] == 1
+        assert before["learner"]["checkpoint"] == f"goes on from checkpoint-000001, step {step}"
+        resumed.ask("def add(a, b):", 32)
+        assert resumed.status()["speculation"]["spec_steps"] > 0  # a resumed draft is served at once
+        wait_for(lambda: resumed.status()["learner"]["step"] > step, 60)
+        resumed.process.send_signal(signal.SIGTERM)
+        resumed.process.wait(60)
+    finally:
+        resumed.http.close()
+        resumed.process.kill()
+    second = Checkpoint.read(kept / "latest")
+    assert second.directory.resolve().name == "checkpoint-000002"
+    assert second.facts["statistics"]["steps"] > step
+    assert second.facts["lineage"] == first.facts["lineage"]

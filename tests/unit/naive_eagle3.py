@@ -109,8 +109,11 @@ def naive_logits(draft: Eagle3Draft, head: TargetHead, batch: Batch, ttt_length:
             a, b = y[..., : dim // 2], y[..., dim // 2 :]
             return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-        query = rope(split(layer.self_attn.q_proj(x), heads))
-        keys.append(rope(split(layer.self_attn.k_proj(x), kv_heads)))
+        query, key = split(layer.self_attn.q_proj(x), heads), split(layer.self_attn.k_proj(x), kv_heads)
+        if config.qk_norm:
+            query, key = layer.self_attn.q_norm(query), layer.self_attn.k_norm(key)
+        query = rope(query)
+        keys.append(rope(key))
         values.append(split(layer.self_attn.v_proj(x), kv_heads))
         masks.append(causal if i == 0 else diagonal)
         scores = query @ torch.cat(keys, 2).transpose(2, 3) / dim**0.5

@@ -20,10 +20,10 @@ class Clocks:
 def test_never_more_than_the_share(share: float, work: list[tuple[float, float]]) -> None:
     clocks = Clocks()
     budget = CpuBudget(share, lambda: clocks.cpu, lambda: clocks.wall)
-    for used, waited in work:
+    for step, (used, waited) in enumerate(work, start=1):
         clocks.cpu += used
         clocks.wall += used + waited
-        pause = budget.debt()
+        pause = budget.debt(step)
         assert pause >= 0
         clocks.wall += pause
         if used / share <= 5.0:
@@ -34,6 +34,17 @@ def test_waiting_counts_as_rest() -> None:
     clocks = Clocks()
     budget = CpuBudget(0.5, lambda: clocks.cpu, lambda: clocks.wall)
     clocks.cpu, clocks.wall = 1.0, 2.0  # one second of work took two: half a CPU
-    assert budget.debt() == 0.0
+    assert budget.debt(1) == 0.0
     clocks.cpu, clocks.wall = 2.0, 3.0
-    assert budget.debt() == 1.0
+    assert budget.debt(2) == 1.0
+
+
+def test_nothing_served_nothing_to_step_back_for() -> None:
+    clocks = Clocks()
+    budget = CpuBudget(0.25, lambda: clocks.cpu, lambda: clocks.wall)
+    clocks.cpu = clocks.wall = 1.0
+    assert budget.debt(7) == 3.0  # the engine made steps meanwhile
+    clocks.cpu, clocks.wall = 2.0, 5.0
+    assert budget.debt(7) == 0.0  # it made none
+    clocks.cpu, clocks.wall = 3.0, 6.0
+    assert budget.debt(8) == 3.0

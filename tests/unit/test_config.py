@@ -25,6 +25,9 @@ OTHER: dict[str, str] = {
     "draft_vocab_size": "500",
     "semantics": "aurora-release",
     "sglang_api": "true",
+    "sync": "steps",
+    "checkpoint_dir": "/some/checkpoints",
+    "resume": "latest",
     **{
         name: str(field.default + 1) if isinstance(field.default, int) else str(field.default / 2 or 0.5)
         for name, field in AuroraConfig.model_fields.items()
@@ -170,8 +173,9 @@ def test_help_names_every_key() -> None:
 
 
 def test_home_is_expanded_and_the_model_is_frozen() -> None:
-    config = AuroraConfig(draft="~/draft")
+    config = AuroraConfig(draft="~/draft", resume="~/kept", checkpoint_dir="~")
     assert config.draft == Path.home() / "draft"
+    assert (config.resume, config.checkpoint_dir) == (Path.home() / "kept", Path.home())
     assert config.cache_dir.is_absolute()
     with pytest.raises(ValidationError):
         config.seed = 3  # type: ignore[misc]

@@ -74,6 +74,7 @@ def test_prompt_rows_can_have_a_weight(case: Sizes, seed: int, prompt_weight: fl
         {"fc_norm": True},
         {"norm_output": True},
         {"attention_bias": True, "mlp_bias": True},
+        {"architectures": ["Eagle3Qwen3ForCausalLM"]},
         {"logit_scale": 0.5},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     ],

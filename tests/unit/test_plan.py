@@ -101,6 +101,13 @@ def test_a_draft_without_a_tensor(target: Target, draft_dir: Path) -> None:
         checkpoint.read_draft(draft_dir, target)
 
 
+def test_a_tensor_too_many(target: Target, draft_dir: Path) -> None:
+    tensors = load_file(draft_dir / "model.safetensors") | {"midlayer.self_attn.q_norm.weight": torch.ones(8)}
+    save_file(tensors, draft_dir / "model.safetensors")
+    with pytest.raises(AuroraError, match=r"has a tensor midlayer\.self_attn\.q_norm\.weight \[8\], which no"):
+        checkpoint.read_draft(draft_dir, target)
+
+
 def test_an_embedding_of_another_vocabulary(target: Target, draft_dir: Path) -> None:
     tensors = load_file(draft_dir / "model.safetensors") | {"embed_tokens.weight": torch.zeros(7, HIDDEN)}
     save_file(tensors, draft_dir / "model.safetensors")

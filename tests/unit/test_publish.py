@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_vllm.learner.evaluate import Score
-from aurora_vllm.learner.publish import Evidence
+from aurora_vllm.learner.publish import Evidence, Sync, Verdict
 
 
 def score(steps: int, accepted: int) -> Score:
@@ -62,3 +62,23 @@ def test_publishes_only_what_beats_the_incumbent_on_enough_tokens(trajectories: 
         if verdict.publish:
             assert verdict.tokens >= 100
             assert verdict.candidate >= verdict.incumbent + 0.02
+
+
+def test_evidence_publishes_on_evidence_and_nothing_else() -> None:
+    sync = Sync("evidence", 1)
+    assert sync.reason(Verdict(False, "too little", 1.0, 1.0, 0), steps=10**6, requests=10**6) == ""
+    assert sync.reason(Verdict(True, "it wins", 2.0, 1.0, 700), steps=0, requests=0) == "it wins"
+
+
+@given(st.sampled_from(["steps", "requests"]), st.integers(1, 9), st.lists(st.integers(0, 4), max_size=40))
+def test_counting_policies_ask_for_no_evidence(policy: str, interval: int, passed: list[int]) -> None:
+    """Published as soon as the interval is full, never before; what the other policy counts does not matter."""
+    sync, loser = Sync(policy, interval), Verdict(False, "it loses", 1.0, 2.0, 0)
+    count = since = 0
+    for more in passed:
+        count, since = count + more, since + more
+        steps, requests = (count, 10**6) if policy == "steps" else (10**6, count)
+        assert bool(sync.reason(loser, steps, requests)) == (since >= interval)
+        if since >= interval:
+            sync.published(steps, requests)
+            since = 0

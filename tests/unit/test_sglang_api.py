@@ -197,14 +197,14 @@ def test_without_a_learner_the_server_publishes(world: World) -> None:
 
 @LEARN
 def test_with_a_learner_the_learner_publishes_and_learns_on_from_there(world: World, learner: Learner) -> None:
-    learner.trainer.optimizer.state[learner.trainer.parameters[0]] = {"exp_avg": torch.ones(1)}
+    learner.curriculum.trainer.optimizer.state[learner.curriculum.trainer.parameters[0]] = {"exp_avg": torch.ones(1)}
     assert_updated(world, world.update(world.new), 2)
     for draft in (learner.incumbent, learner.candidate):
         assert all(torch.equal(draft.state_dict()[k], v) for k, v in load_draft(world.new).state_dict().items())
     assert learner.candidate.fc.weight.data_ptr() != learner.incumbent.fc.weight.data_ptr()
-    assert not learner.trainer.optimizer.state
+    assert not learner.curriculum.trainer.optimizer.state
     assert (learner.version, world.control.learner.published_version, world.control.learner.publishes) == (2, 2, 1)
-    assert learner.trainer.refining_since == 0  # somebody's training, to be kept
+    assert learner.curriculum.trainer.refining_since == 0  # somebody's training, to be kept
 
 
 @LEARN
@@ -223,8 +223,8 @@ def test_the_learner_refuses_what_does_not_fit_and_goes_on(world: World, learner
 def test_the_release_has_no_prompt_weight(world: World) -> None:
     """The semantics of the session are those the learner trains with."""
     for semantics, weight in (("default", 0.3), ("aurora-release", 0.0)):
-        config = world.session.config.model_copy(update={"semantics": semantics})
-        trainer = Learner(world.session.model_copy(update={"config": config})).trainer
+        config = world.session.config.model_copy(update={"semantics": semantics, "prompt_weight": 0.3})
+        trainer = Learner(world.session.model_copy(update={"config": config})).curriculum.trainer
         assert (trainer.semantics, trainer.prompt_weight) == (semantics, weight)
 
 

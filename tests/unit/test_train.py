@@ -116,3 +116,23 @@ def test_refining_begins_with_the_head_alone_and_goes_on_gently() -> None:
     moved = max(float((p - body[name]).detach().abs().max()) for name, p in draft.named_parameters() if name in body)
     assert 0 < moved <= 1.05 * 1e-3 * BODY_RATE / REFINE_WARMUP_STEPS  # AdamW's first step is as long as its rate
     assert not torch.equal(draft.fc.weight, body["fc.weight"])
+
+
+def test_the_optimizer_goes_on_exactly_from_its_saved_state() -> None:
+    draft, head, batch = random_case(SIZES)
+    trainer = Trainer(draft, head, 1e-2, ttt_length=2, warmup_steps=5)
+    for _ in range(3):
+        trainer.step(batch)
+    other, _, _ = random_case(SIZES, seed=1)
+    again = Trainer(other, head, 1e-2, ttt_length=2, warmup_steps=5)
+    with pytest.raises(ValueError, match=r"fc\.weight\.exp_avg \[3\] fits no tensor"):
+        again.load_state_tensors({"fc.weight.exp_avg": torch.zeros(3)}, 9, None)
+    assert not again.optimizer.state and again.steps == 0
+    other.load_state_dict(draft.state_dict())
+    again.load_state_tensors(
+        {name: tensor.clone() for name, tensor in trainer.state_tensors().items()}, trainer.steps, None
+    )
+    for _ in range(3):  # inside the warm-up, so the count matters too
+        trainer.step(batch)
+        again.step(batch)
+    assert all(torch.equal(tensor, draft.state_dict()[name]) for name, tensor in other.state_dict().items())

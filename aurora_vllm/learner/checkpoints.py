@@ -1,0 +1,198 @@
+"""Checkpoints: what was learned, on disk, so that the next server goes on from it. Never anything of the traffic.
+
+A checkpoint is a directory that vLLM loads as a draft, and beside it what only the learner needs::
+
+    checkpoint-000007/
+        config.json, model.safetensors   the published draft, in the dtype it is served in
+        learner/state.safetensors        the draft in training, the optimizer's moments, counts of emitted tokens
+        learner/state.json               counters, and the provenance of it all
+    latest -> checkpoint-000007
+
+It appears by one rename, flushed to disk before: killed at any point, a save leaves the ones before it as they were.
+Counts of tokens by id are the only trace of what was said: no order, no text, no request.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner.draft import Eagle3Draft, save_draft
+from aurora_vllm.learner.staging import PARTIAL, appears_whole, flush
+
+FORMAT = 1
+KEEP = 2  # of one lineage: those of a run and of the runs it goes on from
+LATEST = "latest"
+_PREFIX = "checkpoint-"
+_LEARNER, _TENSORS, _FACTS = "learner", "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One on disk. ``facts`` is its state.json."""
+
+    directory: Path
+    facts: dict[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path) -> Checkpoint:
+        """Raises AuroraError where it is none, or of another format."""
+        file = directory / _LEARNER / _FACTS
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            written = facts["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise AuroraError(f"{directory} is no checkpoint", f"one holds {_LEARNER}/{_FACTS}") from None
+        if written != FORMAT:
+            raise AuroraError(f"checkpoint {directory} has format {written}, this version reads {FORMAT}")
+        return cls(directory, facts)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Raises AuroraError where the file is damaged."""
+        file = self.directory / _LEARNER / _TENSORS
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise AuroraError(f"{file} cannot be read: {error}") from None
+
+
+def find(path: Path, checkpoint_dir: Path | None) -> Path | None:
+    """The checkpoint that ``--aurora-resume`` means, or None where "latest" means none yet.
+
+    Args:
+        path: a checkpoint, a directory of checkpoints (its newest is meant), or "latest".
+        checkpoint_dir: where "latest" looks.
+
+    Raises:
+        AuroraError: there is none, or "latest" has nowhere to look.
+    """
+    if path == Path(LATEST):
+        if checkpoint_dir is None:
+            raise AuroraError("--aurora-resume latest: there is no --aurora-checkpoint-dir to look in")
+        return newest(checkpoint_dir)
+    if not path.is_dir():
+        raise AuroraError(f"checkpoint {path} is no directory")
+    if not (path / _LEARNER / _FACTS).is_file() and (inside := newest(path)) is not None:
+        return inside
+    return Checkpoint.read(path.resolve()).directory
+
+
+def newest(checkpoint_dir: Path) -> Path | None:
+    """The checkpoint ``latest`` points to; where it points nowhere, the one with the highest number."""
+    pointed = checkpoint_dir / LATEST
+    candidates = [pointed, *(path for _, path in reversed(_numbered(checkpoint_dir)))]
+    return next((path.resolve() for path in candidates if (path / _LEARNER / _FACTS).is_file()), None)
+
+
+class Checkpoints:
+    """The checkpoints of one run. Only its learner makes one of these.
+
+    Args:
+        directory: made where it is missing.
+        run: a name no other run has.
+        provenance: goes into every checkpoint.
+        resumed: the checkpoint this run goes on from; never removed while it runs.
+    """
+
+    def __init__(self, directory: Path, run: str, provenance: Mapping[str, Any], resumed: Path | None = None) -> None:
+        self.directory = directory
+        self._run = run
+        self._provenance = dict(provenance)
+        self._spared = resumed
+        ours = self.newest_of_run()  # a learner before this one, of the same run
+        self._lineage = str(
+            ours.facts["lineage"] if ours else Checkpoint.read(resumed).facts["lineage"] if resumed else uuid4().hex
+        )
+
+    def newest_of_run(self) -> Checkpoint | None:
+        """The newest that this run wrote."""
+        return next((one for one in self._readable() if one.facts.get("run") == self._run), None)
+
+    def save(
+        self,
+        draft: Eagle3Draft,
+        config: dict[str, Any],
+        tensors: Mapping[str, torch.Tensor],
+        statistics: Mapping[str, Any],
+    ) -> Path:
+        """Write one, point ``latest`` to it, and remove what is older than the newest two.
+
+        Args:
+            draft: what is served.
+            config: its config.json; ``torch_dtype`` is the one to write.
+            tensors: what the learner needs to go on.
+            statistics: its counters; JSON.
+
+        Raises:
+            OSError, SafetensorError: it could not be written; those before it are as they were.
+        """
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = {"format": FORMAT, "lineage": self._lineage, "run": self._run, "statistics": dict(statistics)}
+        with self._alone():
+            for leftover in self.directory.glob(PARTIAL):
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            existing = _numbered(self.directory)
+            out = self.directory / f"{_PREFIX}{(existing[-1][0] if existing else 0) + 1:06d}"
+            with appears_whole(out, private=True) as staging:
+                save_draft(draft, staging, config)
+                (staging / _LEARNER).mkdir()
+                save_file(
+                    {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / _LEARNER / _TENSORS
+                )
+                text = json.dumps(facts | {"provenance": self._provenance}, indent=2)
+                (staging / _LEARNER / _FACTS).write_text(text + "\n", encoding="utf-8")
+            self._point_to(out)
+            self._prune()
+        return out
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One writer at a time: whatever is unfinished in here then belongs to a dead one."""
+        descriptor = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _point_to(self, out: Path) -> None:
+        link = self.directory / PARTIAL.replace("*", LATEST)
+        link.symlink_to(out.name)
+        link.replace(self.directory / LATEST)
+        flush(self.directory)
+
+    def _prune(self) -> None:
+        ours = [one for one in self._readable() if one.facts.get("lineage") == self._lineage]
+        for old in ours[KEEP:]:
+            if self._spared is None or old.directory.resolve() != self._spared.resolve():
+                # The name goes first, at once: half a checkpoint must not look like one.
+                gone = old.directory.rename(self.directory / PARTIAL.replace("*", old.directory.name))
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _readable(self) -> Iterator[Checkpoint]:
+        """Newest first; what cannot be read is not ours to judge."""
+        for _, path in reversed(_numbered(self.directory)):
+            try:
+                yield Checkpoint.read(path)
+            except AuroraError:
+                continue
+
+
+def _numbered(directory: Path) -> list[tuple[int, Path]]:
+    """Checkpoints by number, ascending."""
+    paths = directory.glob(f"{_PREFIX}*") if directory.is_dir() else ()
+    numbers = ((path.name.removeprefix(_PREFIX), path) for path in paths)
+    return sorted((int(number), path) for number, path in numbers if number.isdigit())

@@ -1,0 +1,156 @@
+"""What the draft in training goes through: a vocabulary that fits the traffic, lessons in closed form, gradient steps.
+
+One piece of work at a time, so that the learner can take what arrives and keep to its share of the CPU in between. Also
+what ``benchmarks.learning`` measures, without a server around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner import lesson
+from aurora_vllm.learner.batch import collate
+from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.objective import Objective
+from aurora_vllm.learner.remap import move_to_vocabulary
+from aurora_vllm.learner.replay import Replay
+from aurora_vllm.learner.target import TargetHead
+from aurora_vllm.learner.train import Trainer
+from aurora_vllm.learner.trajectory import Trajectory
+from aurora_vllm.learner.vocabulary import Coverage, Reselection
+
+# A lesson when this many rows were seen, and another when there are four times as many: the first has to come soon, the
+# second is what a few dozen requests allow.
+LESSON_ROWS = (3072, 12_288)
+LESSON_REQUESTS = 12
+LARGEST_LESSON_ROWS = 32_768  # the newest ones; more would only take longer
+
+Work = Literal["", "first lesson", "second lesson", "training"]
+
+
+class Curriculum:
+    """Trains ``candidate`` in place.
+
+    Args:
+        candidate: a day-0 draft, one that somebody trained, or one that goes on from earlier work.
+        head: the target's frozen ends.
+        config: settings.
+        target: directory of the target, for its tokenizer's order of tokens.
+        worth_keeping: the draft has been trained before, so it is refined from the first step on.
+
+    Attributes:
+        tokens_seen, tokens_trained: rows of trajectories.
+        vocabulary_changes: times the vocabulary was chosen anew.
+        dropped: trajectories that broke a training step.
+        fault: why, of the newest ones.
+        loss: of the newest training step.
+    """
+
+    def __init__(
+        self, candidate: Eagle3Draft, head: TargetHead, config: AuroraConfig, target: Path, worth_keeping: bool
+    ) -> None:
+        self.candidate, self._head, self._config = candidate, head, config
+        self.replay = Replay(config.replay_mb << 20, seed=config.seed)
+        self.trainer = Trainer(
+            candidate,
+            head,
+            config.learning_rate,
+            config.ttt_length,
+            semantics=config.semantics,
+            prompt_weight=config.prompt_weight if config.semantics == "default" else 0.0,
+            objective=Objective(config.objective, config.discard_weight, config.discard_top_k),
+        )
+        self.coverage = Coverage(candidate.config.vocab_size)
+        self._reselection = Reselection(target, config.vocabulary_coverage)
+        self._lessons_due = list(LESSON_ROWS) if lesson.is_due(candidate) and not worth_keeping else []
+        self._teacher = lesson.Lesson(candidate, head) if self._lessons_due else None
+        self._lesson: Iterator[None] | None = None
+        if worth_keeping:
+            self.refine()
+        self.tokens_seen = self.tokens_trained = self.vocabulary_changes = self.dropped = 0
+        self.fault = ""
+        self.loss = 0.0
+
+    @property
+    def awaits_first_lesson(self) -> bool:
+        """Whether gradient steps wait for the first lesson, which is worth hundreds of them."""
+        return len(self._lessons_due) == len(LESSON_ROWS)
+
+    def refine(self) -> None:
+        """The candidate is a trained one now, whoever trained it: no lessons, gentle steps."""
+        self._lessons_due, self._lesson = [], None
+        self.trainer.refine()
+
+    def skip_lessons(self) -> None:
+        """Begin with gradient steps at the full rate."""
+        self._lessons_due = []
+
+    def add(self, trajectory: Trajectory) -> bool:
+        """Take a trajectory that may be learned from. Returns whether the candidate got another vocabulary."""
+        self.replay.add(trajectory)
+        self.tokens_seen += len(trajectory.token_ids)
+        self.coverage.observe(trajectory.token_ids[max(0, trajectory.prompt_length - trajectory.start) :])
+        chosen = self._reselection.propose(self.coverage, self.candidate.target_ids)
+        if chosen is None:
+            return False
+        move_to_vocabulary(self.candidate, self._head, chosen, self.trainer.optimizer)
+        self.vocabulary_changes += 1
+        return True
+
+    def next(self) -> Work:
+        """What the next piece of work is; empty where there is none."""
+        if self._lesson is not None or self._lesson_is_due():
+            return "first lesson" if self.awaits_first_lesson else "second lesson"
+        if self.awaits_first_lesson or not len(self.replay):
+            return ""
+        return "training" if self.tokens_trained < self.tokens_seen * self._config.replay_passes else ""
+
+    def work(self) -> bool:
+        """Do that piece. Returns whether the candidate is another one now, so that older scores say nothing of it."""
+        what = self.next()
+        if what == "training":
+            self._train()
+        elif what:
+            return self._study()
+        return False
+
+    def _lesson_is_due(self) -> bool:
+        return (
+            bool(self._lessons_due)
+            and self.replay.tokens >= min(self._lessons_due[0], LARGEST_LESSON_ROWS)
+            and len(self.replay) >= LESSON_REQUESTS
+        )
+
+    def _study(self) -> bool:
+        assert self._teacher is not None
+        if self._lesson is None:
+            self._lesson = self._teacher.run(self.replay.newest(LARGEST_LESSON_ROWS))
+        if next(self._lesson, self) is not self:
+            return False
+        self._lesson = None
+        self._lessons_due.pop(0)
+        self.trainer.refine()
+        return True
+
+    def _train(self) -> None:
+        chosen = self.replay.sample(self._config.batch_tokens)
+        skipped = self.trainer.skipped
+        try:
+            output = self.trainer.step(collate(chosen))
+        except (RuntimeError, ValueError, IndexError) as error:
+            self._drop(chosen, f"{type(error).__name__} in a training step")
+            return
+        if self.trainer.skipped > skipped:
+            self._drop(chosen, "a training step was not finite")
+            return
+        self.tokens_trained += sum(len(one.token_ids) for one in chosen)
+        self.loss = float(output.total)
+
+    def _drop(self, chosen: list[Trajectory], why: str) -> None:
+        """What breaks a step must not come again and again."""
+        self.replay.remove(chosen)
+        self.dropped += len(chosen)
+        self.fault = f"{why}; its {len(chosen)} trajectories were dropped"

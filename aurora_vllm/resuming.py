@@ -1,0 +1,64 @@
+"""Before a server goes on from a checkpoint: which one, whether it fits the target, and where new ones will go."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+
+from aurora_vllm import checkpoint
+from aurora_vllm.checkpoint import Draft, Target
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError, notice
+from aurora_vllm.learner import checkpoints
+from aurora_vllm.learner.target import weights_fingerprint
+
+
+def resumed_draft(config: AuroraConfig, target: Target) -> Draft | None:
+    """The draft of the checkpoint that ``--aurora-resume`` means, checked; None where it means none, or none yet.
+
+    Raises:
+        AuroraError: there is no such checkpoint, or its draft does not fit the target.
+    """
+    if config.resume is None:
+        return None
+    found = checkpoints.find(config.resume, config.checkpoint_dir)
+    if found is None:
+        notice(f"no checkpoint in {config.checkpoint_dir} yet: learning begins from the start")
+        return None
+    checkpoints.Checkpoint.read(found)
+    return replace(checkpoint.read_draft(found, target), origin="resumed")
+
+
+def check_same_target(draft: Draft, target: Target) -> None:
+    """See that a checkpoint was trained for this target's very weights.
+
+    Raises:
+        AuroraError: for others. (Its draft alone may still be of use: --aurora-draft asks for shapes only.)
+    """
+    trained_for = checkpoints.Checkpoint.read(draft.directory).facts["provenance"]["target"]
+    if trained_for["fingerprint"] != weights_fingerprint(target.directory):
+        raise AuroraError(
+            f"checkpoint {draft.directory} was trained for {trained_for['model']}, not for the weights of "
+            f"{target.model}",
+            "give it as --aurora-draft to start from its draft alone",
+        )
+
+
+def check_checkpoint_dir(config: AuroraConfig) -> None:
+    """Make the directory checkpoints go to.
+
+    Raises:
+        AuroraError: nothing can be written there.
+    """
+    if config.checkpoint_dir is None:
+        return
+    try:
+        config.checkpoint_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(config.checkpoint_dir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise AuroraError(
+            f"cannot write checkpoints to {config.checkpoint_dir}: {error.strerror}",
+            "choose another --aurora-checkpoint-dir",
+        ) from None

@@ -1,0 +1,58 @@
+"""Traffic recorded from a real server's hook: trajectories, as the learner would have got them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.progress import Progress
+
+from aurora_vllm.learner.trajectory import Assembler, Trajectory
+from benchmarks.engine import SERVER, Engine
+from demo.model import ensure_model
+from demo.workload import GSM8K, gsm8k, humaneval
+
+CONCURRENCY = 8
+
+
+def record(rows: int, unseen: int, tokens: int, seed: int, console: Console) -> tuple[list[Trajectory], str]:
+    """Serve real prompts greedily without speculation, and assemble what the hook wrote.
+
+    Args:
+        rows: rows to record, prompts included, for learning.
+        unseen: requests to record on top, for measuring on what nobody learned from.
+        tokens: longest answer.
+        seed: order of the prompts.
+
+    Returns:
+        Trajectories in the order they ended, the last ``unseen`` of them for measuring, and the domain's name.
+    """
+    domain, problems = ("GSM8K", gsm8k()) if GSM8K.is_file() else ("HumanEval", humaneval())
+    prompts = [wordings[0].text for wordings in problems]
+    random.Random(seed).shuffle(prompts)
+    done: list[Trajectory] = []
+    with TemporaryDirectory() as scratch, Progress(console=console) as progress:
+        engine = Engine.start(ensure_model(), Path(scratch), speculate="never", enforce_eager=False, **SERVER)
+        bar = progress.add_task(f"recording {domain}", total=rows)
+        try:
+            tokenizer = engine.llm.get_tokenizer()
+            assembler = Assembler(engine.session.row_layout)
+            recorded = after = 0
+            for start in range(0, len(prompts), CONCURRENCY):
+                chats = [[{"role": "user", "content": text}] for text in prompts[start : start + CONCURRENCY]]
+                ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+                engine.generate(ids, max_tokens=tokens, ignore_eos=False)
+                # One token for nobody: it lets the worker see that the block's requests have ended.
+                engine.generate(ids[:1], max_tokens=1, extra_args={"aurora_learn": False})
+                for one in assembler.feed(engine.drain()):
+                    done.append(one)
+                    after += recorded >= rows
+                    recorded += len(one.token_ids)
+                progress.update(bar, completed=min(recorded, rows))
+                if after >= unseen:
+                    return done[: len(done) - after + unseen], domain
+        finally:
+            engine.close()
+    raise ValueError(f"{domain} has only {recorded} rows")

@@ -1,0 +1,88 @@
+"""The curriculum: lessons in time, gradient steps after them, and what each leaves to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner import curriculum as module
+from aurora_vllm.learner.curriculum import Curriculum
+from tests.unit.test_lesson import acceptance, day0_draft, linear_world
+
+
+@pytest.fixture
+def small_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LESSON_ROWS", (300, 900))
+
+
+def settings(**changes: object) -> AuroraConfig:
+    return AuroraConfig(**({"vocabulary_coverage": 0.0, "replay_passes": 1.0, "ttt_length": 2} | changes))  # type: ignore[arg-type]
+
+
+def do_all(curriculum: Curriculum) -> list[str]:
+    done = []
+    while what := curriculum.next():
+        curriculum.work()
+        done.append(what)
+    return done
+
+
+def test_lessons_come_when_enough_was_seen_and_steps_wait_for_the_first(small_lessons: None, tmp_path: Path) -> None:
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
+    norm, fc = draft.norm.weight.detach().clone(), draft.fc.weight.detach().clone()
+    traffic = linear_world(head, norm, 40, 30)
+    done: list[tuple[int, str]] = []
+    for i, one in enumerate(traffic):
+        assert not curriculum.add(one)
+        done += [(i, what) for what in do_all(curriculum)]
+    assert {what for i, what in done if i < 11} == set()  # too few requests
+    assert next(i for i, what in done if what == "first lesson") == 11
+    assert {i for i, what in done if what == "second lesson"} == {29}  # 30 requests of 30 rows
+    assert min(i for i, what in done if what == "training") == 11
+    assert not torch.equal(draft.fc.weight, fc) and curriculum.trainer.refining_since is not None
+    assert curriculum.tokens_trained >= curriculum.tokens_seen == 40 * 30
+    unseen = linear_world(head, norm, 8, 30, seed=77)
+    assert acceptance(draft, head, unseen) > 1.8
+
+
+def test_the_second_lesson_keeps_the_trained_head_and_the_targets_norm(small_lessons: None, tmp_path: Path) -> None:
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
+    norm = draft.norm.weight.detach().clone()
+    norms = []
+    for one in linear_world(head, norm, 40, 30):
+        curriculum.add(one)
+        while what := curriculum.next():
+            before = draft.lm_head.weight.detach().clone()
+            another = curriculum.work()
+            if what != "training":
+                assert torch.equal(draft.lm_head.weight, before)
+            if another:
+                norms.append(draft.norm.weight.detach() / norm)
+    assert len(norms) == 2
+    for scaled in norms:  # one factor for all channels, twice from the target's norm
+        torch.testing.assert_close(scaled, scaled[:1].expand_as(scaled))
+
+
+def test_a_trained_draft_gets_no_lesson_and_gentle_steps(small_lessons: None, tmp_path: Path) -> None:
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(batch_tokens=30), tmp_path, worth_keeping=True)
+    body = draft.fc.weight.detach().clone()
+    for one in linear_world(head, draft.norm.weight.detach().clone(), 20, 30):
+        curriculum.add(one)
+        assert set(do_all(curriculum)) == {"training"}
+    assert torch.equal(draft.fc.weight, body)  # the first steps train lm_head alone
+    assert curriculum.trainer.steps > 0
+
+
+def test_steps_stop_after_the_passes_they_were_given(tmp_path: Path) -> None:
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(replay_passes=3.0, batch_tokens=30), tmp_path, worth_keeping=True)
+    for one in linear_world(head, draft.norm.weight.detach().clone(), 4, 30):
+        curriculum.add(one)
+    assert len(do_all(curriculum)) == 3 * 4 and curriculum.next() == ""
+    assert curriculum.replay.mean_uses() == 3.0

@@ -1,0 +1,382 @@
+"""The learner, driven turn by turn: rows in, trained, judged, published; what it does with what is broken; and what it
+takes up again after a crash or a restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aurora_vllm.learner import curriculum, process
+from aurora_vllm.learner.batch import collate
+from aurora_vllm.learner.checkpoints import Checkpoint, newest
+from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.evaluate import simulate
+from aurora_vllm.learner.process import SCORE_BACKLOG, Learner
+from aurora_vllm.learner.trajectory import Assembler, Trajectory
+from aurora_vllm.session import ENVIRONMENT_KEY
+from aurora_vllm.transport.ring import RingProducer
+from tests.unit.tiny_world import LAYOUT, World, send, session
+
+
+@pytest.fixture(autouse=True)
+def same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No chance, and no clock: scoring goes first, whatever it costs."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(process, "SCORE_SHARE", 1e9)
+
+
+def trajectory(world: World, request: int = 999) -> Trajectory:
+    (one,) = Assembler(LAYOUT).feed(world.rows(request))
+    return one
+
+
+def serve(world: World, learner: Learner, producer: RingProducer, requests: range) -> None:
+    """Requests one after the other, the learner keeping up and training a step on each."""
+    for request in requests:
+        send(producer, world.rows(request))
+        learner.turn()
+        learner.turn()
+
+
+def weights(draft: Eagle3Draft) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_rows_are_trained_on_judged_and_published(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+        block, unseen = learner.control.learner, trajectory(world)
+        before = simulate(learner.incumbent, learner.head, unseen, 2).acceptance_length
+        for request in range(60):
+            serve(world, learner, producer, range(request, request + 1))
+            if block.publishes:
+                break
+        assert (learner.version, block.published_version, learner.bank.published()) == (2, 2, 2)
+        publication = learner.bank.read(2)
+        assert "beats incumbent" in publication.evidence["reason"]
+        assert publication.evidence["step"] == learner.curriculum.trainer.steps - 1 > 0  # one more was trained since
+        assert block.step == learner.curriculum.trainer.steps
+        assert_same(publication.tensors, weights(learner.incumbent))
+        assert simulate(learner.incumbent, learner.head, unseen, 2).acceptance_length > before + 0.02
+        assert block.shadow_version == 2 and block.shadow_steps > 0
+        assert block.trajectories == request + 1 and block.tokens_seen == 20 * (request + 1)
+        assert 0 < block.vocabulary_coverage <= 1
+
+
+def test_a_loser_is_not_published(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path, learning_rate=1e-9) as (shared, producer):
+        learner = Learner(shared)
+        serve(world, learner, producer, range(30))
+        assert learner.curriculum.trainer.steps > 10 and learner.bank.published() == 0
+        assert "does not beat incumbent" in learner.control.learner.message
+
+
+def test_a_trajectory_is_scored_before_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, done = World(), []
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+
+        def score(draft: Any, head: Any, one: Trajectory, length: int) -> Any:
+            done.append(("score", one.request))
+            return simulate(draft, head, one, length)
+
+        def batch(chosen: list[Trajectory]) -> Any:
+            done.extend(("train", one.request) for one in chosen)
+            return collate(chosen)
+
+        monkeypatch.setattr(process, "simulate", score)
+        monkeypatch.setattr(curriculum, "collate", batch)
+        serve(world, learner, producer, range(12))
+    for request in range(12):
+        assert done.index(("score", request)) < done.index(("train", request))
+
+
+def test_what_cannot_be_scored_in_time_is_trained_on_unscored(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+        many = SCORE_BACKLOG + 9
+        for request in range(many):
+            send(producer, world.rows(request))
+        learner.turn()  # takes all, scores one
+        assert [one.request for one in learner.unscored] == list(range(10, many))
+        assert len(learner.curriculum.replay) == 9 + 1  # the oldest unscored, and the one that was
+        scored = learner.evidence.verdict(0.0).tokens
+        assert 0 < scored <= 16
+        turns = 0
+        while learner.unscored:
+            learner.turn()
+            turns += 1
+        assert turns == SCORE_BACKLOG - 1 and len(learner.curriculum.replay) == many
+        assert learner.curriculum.trainer.steps == 0  # scoring goes first
+
+
+def test_a_step_that_is_not_finite_is_dropped_and_said(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+        serve(world, learner, producer, range(4))
+        before, steps = weights(learner.candidate), learner.curriculum.trainer.steps
+        bad = world.rows(4)
+        LAYOUT.aux(bad)[5:9] = torch.nan
+        send(producer, bad)
+        learner.turn()
+        learner.turn()
+        assert_same(weights(learner.candidate), before)
+        assert learner.curriculum.trainer.steps == steps
+        block = learner.control.learner
+        assert block.message.startswith("a training step was not finite")
+        assert block.trajectories_discarded == learner.curriculum.dropped >= 1
+        assert all(one.trajectory.request != 4 for one in learner.curriculum.replay._window)
+        serve(world, learner, producer, range(5, 8))
+        assert learner.curriculum.trainer.steps > steps
+
+
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path, sync="steps", sync_interval=1) as (shared, producer):
+        learner = Learner(shared)
+        serve(world, learner, producer, range(1))
+        good, published = weights(learner.incumbent), learner.bank.published()
+        assert published > 0
+        with torch.no_grad():
+            learner.candidate.fc.weight[0, 0] = torch.nan
+        learner.candidate_is_ahead, learner.sync = True, type(learner.sync)("steps", 0)
+        learner._maybe_publish()
+        assert learner.bank.published() == published
+        assert "fc.weight is not finite" in learner.control.learner.message
+        assert_same(weights(learner.candidate), good)
+        assert not learner.curriculum.trainer.optimizer.state
+        serve(world, learner, producer, range(1, 3))
+        assert learner.bank.published() > published
+
+
+@pytest.mark.parametrize("policy", ["steps", "requests"])
+def test_auroras_own_policies_publish_by_the_count_alone(tmp_path: Path, policy: str) -> None:
+    world = World()
+    settings: dict[str, Any] = {"sync": policy, "sync_interval": 5, "learning_rate": 1e-9, "evidence_tokens": 10**6}
+    with session(world, tmp_path, **settings) as (shared, producer):
+        learner = Learner(shared)
+        at: list[int] = []
+        for request in range(22):
+            before = learner.bank.published()
+            serve(world, learner, producer, range(request, request + 1))
+            if learner.bank.published() != before:
+                at.append(request + 1)  # one step a request
+        assert at == [5, 10, 15, 20]
+        assert learner.bank.read(5).evidence["reason"] == f"5 {policy} since the last publish"
+
+
+def test_the_next_learner_goes_on_from_the_bank(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path, sync="steps", sync_interval=3) as (shared, producer):
+        first = Learner(shared)
+        serve(world, first, producer, range(7))
+        published = first.bank.published()
+        assert published > 1
+        second = Learner(shared)  # as after kill -9 of the first
+        assert second.version == published
+        assert_same(weights(second.incumbent), first.bank.read(published).tensors)
+        assert_same(weights(second.candidate), weights(second.incumbent))
+        serve(world, second, producer, range(7, 14))
+        assert second.bank.published() > published
+
+        slot = next(i for i in range(3) if second.bank._slot_word(i, 1) == second.bank.published())
+        second.bank._set_slot_word(slot, 0, 1)  # torn: its writer died in it
+        assert Learner(shared).version == 1
+
+
+def learned(world: World, tmp_path: Path, requests: int = 8, **settings: Any) -> tuple[Path, Learner]:
+    """A run that ends, and what it left on disk."""
+    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", **settings) as (shared, producer):
+        learner = Learner(shared)
+        serve(world, learner, producer, range(requests))
+        learner.keeper.save(at_once=True)
+        learner.keeper.save(at_once=True)  # nothing was learned in between
+        found = newest(tmp_path / "kept")
+        assert found is not None and found.name == "checkpoint-000001"
+        assert learner.control.learner.checkpoint == found.name
+        assert learner.control.learner.checkpoints == 1
+        return found, learner
+
+
+@pytest.mark.parametrize("sync", ["evidence", "steps"])
+def test_a_new_server_goes_on_from_a_checkpoint(tmp_path: Path, sync: str) -> None:
+    world = World()
+    kept, before = learned(world, tmp_path, sync=sync, sync_interval=6)
+    with session(world, tmp_path, draft=kept, resume=kept, sync=sync) as (shared, producer):
+        after = Learner(shared)
+        assert after.control.learner.checkpoint == f"goes on from {kept.name}, step {before.curriculum.trainer.steps}"
+        assert after.version == 1
+        assert_same(weights(after.incumbent), weights(before.incumbent))  # what vLLM loads from there, too
+        assert_same(weights(after.candidate), weights(before.candidate))
+        assert torch.equal(after.curriculum.coverage.counts, before.curriculum.coverage.counts)
+        assert after.control.learner.shadow_accepted_per_position[:2] == pytest.approx(before.shadow.per_position())
+        # The optimizer goes on exactly: the same step from here gives the same weights.
+        batch = collate([trajectory(world)])
+        before.curriculum.trainer.step(batch)
+        after.curriculum.trainer.step(batch)
+        assert after.curriculum.trainer.steps == before.curriculum.trainer.steps
+        assert_same(weights(after.candidate), weights(before.candidate))
+        fresh = Learner(shared.model_copy(update={"resume": None}))  # a check of the check: without it they differ
+        fresh.curriculum.trainer.step(batch)
+        assert not torch.equal(fresh.candidate.fc.weight, before.candidate.fc.weight)
+        serve(world, after, producer, range(3))
+        assert after.curriculum.trainer.steps > before.curriculum.trainer.steps
+
+
+def test_a_learner_after_a_crash_takes_up_its_predecessors_training(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", evidence_tokens=10**6) as (shared, producer):
+        first = Learner(shared)
+        serve(world, first, producer, range(5))
+        first.keeper.save(at_once=True)
+        second = Learner(shared)
+        assert second.version == 1 and second.curriculum.trainer.steps == first.curriculum.trainer.steps > 0
+        assert_same(weights(second.candidate), weights(first.candidate))
+        second.sync = type(second.sync)("steps", 1)
+        second._maybe_publish()
+        assert second.bank.published() == 2
+        third = Learner(shared)  # what was saved is of version 1: older than what is served
+        assert third.version == 2 and third.curriculum.trainer.steps == 0
+        assert_same(weights(third.candidate), weights(third.incumbent))
+
+
+def test_counters_go_on_over_several_runs(tmp_path: Path) -> None:
+    world = World()
+    kept, _ = learned(world, tmp_path, requests=4)
+    for run in range(2, 4):
+        with session(world, tmp_path, draft=kept, resume=kept, checkpoint_dir=tmp_path / "kept") as (shared, producer):
+            learner = Learner(shared)
+            serve(world, learner, producer, range(4))
+            learner.keeper.save(at_once=True)
+            found = newest(tmp_path / "kept")
+            assert found is not None
+            kept = found
+        statistics = Checkpoint.read(kept).facts["statistics"]
+        assert statistics["tokens_seen"] == run * 4 * 20
+        assert statistics["steps"] >= run * 4 - 1
+        assert statistics["replay"]["trajectories"] == 4  # the traffic of earlier runs is gone
+
+
+def test_a_checkpoint_that_is_not_due_is_not_written(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", checkpoint_interval_s=3600) as (shared, producer):
+        learner = Learner(shared)
+        serve(world, learner, producer, range(3))
+        learner.keeper.save()
+        assert not (tmp_path / "kept").exists()
+        learner.keeper._saved_at -= 3600
+        learner.keeper.save()
+        assert newest(tmp_path / "kept") is not None
+
+
+def test_where_nothing_can_be_written_learning_goes_on(tmp_path: Path) -> None:
+    world = World()
+    (tmp_path / "file").write_text("")
+    with session(world, tmp_path, checkpoint_dir=tmp_path / "file") as (shared, producer):
+        learner = Learner(shared)
+        serve(world, learner, producer, range(3))
+        learner.keeper.save(at_once=True)
+        assert learner.control.learner.checkpoint.startswith("not saved: ")
+        serve(world, learner, producer, range(3, 6))
+
+
+def damage_tensors(kept: Path) -> None:
+    file = kept / "learner" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def damage_facts(kept: Path) -> None:
+    (kept / "learner" / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [damage_tensors, damage_facts])
+def test_training_state_that_is_damaged_costs_only_itself(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    world = World()
+    kept, before = learned(world, tmp_path)
+    damage(kept)
+    with session(world, tmp_path, draft=kept, resume=kept) as (shared, producer):
+        learner = Learner(shared)
+        assert "training starts anew" in learner.control.learner.checkpoint
+        assert_same(weights(learner.candidate), weights(before.incumbent))
+        assert learner.curriculum.trainer.steps == 0
+        serve(world, learner, producer, range(3))
+
+
+def test_nothing_of_the_traffic_is_in_a_checkpoint(tmp_path: Path) -> None:
+    """Its tensors are those of draft and optimizer, and one count a word; none is as long as the traffic."""
+    world = World()
+    kept, learner = learned(world, tmp_path)
+    names = {name.split(".")[0] for name in Checkpoint.read(kept).tensors()}
+    assert names == {"candidate", "optimizer", "emitted_counts"}
+    shapes = {tuple(p.shape) for p in learner.candidate.state_dict().values()} | {(), (32,)}
+    assert {tuple(t.shape) for t in Checkpoint.read(kept).tensors().values()} <= shapes
+    assert {path.name for path in kept.rglob("*")} == {
+        "config.json",
+        "model.safetensors",
+        "learner",
+        "state.json",
+        "state.safetensors",
+    }
+
+
+def test_an_embedding_of_the_drafts_own_outlives_the_learner(tmp_path: Path) -> None:
+    from aurora_vllm.learner.draft import save_draft
+    from tests.unit.tiny_world import DRAFT
+
+    world = World()
+    draft = world.draft()
+    draft.embed_tokens = world.normal(32, 32)
+    save_draft(draft, tmp_path / "own", DRAFT)
+    with session(world, tmp_path, draft=tmp_path / "own", sync="steps", sync_interval=1) as (shared, producer):
+        first = Learner(shared)
+        serve(world, first, producer, range(2))
+        assert first.bank.published() > 1
+        second = Learner(shared)
+        for one in (second.incumbent, second.candidate):
+            assert one.embed_tokens is not None and torch.equal(one.embed_tokens, draft.embed_tokens)
+
+
+def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.delenv(ENVIRONMENT_KEY, raising=False)
+    assert process.main() == 2
+    assert "started by the server" in capsys.readouterr().err
+
+
+def test_sigterm_saves_and_ends_the_process(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", learner_cpu_share=1.0) as (shared, producer):
+        environment = {**os.environ, ENVIRONMENT_KEY: shared.model_dump_json(), "OMP_NUM_THREADS": "1"}
+        child = subprocess.Popen([sys.executable, "-m", "aurora_vllm.learner.process"], env=environment)
+        try:
+            control = process.ControlBlock.attach(process.Segment.attach(shared.control))
+            send(producer, world.rows(1))
+            deadline = time.monotonic() + 60
+            while control.learner.step < 3:
+                assert child.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(20) == 0
+        finally:
+            child.kill()
+        found = newest(tmp_path / "kept")
+        assert found is not None
+        assert Checkpoint.read(found).facts["statistics"]["steps"] >= 3

@@ -1,0 +1,125 @@
+"""What the front door makes of --aurora-resume and --aurora-checkpoint-dir, and what a checkpoint says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from aurora_vllm import preflight, resuming
+from aurora_vllm.checkpoint import Target
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner.checkpoints import Checkpoints
+from aurora_vllm.learner.target import weights_fingerprint
+from aurora_vllm.provenance import provenance, without_secrets
+from aurora_vllm.session import Session
+from tests.unit.tiny_world import DRAFT, LAYERS, H, V, World
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    return Target("owner/tiny", World().save_target(tmp_path / "target"), H, LAYERS, V, "float32")
+
+
+@pytest.fixture
+def kept(tmp_path: Path, target: Target) -> Path:
+    facts = {"target": {"model": "owner/tiny", "fingerprint": weights_fingerprint(target.directory)}}
+    return Checkpoints(tmp_path / "kept", "run", facts).save(World().draft(), DRAFT, {}, {"steps": 1})
+
+
+def test_the_checkpoint_is_the_draft(tmp_path: Path, target: Target, kept: Path) -> None:
+    for resume in ("latest", str(kept), str(tmp_path / "kept")):
+        config = AuroraConfig(resume=resume, checkpoint_dir=tmp_path / "kept", draft="/an/older/one")
+        draft = preflight.resolve_draft(config, target)
+        assert (draft.origin, draft.directory, draft.vocab_size) == ("resumed", kept.resolve(), 30)
+        assert preflight.make_draft(draft, target, config) is draft
+
+
+def test_a_first_start_with_the_flags_of_every_start(
+    tmp_path: Path, target: Target, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = object()
+    monkeypatch.setattr(preflight.checkpoint, "read_draft", lambda directory, target: given)
+    (tmp_path / "draft").mkdir()
+    config = AuroraConfig(resume="latest", checkpoint_dir=tmp_path / "none", draft=tmp_path / "draft")
+    assert preflight.resolve_draft(config, target) is given
+    assert capsys.readouterr().err == (
+        f"aurora_vllm: no checkpoint in {tmp_path / 'none'} yet: learning begins from the start\n"
+    )
+
+
+def test_another_targets_checkpoint_is_refused(tmp_path: Path, target: Target, kept: Path) -> None:
+    config = AuroraConfig(resume=kept)
+    wider = Target(**{**vars(target), "hidden_size": 48})
+    with pytest.raises(AuroraError, match="its hidden_size is 32, the target's is 48"):
+        preflight.resolve_draft(config, wider)
+    other = World(1).save_target(tmp_path / "other")  # a fine-tune: the same shapes, other weights
+    tuned = Target(**{**vars(target), "model": "owner/tuned", "directory": other})
+    draft = preflight.resolve_draft(config, tuned)
+    with pytest.raises(AuroraError) as caught:
+        preflight.make_draft(draft, tuned, config)
+    assert str(caught.value) == (
+        f"checkpoint {kept.resolve()} was trained for owner/tiny, not for the weights of owner/tuned; "
+        "give it as --aurora-draft to start from its draft alone"
+    )
+    assert preflight.resolve_draft(AuroraConfig(draft=kept), tuned).origin == "given"
+
+
+def test_the_fingerprint_survives_a_copy_and_sees_other_weights(tmp_path: Path, target: Target) -> None:
+    first = weights_fingerprint(target.directory)
+    shutil.copytree(target.directory, tmp_path / "copy")
+    file = tmp_path / "copy" / "model.safetensors"
+    os.utime(file, (1, 1))
+    assert weights_fingerprint(tmp_path / "copy") == first
+    save_file({"lm_head.weight": World(2).lm_head, "model.embed_tokens.weight": World().embedding}, file)
+    assert weights_fingerprint(tmp_path / "copy") != first
+
+
+def test_a_directory_for_checkpoints_is_made_and_must_be_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resuming.check_checkpoint_dir(AuroraConfig())
+    wanted = tmp_path / "a" / "b"
+    resuming.check_checkpoint_dir(AuroraConfig(checkpoint_dir=wanted))
+    assert wanted.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AuroraError, match=r"cannot write checkpoints to .*; choose another --aurora-checkpoint-dir"):
+        resuming.check_checkpoint_dir(AuroraConfig(checkpoint_dir=tmp_path / "file"))
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(AuroraError, match="Permission denied"):
+        resuming.check_checkpoint_dir(AuroraConfig(checkpoint_dir=wanted))
+
+
+def test_provenance_says_what_made_it(target: Target) -> None:
+    names = dict.fromkeys(("ring", "bank", "control"), "x")
+    shared = Session(
+        config=AuroraConfig(seed=3), target=target.directory, draft=Path("/d"), hidden_size=H, num_aux=3,
+        dtype="float32", model="owner/tiny", command=("aurora-vllm", "serve"), **names,
+    )  # fmt: skip
+    facts = json.loads(json.dumps(provenance(shared)))
+    assert facts["command"] == ["aurora-vllm", "serve"] and facts["config"]["seed"] == 3
+    assert facts["target"] == {
+        "model": "owner/tiny",
+        "architectures": ["LlamaForCausalLM"],
+        "fingerprint": weights_fingerprint(target.directory),
+    }
+    assert {"python", "torch"} < set(facts["versions"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "kept"),
+    [
+        ("serve M --api-key s3cret other --port 3", "serve M --api-key *** *** --port 3"),
+        ("--hf-token=s3cret --tokenizer t", "--hf-token=*** --tokenizer t"),
+        ("--hf_token s3cret --max-num-batched-tokens 96", "--hf_token *** --max-num-batched-tokens 96"),
+        ("--aurora-batch-tokens 32 --num-speculative-tokens=3", "--aurora-batch-tokens 32 --num-speculative-tokens=3"),
+    ],
+)
+def test_no_secret_is_kept(argv: str, kept: str) -> None:
+    assert " ".join(without_secrets(argv.split())) == kept
