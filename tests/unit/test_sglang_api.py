@@ -223,7 +223,7 @@ def test_the_learner_refuses_what_does_not_fit_and_goes_on(world: World, learner
 def test_the_release_has_no_prompt_weight(world: World) -> None:
     """The semantics of the session are those the learner trains with."""
     for semantics, weight in (("default", 0.3), ("aurora-release", 0.0)):
-        config = world.session.config.model_copy(update={"semantics": semantics})
+        config = world.session.config.model_copy(update={"semantics": semantics, "prompt_weight": 0.3})
         trainer = Learner(world.session.model_copy(update={"config": config})).trainer
         assert (trainer.semantics, trainer.prompt_weight) == (semantics, weight)
 
