@@ -231,6 +231,7 @@ class Learner:
             return Answer(0, str(error))
         self.incumbent.load_state_dict(draft.state_dict())
         self.candidate.load_state_dict(draft.state_dict())
+        self.lesson, self.awaits_lesson = None, lesson.is_due(self.candidate)  # one under way was for another draft
         self.trainer.refine()
         self.evidence.restart()  # it speaks of other drafts
         self._published(version, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -198,7 +199,9 @@ def test_without_a_learner_the_server_publishes(world: World) -> None:
 @LEARN
 def test_with_a_learner_the_learner_publishes_and_learns_on_from_there(world: World, learner: Learner) -> None:
     learner.trainer.optimizer.state[learner.trainer.parameters[0]] = {"exp_avg": torch.ones(1)}
+    learner.lesson, learner.awaits_lesson = itertools.repeat(None), True  # the first lesson of the draft before
     assert_updated(world, world.update(world.new), 2)
+    assert (learner.lesson, learner.awaits_lesson) == (None, False)
     for draft in (learner.incumbent, learner.candidate):
         assert all(torch.equal(draft.state_dict()[k], v) for k, v in load_draft(world.new).state_dict().items())
     assert learner.candidate.fc.weight.data_ptr() != learner.incumbent.fc.weight.data_ptr()
