@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -198,7 +199,10 @@ def test_without_a_learner_the_server_publishes(world: World) -> None:
 @LEARN
 def test_with_a_learner_the_learner_publishes_and_learns_on_from_there(world: World, learner: Learner) -> None:
     learner.curriculum.trainer.optimizer.state[learner.curriculum.trainer.parameters[0]] = {"exp_avg": torch.ones(1)}
+    # a lesson of the draft before is due, and one is under way
+    learner.curriculum._lessons_due, learner.curriculum._lesson = [0], itertools.repeat(None)
     assert_updated(world, world.update(world.new), 2)
+    assert learner.curriculum.next() == ""
     for draft in (learner.incumbent, learner.candidate):
         assert all(torch.equal(draft.state_dict()[k], v) for k, v in load_draft(world.new).state_dict().items())
     assert learner.candidate.fc.weight.data_ptr() != learner.incumbent.fc.weight.data_ptr()
