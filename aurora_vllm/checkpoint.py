@@ -31,6 +31,7 @@ class Target:
     num_layers: int
     vocab_size: int
     dtype: str  # "float32", "bfloat16", ...
+    max_model_len: int | None = None  # longest request vLLM takes, where known
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Draft:
     aux_layers: tuple[int, ...]  # id k is the residual stream that enters the target's layer k
     vocab_size: int
     specs: tuple[TensorSpec, ...]  # by their Hugging Face names: what travels through the weight bank
+
+    embedding: int = 0  # parameters of an embedding of its own, which does not change
 
     @property
     def num_parameters(self) -> int:
@@ -131,7 +134,8 @@ def read_draft(directory: Path, target: Target) -> Draft:
     if unknown:  # vLLM would refuse it as well, once the target is loaded
         one = f"{unknown[0]} {list(found[unknown[0]])}"
         raise AuroraError(f"draft {directory} has a tensor {one}, which no EAGLE-3 draft of its config has", remedy)
-    return Draft(directory, "given", aux_layers, draft_vocabulary, specs)
+    embedding = math.prod(found.get("embed_tokens.weight", (0,)))
+    return Draft(directory, "given", aux_layers, draft_vocabulary, specs, embedding)
 
 
 def draft_shapes(directory: Path) -> dict[str, Shape]:
@@ -154,6 +158,19 @@ def draft_specs(config: dict[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
     """
     with torch.device("meta"):
         return tuple(bank_specs(Eagle3Draft(Eagle3Config.from_hf(config)), getattr(torch, dtype)))
+
+
+def target_head_bytes(target: Target) -> int:
+    """Size of the target's embedding and lm_head in its files, of the embedding alone where they are one.
+
+    Raises:
+        AuroraError: there is no config.json.
+    """
+    config = read_config(target.directory)
+    config = config.get("text_config") or config
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or target.dtype).split(".")[-1])
+    matrices = 1 if config.get("tie_word_embeddings") else 2
+    return int(matrices * target.vocab_size * target.hidden_size * stored.itemsize)
 
 
 def fingerprint(directory: Path, *settings: object) -> str:

@@ -6,15 +6,16 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from aurora_vllm.checkpoint import Draft, Target
+from aurora_vllm.checkpoint import Draft, Target, target_head_bytes
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner.memory import DraftSizes, LearnerMemory, predict
 from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
 from aurora_vllm.semantics.aurora_yaml import AuroraFile
 from aurora_vllm.transport.bank import bank_bytes
@@ -45,6 +46,7 @@ class ServePlan:
     ring_rows: int
     ring_bytes: int
     bank_bytes: int
+    learner: LearnerMemory  # at its peak, without the shared ring and bank
     probes: tuple[Probe, ...]
     aurora_file: AuroraFile | None = None
 
@@ -83,6 +85,8 @@ class ServePlan:
                 "ring_bytes": self.ring_bytes,
                 "bank_bytes": self.bank_bytes,
                 "replay_bytes": self.config.replay_mb * MIB,
+                "learner_peak_bytes": self.learner.total if self.config.learn else 0,
+                "learner_peak": asdict(self.learner) if self.config.learn else {},
             },
             "learner": {name: getattr(self.config, name) for name in LEARNER_SETTINGS},
             "aurora_file": self.aurora_file.as_dict() if self.aurora_file else None,
@@ -109,7 +113,26 @@ def make_plan(
             f"this model needs at least {need}, better {16 * need}",
         )
     sizes = ring_bytes(layout.row_bytes, rows), bank_bytes(draft.specs)
-    return ServePlan(config, vllm_version, target, draft, layout, rows, *sizes, probes)
+    learner = predict_learner(config, target, draft)
+    return ServePlan(config, vllm_version, target, draft, layout, rows, *sizes, learner, probes)
+
+
+def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> LearnerMemory:
+    """The learner's peak with the replay full; a batch is at least one trajectory, and a request may be that long."""
+    import torch
+
+    from aurora_vllm.learner.train import fast_matmul_dtype
+
+    longest = min(config.max_trajectory_tokens, target.max_model_len or config.max_trajectory_tokens)
+    shapes = {spec.name: spec.shape for spec in draft.specs}
+    return predict(
+        DraftSizes.of(shapes, draft.num_parameters, target.hidden_size, draft.embedding),
+        target_head_bytes(target),
+        config.replay_mb * MIB,
+        max(config.batch_tokens, longest),
+        config.ttt_length,
+        fast_matmul_dtype(torch.device("cpu")) == torch.bfloat16,
+    )
 
 
 def with_draft(plan: ServePlan, draft: Draft) -> ServePlan:
@@ -162,6 +185,9 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
     yield "trace ring", f"{plan.ring_bytes / MIB:.1f} MiB ({plan.ring_rows} rows of {plan.layout.row_bytes} bytes)"
     yield "weight bank", f"{plan.bank_bytes / MIB:.1f} MiB (three slots)"
     yield "replay", f"{config.replay_mb} MiB"
+    if config.learn:
+        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in asdict(plan.learner).items())
+        yield "learner's peak", f"{plan.learner.total / MIB:.0f} MiB, besides ring and bank ({parts})"
     yield "learner", " ".join(f"{name}={getattr(config, name)}" for name in LEARNER_SETTINGS)
     misfits = [probe for probe in plan.probes if not probe.ok]
     yield (

@@ -146,6 +146,7 @@ def resolve_target(args: Namespace, weights: bool) -> Target:
         num_layers=model.hf_text_config.num_hidden_layers,
         vocab_size=model.get_vocab_size(),
         dtype=str(model.dtype).removeprefix("torch."),
+        max_model_len=model.max_model_len,
     )
 
 

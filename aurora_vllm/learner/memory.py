@@ -1,0 +1,122 @@
+"""What the learner process will take at its peak, worked out before it starts.
+
+The peak is in a training step on the longest trajectory, with the replay full, while the loss holds the logits of a
+chunk of rows: all of the unroll's activations are alive then, and so are the gradients of the step before. In bytes:
+
+    weights    5 P floats: incumbent, candidate, two moments, gradients; an embedding of the draft's own is there twice
+    target     embedding and lm_head as stored (mapped from the file, and touched all over)
+    rows       the target's lm_head on the draft vocabulary, in float32
+    replay     its budget
+    step       R rows x (inputs + K x what a step keeps for the backward pass) + D x (gradient and logits of a chunk),
+               and the allocator's slack; or what a lesson takes, where that is more: three matrices of its normal
+               equations
+    process    Python and torch with what an optimizer imports: measured
+
+R is the longest trajectory or the wanted batch, whatever is more. Shared memory (ring, bank) is not counted: it is the
+server's. Nor is what comes on top when traffic comes faster than it is looked at: open requests, and up to sixteen
+trajectories to be scored; there is no training step then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+MIB = 2**20
+# Measured with SmolLM2-135M (torch 2.13, CPU build; D 4608 and 8192, R 128 to 2048, replay 96 to 192 MiB): with these
+# two the prediction is within 5 % of VmHWM less shared memory. 390 MiB of the first are there after one optimizer step.
+PROCESS_BYTES = 460 * MIB
+SLACK = 1.25  # of a step: pieces differ in size from those freed before, and seldom fit where they were
+CHUNK = 128  # target rows whose logits are alive at once in the loss
+
+
+@dataclass(frozen=True)
+class DraftSizes:
+    """What decides how much a draft of one layer takes. Shapes as in its checkpoint."""
+
+    parameters: int  # P, without an embedding
+    hidden: int  # H
+    query: int  # width of q
+    key: int  # width of k, and of v
+    inner: int  # of the MLP
+    vocabulary: int  # D
+    aux_width: int  # of fc's input: num_aux * target's hidden size
+    target_hidden: int
+    embedding: int = 0  # parameters of an embedding of its own
+
+    @classmethod
+    def of(
+        cls, shapes: Mapping[str, tuple[int, ...]], parameters: int, target_hidden: int, embedding: int = 0
+    ) -> DraftSizes:
+        """From the shapes of a checkpoint's tensors, by name."""
+        hidden, aux_width = shapes["fc.weight"]
+        return cls(
+            parameters=parameters,
+            hidden=hidden,
+            query=shapes["midlayer.self_attn.q_proj.weight"][0],
+            key=shapes["midlayer.self_attn.k_proj.weight"][0],
+            inner=shapes["midlayer.mlp.gate_proj.weight"][0],
+            vocabulary=shapes["lm_head.weight"][0],
+            aux_width=aux_width,
+            target_hidden=target_hidden,
+            embedding=embedding,
+        )
+
+
+@dataclass(frozen=True)
+class LearnerMemory:
+    """Bytes at the peak, by what they are for; see the module's text."""
+
+    process: int
+    target: int
+    weights: int
+    rows: int
+    replay: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def predict(
+    draft: DraftSizes, target_bytes: int, replay_bytes: int, rows: int, ttt_length: int, bfloat16: bool
+) -> LearnerMemory:
+    """The learner's peak.
+
+    Args:
+        target_bytes: of the target's embedding and lm_head as stored; of one of them where tied.
+        replay_bytes: budget of the replay.
+        rows: R, of the largest batch.
+        ttt_length: K.
+        bfloat16: whether products are in bfloat16 (``train.fast_matmul_dtype``). Their inputs are then kept a second
+            time, as copies of half the size, their outputs are half as large, and so is a copy of the weights.
+    """
+    out, copy = (2, 2) if bfloat16 else (4, 0)  # bytes of a product's output, and of the copy of an input
+    hidden, key_rows = draft.hidden, draft.key
+    inputs = 4 * (
+        draft.aux_width + 2 * draft.target_hidden
+    )  # batch; the target's states again, for the rows that count
+    inputs += (4 + copy) * draft.aux_width + (12 + 3 * copy) * hidden + out * (draft.query + 2 * key_rows)
+    kept = (28 + 5 * copy) * hidden  # norms, residuals, the output before and after the final norm, its gradient
+    kept += (8 + out + copy) * draft.query + (8 + 2 * out) * key_rows + 4 * out * draft.inner
+    head = hidden * (12 if bfloat16 else 4) + CHUNK * (8 + (4 + out) * ttt_length)
+    body_copy = copy * (draft.parameters - draft.vocabulary * hidden)
+    return LearnerMemory(
+        process=PROCESS_BYTES,
+        target=target_bytes,
+        weights=4 * (5 * draft.parameters + 2 * draft.embedding),
+        rows=4 * draft.vocabulary * draft.target_hidden,
+        replay=replay_bytes,
+        step=max(
+            _lesson_bytes(draft),
+            int(SLACK * (rows * (inputs + ttt_length * kept) + draft.vocabulary * head + body_copy)),
+        ),
+    )
+
+
+def _lesson_bytes(draft: DraftSizes) -> int:
+    """Normal equations, their first step's part, and the triangle they are solved by; 0 where no lesson is given."""
+    if draft.key < draft.hidden:
+        return 0
+    return 3 * 4 * (draft.aux_width + 2 * draft.hidden) ** 2

@@ -1,0 +1,127 @@
+"""What the learner's process takes, predicted and measured."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from aurora_vllm import checkpoint, preflight
+from aurora_vllm.checkpoint import Target
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner.draft import load_draft
+from aurora_vllm.learner.memory import MIB, DraftSizes, predict
+from aurora_vllm.plan import ServePlan, make_plan
+from aurora_vllm.session import ENVIRONMENT_KEY, Session
+from aurora_vllm.transport.bank import WeightBank
+from aurora_vllm.transport.control import ControlBlock, control_bytes
+from aurora_vllm.transport.ring import RingProducer
+from aurora_vllm.transport.rows import Field, RowFlag
+from aurora_vllm.transport.segment import Segment
+
+SMOLLM2 = Path("~/.cache/aurora_vllm/models/smollm2-135m").expanduser()
+TOLERANCE = 0.15
+LENGTH = 512  # tokens of every request
+SIZES = DraftSizes(10_000_000, 576, 576, 192, 1536, 8192, 1728, 576)
+
+
+def test_every_term_counts_what_it_names() -> None:
+    def of(draft: DraftSizes = SIZES, rows: int = 512, ttt_length: int = 3) -> dict[str, int]:
+        return asdict(predict(draft, 100, 200, rows, ttt_length, True))
+
+    base = of()
+    assert base["target"] == 100 and base["replay"] == 200
+    assert base["weights"] == 200_000_000  # five times, in float32
+    assert of(replace(SIZES, embedding=1000))["weights"] == 200_008_000
+    assert base["rows"] == 8192 * 576 * 4
+    assert predict(SIZES, 100, 200, 512, 3, True).total == sum(base.values())
+    one, two, four = (of(rows=rows)["step"] for rows in (512, 1024, 2048))
+    assert four - two == pytest.approx(2 * (two - one)) and two > one
+    fewer, more = (of(ttt_length=length)["step"] for length in (2, 4))
+    assert more - one == pytest.approx(one - fewer) and more > one
+    assert of(replace(SIZES, vocabulary=4096))["step"] < one
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> ServePlan:
+    if not (SMOLLM2 / "model.safetensors").is_file():
+        pytest.skip("the demo's model is not here (make model)")
+    config = AuroraConfig(
+        ring_mb=16, replay_mb=256, replay_passes=0.06, max_trajectory_tokens=LENGTH, draft_vocab_size=8192,
+        vocabulary_coverage=0, publish_margin=9, learner_cpu_share=1, cache_dir=tmp_path,
+    )  # fmt: skip
+    target = Target(str(SMOLLM2), SMOLLM2, 576, 30, 49152, "float32", 2048)
+    draft = preflight.make_draft(preflight.resolve_draft(config, target), target, config)
+    return make_plan(config, "0", target, draft)
+
+
+def test_the_embedding_is_counted_as_it_is_stored(plan: ServePlan) -> None:
+    assert checkpoint.target_head_bytes(plan.target) == 49152 * 576 * 4  # tied, float32
+    assert plan.learner.target == 49152 * 576 * 4
+
+
+def test_a_learner_with_a_full_replay_takes_what_the_plan_says(plan: ServePlan) -> None:
+    peak = measure(plan)
+    learner = plan.learner
+    assert abs(learner.total - peak) < TOLERANCE * peak, f"{learner} predicted, {peak / MIB:.0f} MiB measured"
+    without = learner.total - learner.replay  # the bound can tell whether the replay is in it
+    assert abs(without - peak) > TOLERANCE * peak
+
+
+def measure(plan: ServePlan) -> int:
+    """Bytes a real learner process took, without what it shares, until its replay was full and trained on."""
+    sizes = {"control": control_bytes(), "ring": plan.ring_bytes, "bank": plan.bank_bytes}
+    segments = {name: Segment.create(name, size) for name, size in sizes.items()}
+    control = ControlBlock.create(segments["control"])
+    ring = RingProducer.create(segments["ring"], plan.layout.row_bytes, plan.ring_rows)
+    WeightBank.create(segments["bank"], plan.draft.specs)
+    session = Session(
+        config=plan.config, target=plan.target.directory, draft=plan.draft.directory, hidden_size=576, num_aux=3,
+        dtype="float32", **{name: segment.name for name, segment in segments.items()},
+    )  # fmt: skip
+    words = load_draft(plan.draft.directory).target_ids  # so that every position is one to learn from
+    requests = plan.config.replay_mb * MIB // (LENGTH * plan.layout.row_bytes) + 2
+    environment = {**os.environ, ENVIRONMENT_KEY: session.model_dump_json(), "OMP_NUM_THREADS": "1"}
+    learner = subprocess.Popen([sys.executable, "-m", "aurora_vllm.learner.process"], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while requests or control.learner.state != "waiting for traffic" or not control.learner.step:
+            assert learner.poll() is None and time.monotonic() < deadline
+            if requests and ring.free() > LENGTH:
+                send(ring, plan, words[torch.randint(0, len(words), (LENGTH,))], requests)
+                requests -= 1
+            else:
+                time.sleep(0.02)
+        assert control.learner.replay_bytes > 0.95 * plan.config.replay_mb * MIB
+        text = Path(f"/proc/{learner.pid}/status").read_text()
+    finally:
+        learner.kill()
+        learner.wait()
+        for segment in segments.values():
+            segment.unlink()
+    high, shared = (int(re.findall(rf"{name}:\s+(\d+) kB", text)[0]) << 10 for name in ("VmHWM", "RssShmem"))
+    return high - shared
+
+
+def send(ring: RingProducer, plan: ServePlan, tokens: torch.Tensor, request: int) -> None:
+    """One finished greedy request with random states."""
+    layout = plan.layout
+    rows = torch.zeros(LENGTH + 1, layout.row_bytes, dtype=torch.uint8)
+    meta = layout.meta(rows)
+    meta[:, Field.REQUEST_LOW], meta[:, Field.PROMPT_LENGTH], meta[:, Field.EMITTED] = request, 20, -1
+    meta[:-1, Field.POSITION] = torch.arange(LENGTH, dtype=torch.int32)
+    meta[:-1, Field.TOKEN] = tokens.int()
+    meta[-1, Field.FLAGS] = int(RowFlag.END)
+    layout.aux(rows)[:-1] = torch.randn(LENGTH, layout.aux_width)
+    layout.last(rows)[:-1] = torch.randn(LENGTH, layout.hidden_size)
+    for view in ring.reserve(LENGTH + 1) or []:
+        view.copy_(rows[: len(view)])
+        rows = rows[len(view) :]
+    ring.commit()
