@@ -37,6 +37,12 @@ def _negated(value: Any) -> bool:
     return not value
 
 
+def _sync(value: Any) -> str:
+    if not isinstance(value, bool):
+        raise ValueError("input should be true or false")
+    return "steps" if value else "evidence"
+
+
 def _is(wanted: Any) -> Callable[[Any], bool]:
     return lambda value: value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
 
@@ -45,7 +51,6 @@ _NO_RAY = "no Ray: one engine and one learner process, on one machine"
 _NO_DATA_SET = "no data set: what is served is learned from, as token ids"
 _NO_END = "an online learner has no last step"
 _NO_GENERATION = "nothing is generated for training: each request brings its own sampling parameters"
-_NOT_YET = "no counterpart in this version"
 _REPORTING = "nothing is sent anywhere: GET /aurora/status, and aurora_* on vLLM's /metrics"
 _NO_DEBUGGING = "no such tool here"
 
@@ -147,10 +152,10 @@ KEYS: tuple[Key, ...] = (
         max_concurrent_batches=1,
         prefetch_depth=4,
     ),
+    Key("training.load_path", None, "a checkpoint of ours, not of Aurora's trainer", setting="resume"),
     *_no(
         "training",
-        _NOT_YET,
-        load_path=None,
+        "a checkpoint is whole, and written every checkpoint_interval_s seconds; load_path names the one to resume",
         ckpt_step=None,
         no_save_optim=False,
         save_interval=5000,
@@ -212,10 +217,16 @@ KEYS: tuple[Key, ...] = (
     Key(
         "decode.weight_sync_enabled",
         False,
-        "published weights go live by themselves",
-        holds=_is(True),
+        "true: published unjudged every weight_sync_interval steps, as Aurora does",
+        setting="sync",
+        convert=_sync,
     ),
-    *_no("decode", "published when the evidence is good, not every N steps", weight_sync_interval=500),
+    Key(
+        "decode.weight_sync_interval",
+        500,
+        "optimizer steps, where weight_sync_enabled is true",
+        setting="sync_interval",
+    ),
     *_no("decode", "weights go through shared memory, not through files", weight_sync_checkpoint_path=None),
     Key("decode.max_running_requests", None, flag="--max-num-seqs"),
     Key("decode.cuda_graph_max_bs", None, flag="--max-cudagraph-capture-size"),
@@ -267,5 +278,5 @@ KEYS: tuple[Key, ...] = (
     *_no("debug", _REPORTING, enable_perf_metrics=True),
     Key("model_download_dir", None, flag="--download-dir"),
     *_no("", _NO_DATA_SET, cache_dir="./cache", cache_key=None),
-    *_no("", _NOT_YET, output_dir=""),
+    Key("output_dir", "", "checkpoints go there", setting="checkpoint_dir"),
 )

@@ -21,6 +21,10 @@ from tools.compatibility_table import DOCUMENT, document, here
 
 # Key -> the setting, a value of Aurora's, and what the setting is then. Every row of the table that has one is here.
 SETTINGS: dict[str, tuple[str, Any, Any]] = {
+    "training.load_path": ("resume", "/kept/000001", Path("/kept/000001")),
+    "decode.weight_sync_enabled": ("sync", True, "steps"),
+    "decode.weight_sync_interval": ("sync_interval", 7, 7),
+    "output_dir": ("checkpoint_dir", "/kept", Path("/kept")),
     "model.draft_pretrained_path": ("draft", "owner/draft", Path("owner/draft")),
     "decode.speculative_draft_model_path": ("draft", "/some/draft", Path("/some/draft")),
     "training.learning_rate": ("learning_rate", "1e-5", 1e-5),  # YAML 1.1 reads 1e-5 as text
@@ -54,7 +58,6 @@ HELD: dict[str, tuple[Any, Any]] = {
     "inference.sglang.nnodes": (1, 2),
     "decode.speculative_algorithm": ("EAGLE3", "NEXTN"),
     "decode.speculative_eagle_topk": (1, 4),
-    "decode.weight_sync_enabled": (True, False),
 }
 
 
@@ -139,6 +142,7 @@ def test_a_file_as_aurora_ships_it(tmp_path: Path) -> None:
             "training.train_with_decode": True,
             "training.training_num_gpus_per_node": 2,
             "decode.speculative_num_steps": 5,
+            "decode.weight_sync_enabled": True,
             "decode.weight_sync_interval": 50,
             "online_serving.sglang_url": None,
             "mooncake.global_segment_size": "16GB",
@@ -147,16 +151,20 @@ def test_a_file_as_aurora_ships_it(tmp_path: Path) -> None:
             "cache_dir": "./cache",
         },
     )
-    assert found.config == AuroraConfig(learning_rate=1e-5, num_speculative_tokens=5)
+    assert found.config == AuroraConfig(
+        learning_rate=1e-5, num_speculative_tokens=5, sync="steps", sync_interval=50, checkpoint_dir=Path("./outputs")
+    )
     assert found.aurora_file is not None
     honoured, others = found.aurora_file.summary()
     assert honoured.endswith(
         "honoured: model.target_model_path, training.learning_rate (learning_rate = 1e-5), "
-        "training.train_with_decode, decode.speculative_num_steps (num_speculative_tokens = 5)"
+        "training.train_with_decode, decode.speculative_num_steps (num_speculative_tokens = 5), "
+        "decode.weight_sync_enabled (sync = steps), decode.weight_sync_interval (sync_interval = 50), "
+        "output_dir (checkpoint_dir = ./outputs)"
     )
     assert others.endswith(
-        ": training.training_num_gpus_per_node, decode.weight_sync_interval, mooncake.global_segment_size, "
-        "inference.sglang.extra_args.quantization, output_dir, cache_dir"
+        ": training.training_num_gpus_per_node, mooncake.global_segment_size, "
+        "inference.sglang.extra_args.quantization, cache_dir"
     )
 
 
