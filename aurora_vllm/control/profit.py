@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 UNTRIED_COST_PER_DRAFT = 0.08  # optimistic guess, of a plain step, so that a promising K is tried and then measured
 STEPS_TO_KNOW = 5  # measurements of a (batch, K) pair before its time counts as known
 PROBE_STEPS = 8
 PROBE_EVERY = 160  # steps between two looks at the alternative
+PATIENCE = 4  # times as many where the alternative looks bad: the look that said so may have been unlucky
+HOPEFUL = 0.9  # of plain decoding's rate; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
 SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
@@ -89,36 +90,36 @@ class AcceptanceEstimate:
 
 @dataclass
 class StepTimes:
-    """Seconds of a decode step by (batch bucket, K): the median of the last ``window`` ones.
+    """Seconds of a decode step by (batch bucket, K): the lower quartile of the last ``window`` ones.
 
-    A median, because what disturbs a step (a prompt being tokenised, another process) is no property of K, and because
-    a machine's mood at start-up must be forgotten.
+    What disturbs a step (a prompt being tokenised, the learner's burst) is no property of K and only ever makes it
+    longer. A probe is short enough for one burst to cover half of it, which a median would take for the cost of K.
     """
 
     window: int = 15  # two probes renew it: what plain decoding cost while the machine was busy must not last
     _recent: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
-    _median: dict[tuple[int, int], float] = field(default_factory=dict)
+    _typical: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def observe(self, batch_size: int, draft_length: int, seconds: float) -> None:
         key = (batch_bucket(batch_size), draft_length)
         recent = self._recent.setdefault(key, deque(maxlen=self.window))
         recent.append(seconds)
-        self._median[key] = median(recent)
+        self._typical[key] = sorted(recent)[(len(recent) - 1) // 4]
 
     def known(self, bucket: int, draft_length: int) -> bool:
         return len(self._recent.get((bucket, draft_length), ())) >= STEPS_TO_KNOW
 
     def predict(self, bucket: int, draft_length: int) -> float | None:
         """Measured time, or a line through plain decoding and the nearest measured K; None without a plain time."""
-        plain = self._median.get((bucket, 0))
+        plain = self._typical.get((bucket, 0))
         if plain is None or not self.known(bucket, 0):
             return None
         if draft_length == 0 or self.known(bucket, draft_length):
-            return self._median[(bucket, draft_length)]
+            return self._typical[(bucket, draft_length)]
         measured = [k for (b, k) in self._recent if b == bucket and k > 0 and self.known(b, k)]
         if measured:
             nearest = min(measured, key=lambda k: abs(k - draft_length))
-            slope = (self._median[(bucket, nearest)] - plain) / nearest
+            slope = (self._typical[(bucket, nearest)] - plain) / nearest
             return plain + max(slope, 0.0) * draft_length
         return plain * (1.0 + UNTRIED_COST_PER_DRAFT * draft_length)
 
@@ -171,9 +172,7 @@ class DraftLengthController:
         if gains[best] > gains[state.draft_length] * (1.0 + KEEP_MARGIN) or gains[state.draft_length] < 1.0:
             state.draft_length = best
         chosen = state.draft_length
-        if state.steps >= PROBE_EVERY:
-            state.steps = 0
-            self._start_probe(state, gains)
+        self._maybe_probe(state, gains)
         verb = "pays" if chosen else "does not pay"
         shown = chosen or max(range(1, self.max_draft_length + 1), key=lambda k: gains[k])
         reason = (
@@ -189,11 +188,13 @@ class DraftLengthController:
             return 1.0 if draft_length == 0 else 0.0
         return self.acceptance.expected_length(draft_length) * plain / speculative
 
-    def _start_probe(self, state: _BucketState, gains: dict[int, float]) -> None:
-        """Plain decoding is looked at again while drafting; drafting again while off, if it is not hopeless."""
+    def _maybe_probe(self, state: _BucketState, gains: dict[int, float]) -> None:
+        """Plain decoding is looked at again while drafting; drafting again while off, seldom where it looks bad."""
         if state.draft_length > 0:
-            state.probe_length, state.probe_left = 0, PROBE_STEPS
+            if state.steps >= PROBE_EVERY:
+                state.steps, state.probe_length, state.probe_left = 0, 0, PROBE_STEPS
             return
         candidate = max(range(1, self.max_draft_length + 1), key=lambda k: gains[k])
-        if gains[candidate] >= 0.9 and self.acceptance.expected_length(candidate) >= WORTH_A_PROBE:
-            state.probe_length, state.probe_left = candidate, PROBE_STEPS
+        wait = PROBE_EVERY * (1 if gains[candidate] >= HOPEFUL else PATIENCE)
+        if state.steps >= wait and self.acceptance.expected_length(candidate) >= WORTH_A_PROBE:
+            state.steps, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS

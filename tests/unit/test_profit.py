@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_vllm.control.profit import PROBE_EVERY, AcceptanceEstimate, DraftLengthController, batch_bucket
+from aurora_vllm.control.profit import PATIENCE, PROBE_EVERY, AcceptanceEstimate, DraftLengthController, batch_bucket
 
 
 def simulate(
@@ -70,6 +70,18 @@ def test_plain_decoding_is_looked_at_again_while_drafting() -> None:
     chosen, _ = simulate(controller, 0.7, 0.1, 3 * PROBE_EVERY)
     assert 0 in chosen[PROBE_EVERY // 2 :]
     assert chosen[PROBE_EVERY // 2 :].count(0) < 0.05 * len(chosen)
+
+
+@pytest.mark.parametrize("steps_disturbed", [5, 300])
+def test_a_probe_that_was_disturbed_is_not_the_last_word(steps_disturbed: int) -> None:
+    """Another process makes drafting look twice as expensive, in one burst or for a while; then it is gone."""
+    controller = DraftLengthController(3)
+    simulate(controller, 0.6, 0.1, 40)  # plain decoding is known
+    controller.acceptance.shadow(shadow(0.6))
+    disturbed, _ = simulate(controller, 0.6, 1.2, steps_disturbed)
+    assert 0 in disturbed or steps_disturbed == 5
+    chosen, rate = simulate(controller, 0.6, 0.1, 3 * PATIENCE * PROBE_EVERY)
+    assert chosen[-1] > 0 and rate > 1.1
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("never", {0}), ("always", {3})])
