@@ -149,11 +149,12 @@ def publish_on_request(bank_name: str, draft: str, seed: int, requests: Connecti
     """The learner's part, in a process of its own: publish slightly different weights when told to."""
     from safetensors.torch import load_file
 
+    from aurora_vllm.config import AuroraConfig
     from aurora_vllm.transport.bank import WeightBank
     from aurora_vllm.transport.segment import Segment
 
     torch.set_num_threads(1)
-    os.nice(19)
+    os.nice(AuroraConfig().learner_nice)
     bank = WeightBank.attach(Segment.attach(bank_name))
     tensors = load_file(Path(draft) / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
