@@ -33,7 +33,7 @@ format: setup    ## let ruff fix and format, and bring the README's table of set
 
 bench: model     ## every benchmark, JSON into build/bench/
 	@mkdir -p build/bench
-	@set -e; for name in ring capture_overhead swap; do \
+	@set -e; for name in ring capture_overhead swap learning; do \
 		echo "== $$name"; $(RUN) -m benchmarks.$$name --json build/bench/$$name.json; done
 
 lock: setup      ## write the lock file from the environment
