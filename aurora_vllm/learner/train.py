@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -80,7 +81,7 @@ class Trainer:
         self.max_grad_norm, self.warmup_steps = max_grad_norm, warmup_steps
         self.parameters = list(draft.parameters())
         body = [p for p in self.parameters if p is not draft.lm_head.weight]
-        groups = [{"params": body}, {"params": [draft.lm_head.weight]}]
+        groups: list[dict[str, Any]] = [{"params": body}, {"params": [draft.lm_head.weight]}]
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
         self.refining_since: int | None = None
         self.steps = self.skipped = self.empty = 0

@@ -102,7 +102,7 @@ def test_the_draft_computes_the_solution_step_by_step(monkeypatch: pytest.Monkey
     counts[0, 1:] = True
     plan = plan_unroll(counts, 3)
     with torch.no_grad():
-        outputs = unroll(draft, head, collate([one]), plan, 3)
+        outputs = unroll(draft, head, collate([one]), plan, 3).outputs
     for step, (output, guess) in enumerate(zip(outputs, expected, strict=True)):
         # Not exact: attention leaks a little to other rows, and one radius stands for all rows' in the first step.
         similarity = F.cosine_similarity(output[:count], guess, dim=-1)
