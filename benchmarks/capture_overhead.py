@@ -3,7 +3,7 @@
     python -m benchmarks.capture_overhead --json benchmarks/results/capture_overhead.json
 
 Capture is switched every few decode steps, so that what disturbs the machine disturbs both sides: with the same tokens
-a step, the ratio of tokens/s is the ratio of step times. (Whole blocks of requests, alternating, had quartiles 4 % off.)
+a step, the ratio of tokens/s is the ratio of step times. (Whole blocks in turn had quartiles 4 % off.)
 The learner is stopped: rows are taken out of the ring between two blocks, outside the measured time. Plain decoding
 (K=0) and speculation (K=3) are measured, at concurrency 1 and 4; the figure is the smallest of the four ratios.
 """
