@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.engine import Engine, humaneval_engine
-from benchmarks.openmp import restart_with_intel_openmp
 from benchmarks.report import write_report
 
 CONCURRENCY = 4
@@ -39,7 +38,6 @@ def main(
     seed: int = 0,
 ) -> None:
     """Measure swap_stall_ratio, swap_changed_outputs and swap_failed_requests."""
-    restart_with_intel_openmp()
     with humaneval_engine(eager) as (engine, prompts):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
