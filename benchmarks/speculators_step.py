@@ -27,6 +27,8 @@ from aurora_vllm.learner.loss import STEP_DECAY
 from aurora_vllm.learner.target import TargetHead
 
 VERSION = "0.9.0"
+# What importing it needs and vLLM's environment has not; its own requirements would replace a CPU torch.
+PACKAGES = f"speculators=={VERSION} hs-connectors=={VERSION} 'datasets<=5.1.0' pyarrow pandas multiprocess xxhash"
 _FLEX_BLOCK = 128  # their block mask is only extended rightly over whole blocks
 
 
@@ -52,7 +54,7 @@ def require_speculators() -> None:
     except ImportError as error:
         raise AuroraError(
             f"speculators cannot be imported ({error})",
-            f"python -m pip install --no-deps speculators=={VERSION} loguru (its requirements would replace torch)",
+            f"python -m pip install --no-deps {PACKAGES}",
         ) from None
 
 

@@ -103,10 +103,8 @@ class Contest:
             raise RuntimeError(f"none of their variants runs: {trials}")
         return best, trials
 
-    def run(
-        self, shared: Shared, variant: Variant, rounds: int
-    ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-        """Seconds of each side's steps, taken in turn, and MiB a step of each holds at most beside its weights."""
+    def run(self, shared: Shared, variant: Variant, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+        """Seconds of each side's steps, taken in turn, and MiB by which one raised this process's memory at most."""
         sides = {
             "ours": self.ours(shared),
             "theirs": self.theirs(shared, variant),
@@ -114,11 +112,14 @@ class Contest:
         }
         for step in sides.values():
             step()  # AdamW's state comes into being
-        memory = {name: peak_mib(step) for name, step in sides.items()}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
+        memory: dict[str, float] = {}
         for _ in range(rounds):
             for name, step in sides.items():
+                before = reset_peak_mib()
                 seconds[name].append(timed(step))
+                if before is not None:
+                    memory[name] = max(memory.get(name, 0.0), round(status_mib("VmHWM") - before, 1))
         return seconds, memory
 
 
@@ -155,18 +156,17 @@ def timed(step: Callable[[], float]) -> float:
     return time.perf_counter() - started
 
 
-def peak_mib(step: Callable[[], float]) -> float | None:
-    """MiB by which a step raises this process's memory at most; None where the kernel does not say."""
+def reset_peak_mib() -> float | None:
+    """Let this process's VmHWM start anew from what it holds now, MiB; None where the kernel cannot (man 5 proc)."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew (man 5 proc)
-        before = _status_mib("VmRSS")
-        step()
-        return round(_status_mib("VmHWM") - before, 1)
+        Path("/proc/self/clear_refs").write_text("5")
+        return status_mib("VmRSS")
     except OSError:
         return None
 
 
-def _status_mib(name: str) -> float:
+def status_mib(name: str) -> float:
+    """A field of /proc/self/status."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise OSError(f"no {name} in /proc/self/status")

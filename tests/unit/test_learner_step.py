@@ -20,7 +20,7 @@ from aurora_vllm.learner.trajectory import Trajectory
 from benchmarks import learner_step
 from benchmarks.learner_step import case_figures, summary
 from benchmarks.speculators_step import TheirTrainer, Variant, their_batch, their_model, their_tensors
-from benchmarks.step_contest import Shared, peak_mib, target_entropy
+from benchmarks.step_contest import Shared, reset_peak_mib, status_mib, target_entropy
 from tests.unit.tiny_world import DRAFT_V, H, V, World
 
 FINAL_NORM = torch.linspace(0.5, 1.5, H)
@@ -81,11 +81,11 @@ def test_entropy_is_averaged_as_the_loss_is() -> None:
 
 
 def test_memory_of_a_step() -> None:
-    def step() -> float:
-        return float(torch.ones(64, 2**18).sum())
-
-    measured = peak_mib(step)
-    assert measured is None or 60 < measured < 100
+    before = reset_peak_mib()
+    if before is None:
+        pytest.skip("no /proc/self/clear_refs")
+    float(torch.ones(64, 2**18).sum())
+    assert 60 < status_mib("VmHWM") - before < 100
 
 
 def test_without_speculators_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_batch_of_theirs() -> None:
     assert not blocks["loss_mask"][0, 13:].any()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "simple_flex_attention"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("options", [{}, {"norm_before_residual": True, "fc_norm": True, "norm_output": True}])
 def test_both_train_the_same(attention: str, options: dict[str, Any]) -> None:
     """Losses of three steps agree, so weights, rows, gradients and optimizer do.
@@ -134,12 +134,12 @@ def test_both_train_the_same(attention: str, options: dict[str, Any]) -> None:
     model = their_model(draft, head, FINAL_NORM, attention)
     theirs = TheirTrainer(model, variant, learning_rate=1e-2, ttt_length=3)
     ours = Trainer(draft, head, 1e-2, 3, matmul_dtype=torch.float32, warmup_steps=0)
-    packed = their_batch(one.batch, one.states, one.counts, "flex" in attention)
+    packed = their_batch(one.batch, one.states, one.counts)
     for _ in range(3):
         assert float(ours.step(one.batch).total) - entropy == pytest.approx(theirs.step(packed), rel=2e-4)
     trained = their_tensors(draft, head, FINAL_NORM)
     for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, trained[name], rtol=0, atol=2e-3, msg=name)
+        assert (tensor.float() - trained[name].float()).abs().mean() < 2e-4, name
 
 
 def test_a_frozen_head_stays() -> None:
