@@ -11,6 +11,7 @@ norm 1, AdamW. Their data loader is left out, as ours is; so is the padding it w
     target     theirs reads the states before the target's final norm and norms them, ours gets them normed.
     optimizer  theirs is AdamW with weight decay 0.01 and betas (0.9, 0.999), not fused; here both have ours, fused.
     loss code  theirs is a Triton kernel, which no CPU runs: its eager one is taken.
+    attention  theirs is flex_attention, which has no backward on a CPU (torch 2.13): sdpa or eager is taken.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ from aurora_vllm.learner.target import TargetHead
 VERSION = "0.9.0"
 # What importing it needs and vLLM's environment has not; its own requirements would replace a CPU torch.
 PACKAGES = f"speculators=={VERSION} hs-connectors=={VERSION} 'datasets<=5.1.0' pyarrow pandas multiprocess xxhash"
-_FLEX_BLOCK = 128  # their block mask is only extended rightly over whole blocks
 
 
 @dataclass(frozen=True)
 class Variant:
     """A way to run their step on a CPU."""
 
-    attention: str  # sdpa, eager or simple_flex_attention: their --draft-attn-impl
+    attention: str  # sdpa or eager, their --draft-attn-impl
     dtype: torch.dtype  # of autocast
     compiled: bool = False  # by torch.compile, which they leave out on a CPU
 
@@ -110,30 +110,24 @@ def their_model(draft: Eagle3Draft, head: TargetHead, final_norm: torch.Tensor, 
     return model.train()
 
 
-def their_batch(batch: Batch, states: torch.Tensor, counts: torch.Tensor, blocks: bool = False) -> dict[str, Any]:
+def their_batch(batch: Batch, states: torch.Tensor, counts: torch.Tensor) -> dict[str, Any]:
     """A batch of ours in their form: all sequences in one row [1, N], each shifted by one and so a row shorter.
 
     Args:
         batch: what our side trains on.
         states: float32 [B, T, H], the target's before its final norm.
         counts: bool [B, T], target rows that count.
-        blocks: pad to whole blocks of flex_attention.
     """
     real = batch.attention_mask[:, 1:]
     documents = torch.arange(len(real)).unsqueeze(1).expand_as(real)
-    packed = {
-        "input_ids": batch.input_ids[:, 1:][real],
-        "hidden_states": batch.aux[:, :-1][real],
-        "verifier_last_hidden_states": states[:, 1:][real],
-        "loss_mask": counts[:, 1:][real],
-        "position_ids": batch.positions[:, 1:][real],
-        "document_ids": documents[real],
+    return {
+        "input_ids": batch.input_ids[:, 1:][real].unsqueeze(0),
+        "hidden_states": batch.aux[:, :-1][real].unsqueeze(0),
+        "verifier_last_hidden_states": states[:, 1:][real].unsqueeze(0),
+        "loss_mask": counts[:, 1:][real].unsqueeze(0),
+        "position_ids": batch.positions[:, 1:][real].unsqueeze(0),
+        "document_ids": documents[real].unsqueeze(0),
     }
-    missing = -int(real.sum()) % _FLEX_BLOCK if blocks else 0
-    for name, tensor in packed.items():
-        padding = tensor.new_full((missing, *tensor.shape[1:]), -1 if name == "document_ids" else 0)
-        packed[name] = torch.cat([tensor, padding]).unsqueeze(0)
-    return packed
 
 
 class TheirTrainer:
