@@ -28,7 +28,7 @@ from rich.progress import Progress
 from aurora_vllm.errors import AuroraError, report
 from aurora_vllm.learner.day0 import make_day0_draft
 from benchmarks.report import median_and_spread, write_report
-from benchmarks.speculators_step import VERSION, Variant, require_speculators
+from benchmarks.speculators_step import Variant, require_speculators
 from benchmarks.step_contest import PROMPT, ROWS, SEQUENCES, TTT_LENGTH, Contest
 from demo.model import ensure_model
 
@@ -45,7 +45,7 @@ def main(
 ) -> None:
     """Measure learner_step_ratio."""
     try:
-        require_speculators()
+        version = require_speculators()
     except AuroraError as error:
         sys.exit(report(error))
     target = ensure_model()
@@ -88,7 +88,7 @@ def main(
     console.print(figures)
     if json is not None:
         extra = {
-            "speculators": VERSION,
+            "speculators": version,
             "ttt_length": TTT_LENGTH,
             "prompt_rows": f"{PROMPT} of {ROWS}",
             "cases": cases,

@@ -17,6 +17,7 @@ norm 1, AdamW. Their data loader is left out, as ours is; so is the padding it w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -45,17 +46,19 @@ class Variant:
         return f"{self.attention} {str(self.dtype).removeprefix('torch.')}{' compiled' if self.compiled else ''}"
 
 
-def require_speculators() -> None:
-    """Raises:
-    AuroraError: it is not installed, or something it imports is not.
+def require_speculators() -> str:
+    """The version that is installed.
+
+    Raises:
+        AuroraError: none is, or something it imports is not.
     """
     try:
         import speculators.models.eagle3  # noqa: F401
     except ImportError as error:
         raise AuroraError(
-            f"speculators cannot be imported ({error})",
-            f"python -m pip install --no-deps {PACKAGES}",
+            f"speculators cannot be imported ({error})", f"python -m pip install --no-deps {PACKAGES}"
         ) from None
+    return version("speculators")
 
 
 def their_tensors(draft: Eagle3Draft, head: TargetHead, final_norm: torch.Tensor) -> dict[str, torch.Tensor]:
