@@ -180,4 +180,4 @@ class TheirTrainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())

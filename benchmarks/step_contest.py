@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import random
 import re
@@ -28,7 +29,7 @@ ROWS, PROMPT = 256, 64  # of a trajectory
 SEQUENCES = (1, 8)
 TTT_LENGTH, LEARNING_RATE = 3, 1e-3
 LOSS_STEPS = 3
-NEVER_FASTER = 1.5  # a variant is given up where its first step takes as many times the best's second
+NEVER_FASTER = 1.2  # a variant is given up where its first step takes as many times the best's second
 
 
 class Contest:
@@ -101,23 +102,21 @@ class Contest:
             raise RuntimeError(f"none of their variants runs: {trials}")
         return best, trials
 
-    def run(self, shared: Shared, variant: Variant, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Seconds of each side's steps, taken in turn, and MiB by which one raised this process's memory at most."""
+    def run(
+        self, shared: Shared, variant: Variant, rounds: int
+    ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+        """Seconds of each side's steps, taken in turn; and by how many MiB its first raised this process's memory at
+        most, AdamW's state included."""
         sides = {
             "ours": self.ours(shared),
             "theirs": self.theirs(shared, variant),
             "theirs_head_frozen": self.theirs(shared, variant, head_frozen=True),
         }
-        for step in sides.values():
-            step()  # AdamW's state comes into being
+        memory = {name: peak_mib(step) for name, step in sides.items()}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
-        memory: dict[str, float] = {}
         for _ in range(rounds):
             for name, step in sides.items():
-                before = reset_peak_mib()
                 seconds[name].append(timed(step))
-                if before is not None:
-                    memory[name] = max(memory.get(name, 0.0), round(status_mib("VmHWM") - before, 1))
         return seconds, memory
 
 
@@ -154,17 +153,20 @@ def timed(step: Callable[[], float]) -> float:
     return time.perf_counter() - started
 
 
-def reset_peak_mib() -> float | None:
-    """Let this process's VmHWM start anew from what it holds now, MiB; None where the kernel cannot (man 5 proc)."""
+def peak_mib(step: Callable[[], float]) -> float | None:
+    """MiB by which a step raises this process's memory at most; None where the system does not say (man 5 proc)."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return status_mib("VmRSS")
-    except OSError:
+        ctypes.CDLL(None).malloc_trim(0)  # else it finds what others have freed and glibc kept
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before = _status_mib("VmRSS")
+    except (AttributeError, OSError):
+        step()
         return None
+    step()
+    return round(_status_mib("VmHWM") - before, 1)
 
 
-def status_mib(name: str) -> float:
-    """A field of /proc/self/status."""
+def _status_mib(name: str) -> float:
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise OSError(f"no {name} in /proc/self/status")
