@@ -112,11 +112,7 @@ def test_a_batch_of_theirs() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("options", [{}, {"norm_before_residual": True, "fc_norm": True, "norm_output": True}])
 def test_both_train_the_same(attention: str, options: dict[str, Any]) -> None:
-    """Losses of three steps agree, so weights, rows, gradients and optimizer do.
-
-    Seen red: gate_proj and up_proj exchanged; positions not shifted into place; the row's own state instead of the one
-    before; decay 1; every row counted; other betas from the third step on.
-    """
+    """Losses of three steps agree, so weights, rows, gradients and optimizer do."""
     pytest.importorskip("speculators.models.eagle3")
     world = World()
     one = shared(world, (23, 17, 40))
