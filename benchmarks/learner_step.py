@@ -1,0 +1,160 @@
+"""Our EAGLE-3 training step beside speculators' on the same batch, weights, unroll length and threads.
+
+    python -m benchmarks.learner_step --json benchmarks/results/learner_step.json
+
+A day-0 draft of SmolLM2-135M is trained by both, steps in turn (ours, theirs, ours, ...), on real tokens with random
+states of a residual stream's size: one trajectory, and eight side by side, a quarter of each a prompt. A step is
+forward, backward, gradient clipping and AdamW; making the batch is not timed. ``learner_step_ratio`` is our rows per
+second over theirs, the median of the rounds, in the case where it is smallest; every case has a figure of its own.
+``..._head_frozen`` is the same against theirs with ``lm_head`` frozen, which is how speculators trains EAGLE-3: ours
+still trains it. Of the ways to run their step on this CPU (attention, autocast's dtype, torch.compile if asked) the
+fastest is taken, by a trial for each shape. What else differs is in speculators_step.py. Side by side, theirs attends
+over all rows of all sequences under a mask, so on a CPU it learns faster from one sequence a step than from eight.
+
+``loss_...``: both in float32, the first steps from the same weights; ours less the target's entropy is theirs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from aurora_vllm.errors import AuroraError, report
+from aurora_vllm.learner.day0 import make_day0_draft
+from benchmarks.report import median_and_spread, write_report
+from benchmarks.speculators_step import Variant, require_speculators
+from benchmarks.step_contest import PROMPT, ROWS, SEQUENCES, TTT_LENGTH, Contest
+from demo.model import ensure_model
+
+console = Console()
+
+
+def main(
+    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
+    rounds: Annotated[int, typer.Option(help="steps of each, on one trajectory")] = 9,
+    vocabulary: Annotated[list[int], typer.Option(help="draft vocabularies")] = [4608, 8192],  # noqa: B006
+    threads: Annotated[list[int], typer.Option(help="threads of both")] = [1, 2],  # noqa: B006
+    compiled: Annotated[bool, typer.Option(help="try torch.compile on their step as well")] = False,
+    seed: int = 0,
+) -> None:
+    """Measure learner_step_ratio."""
+    try:
+        version = require_speculators()
+    except AuroraError as error:
+        sys.exit(report(error))
+    target = ensure_model()
+    cases: list[dict[str, Any]] = []
+    trials: dict[str, dict[str, Any]] = {}
+    chosen: dict[int, Variant] = {}
+    losses: dict[str, list[float]] = {}
+    with TemporaryDirectory() as scratch, Progress(console=console) as progress:
+        bar = progress.add_task("", total=len(vocabulary) * len(SEQUENCES) * len(threads))
+        for size in vocabulary:
+            contest = Contest(target, make_day0_draft(target, Path(scratch) / str(size), size), seed)
+            torch.set_num_threads(max(threads))
+            if not losses:
+                losses = contest.losses(contest.batch(1))
+            for sequences in SEQUENCES:
+                batch = contest.batch(sequences)
+                if sequences not in chosen:
+                    progress.update(bar, description=f"{sequences} x {ROWS}: which of their variants")
+                    chosen[sequences], trials[f"{sequences}x{ROWS}"] = contest.choose(batch, compiled)
+                for count in threads:
+                    progress.update(bar, description=f"{sequences} x {ROWS}, vocabulary {size}, {count} threads")
+                    torch.set_num_threads(count)
+                    seconds, memory = contest.run(batch, chosen[sequences], rounds_of(sequences, rounds))
+                    cases.append(
+                        {
+                            "name": f"{sequences}x{ROWS}_d{size}_{count}t",
+                            "rows": sequences * ROWS,
+                            "speculators": chosen[sequences].name,
+                            "rounds": rounds_of(sequences, rounds),
+                            **case_figures(seconds, sequences * ROWS),
+                            "peak_memory_mib": memory,
+                        }
+                    )
+                    progress.advance(bar)
+    figures, spread = summary(cases)
+    figures |= {"loss_ours": losses["ours"][-1], "loss_theirs": losses["theirs"][-1]}
+    figures["loss_largest_difference"] = max(
+        abs(ours - theirs) for ours, theirs in zip(losses["ours"], losses["theirs"], strict=True)
+    )
+    console.print(figures)
+    if json is not None:
+        extra = {
+            "speculators": version,
+            "ttt_length": TTT_LENGTH,
+            "prompt_rows": f"{PROMPT} of {ROWS}",
+            "cases": cases,
+            "trials_of_their_variants": trials,
+            "losses_of_first_steps": losses,
+        }
+        write_report(json, figures, spread, seed, extra)
+        _plot(cases, json.with_suffix(".png"))
+
+
+def rounds_of(sequences: int, rounds: int) -> int:
+    """Fewer of a long step, but three where as many are asked for."""
+    return min(rounds, max(3, rounds // sequences))
+
+
+def case_figures(seconds: dict[str, list[float]], rows: int) -> dict[str, Any]:
+    """Medians and spreads of a case.
+
+    Args:
+        seconds: of each side's steps, in the order they were taken.
+        rows: in a step.
+    """
+    result: dict[str, Any] = {}
+    for name, ours_over in (("ratio", "theirs"), ("ratio_head_frozen", "theirs_head_frozen")):
+        pairs = zip(seconds[ours_over], seconds["ours"], strict=True)
+        result[name], result[f"{name}_spread"] = median_and_spread([theirs / ours for theirs, ours in pairs])
+    for name, samples in seconds.items():
+        median, spread = median_and_spread([rows / one for one in samples])
+        result[f"rows_per_s_{name}"], result[f"rows_per_s_{name}_spread"] = median, spread
+    return result
+
+
+def summary(cases: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The report's figures: each case's ratios, and under the plain names the smallest of them."""
+    figures: dict[str, float] = {}
+    spread: dict[str, list[float]] = {}
+    for key in ("ratio", "ratio_head_frozen"):
+        worst = min(cases, key=lambda case: case[key])
+        for suffix, case in [("", worst), *((f"_{case['name']}", case) for case in cases)]:
+            figures[f"learner_step_{key}{suffix}"] = case[key]
+            spread[f"learner_step_{key}{suffix}"] = case[f"{key}_spread"]
+    return figures, spread
+
+
+def _plot(cases: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    for i, (key, label) in enumerate((("ratio", "equal work"), ("ratio_head_frozen", "theirs with lm_head frozen"))):
+        medians = [case[key] for case in cases]
+        low = [case[key] - case[f"{key}_spread"][1] for case in cases]
+        high = [case[f"{key}_spread"][2] - case[key] for case in cases]
+        axes.bar([x + 0.4 * i for x in range(len(cases))], medians, 0.4, yerr=[low, high], label=label, capsize=2)
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.axhline(2, color="grey", linewidth=1, linestyle="--")
+    names = [case["name"].replace("_", "\n") for case in cases]
+    axes.set_xticks([x + 0.2 for x in range(len(cases))], names, fontsize="small")
+    axes.set_ylabel("our rows/s over speculators'")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)
