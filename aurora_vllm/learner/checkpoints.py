@@ -143,7 +143,10 @@ class Checkpoints:
         facts = {"format": FORMAT, "lineage": self._lineage, "run": self._run, "statistics": dict(statistics)}
         with self._alone():
             for leftover in self.directory.glob(PARTIAL):
-                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+                if leftover.is_symlink() or not leftover.is_dir():
+                    leftover.unlink()
+                else:
+                    shutil.rmtree(leftover)
             existing = _numbered(self.directory)
             out = self.directory / f"{_PREFIX}{(existing[-1][0] if existing else 0) + 1:06d}"
             with appears_whole(out, private=True) as staging:

@@ -81,9 +81,9 @@ def read_tensors(directory: Path, device: str = "cpu") -> dict[str, torch.Tensor
             else:
                 found = torch.load(file, map_location=device, weights_only=True)
             if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-                raise ValueError("it holds more than tensors")
-        except Exception:  # a damaged pickle raises whatever it likes
-            raise AuroraError(f"{file} holds no weights that can be read", "download it again") from None
+                raise ValueError("more than tensors in it")
+        except Exception as error:  # a damaged pickle raises whatever it likes
+            raise AuroraError(f"{file} cannot be read ({type(error).__name__}: {error})", "download it again") from None
         tensors.update({canonical_name(name): tensor for name, tensor in found.items()})
     return tensors
 

@@ -9,14 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, load_tensors
+from aurora_vllm.learner.draft_files import flatten, read_tensors
 from aurora_vllm.learner.publish import publish
 from aurora_vllm.transport.bank import WeightBank
-
-PICKLED = "pytorch_model.bin"  # what Aurora's trainer writes for its server (training/trainer.py)
 
 
 def publish_from_disk(
@@ -49,7 +47,7 @@ def read_replacement(
 ) -> Eagle3Draft:
     """The first half of :func:`publish_from_disk`; arguments, result and errors as there."""
     _check_config(directory, running.config)
-    tensors = _read_tensors(directory)
+    tensors = read_tensors(directory)
     for name, tensor in tensors.items():
         if name != "t2d" and tensor.is_floating_point() == (name == "d2t"):
             raise AuroraError(f"{directory}: tensor {name} has dtype {tensor.dtype}")
@@ -74,7 +72,7 @@ def _check_config(directory: Path, running: Eagle3Config) -> None:
         raise AuroraError(f"{directory} is no directory")
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        found = Eagle3Config.from_hf(config)
+        found = Eagle3Config.from_hf(flatten(config))
     except (OSError, ValueError, AttributeError) as error:
         raise AuroraError(f"{directory}: no usable config.json ({error})") from None
     except AuroraError as error:
@@ -83,24 +81,6 @@ def _check_config(directory: Path, running: Eagle3Config) -> None:
         new, old = getattr(found, key), getattr(running, key)
         if new != old and not (key == "aux_layer_ids" and None in (new, old)):
             raise AuroraError(f"{directory}: its config has {key} = {new!r}, the running draft's has {old!r}")
-
-
-def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    files = sorted(directory.glob("*.safetensors"))
-    pickled = directory / PICKLED
-    if not files and not pickled.is_file():
-        raise AuroraError(f"{directory} holds no *.safetensors and no {PICKLED}")
-    try:
-        if not files:
-            # weights_only: a checkpoint is data, and must not run code here.
-            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-        else:
-            tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError("it holds more than tensors")
-    except Exception as error:  # safetensors and pickle have a dozen kinds for a damaged file, and it may vanish
-        raise AuroraError(f"{directory}: its weights cannot be read ({type(error).__name__}: {error})") from None
-    return tensors
 
 
 def _check_vocabulary(directory: Path, draft: Eagle3Draft) -> None:

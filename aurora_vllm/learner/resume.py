@@ -63,8 +63,9 @@ class Keeper:
         self._saved = state
         block.checkpoint, block.checkpoints = path.name, block.checkpoints + 1
 
-    def _state(self) -> tuple[int, int]:
-        return self._learner.version, self._learner.curriculum.trainer.steps
+    def _state(self) -> tuple[int, int, bool]:
+        learner = self._learner
+        return learner.version, learner.curriculum.trainer.steps, learner.candidate_is_ahead
 
     def _go_on(self, session: Session) -> str:
         """Take up what was saved of the version that is served. What was done, in words; empty where there is nothing.
@@ -134,6 +135,8 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     if tensors[COUNTS].shape != curriculum.coverage.counts.shape:
         raise ValueError(f"{saved.directory} counts another vocabulary")
     curriculum.trainer.load_state_tensors(optimizer, int(statistics["steps"]), statistics["refining_since"])
+    if statistics["steps"] or statistics["refining_since"] is not None:
+        curriculum.skip_lessons()  # they begin from the day-0 draft, and would overwrite what came after it
     learner.candidate.load_state_dict(candidate)
     curriculum.coverage.counts.copy_(tensors[COUNTS])
     learner.candidate_is_ahead = bool(statistics["candidate_is_ahead"])

@@ -73,7 +73,7 @@ def test_only_the_owner_may_read(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(line=st.integers(1, 130))
 def test_killed_before_any_line_of_a_save(tmp_path_factory: pytest.TempPathFactory, line: int) -> None:
     directory = tmp_path_factory.mktemp("kept")
@@ -84,6 +84,19 @@ def test_killed_before_any_line_of_a_save(tmp_path_factory: pytest.TempPathFacto
     assert assert_whole(directory)[-1] == 99
     assert not list(directory.glob(".*"))
     shutil.rmtree(directory)
+
+
+def test_every_kind_of_leftover_is_removed(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    one = made.save(*state(1))
+    (tmp_path / ".latest.partial").symlink_to(one.name)
+    (tmp_path / ".dangling.partial").symlink_to("gone")
+    shutil.copytree(one, tmp_path / ".checkpoint-000001.partial")
+    (tmp_path / ".checkpoint-000002.abc.partial").mkdir()
+    (tmp_path / ".file.partial").write_text("")
+    made.save(*state(2))
+    assert assert_whole(tmp_path) == [1, 2]
+    assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000002", "latest"]
 
 
 def test_killed_again_and_again_while_it_saves(tmp_path: Path) -> None:

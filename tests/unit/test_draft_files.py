@@ -113,7 +113,7 @@ def test_a_pickle_with_more_than_tensors_is_not_run(tmp_path: Path, content: byt
     as_yuhuili(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     for device in ("cpu", "meta"):
-        with pytest.raises(AuroraError, match=r"pytorch_model\.bin holds no weights that can be read"):
+        with pytest.raises(AuroraError, match=r"pytorch_model\.bin cannot be read"):
             read_tensors(tmp_path, device)
     assert not Path("/tmp/aurora-vllm-evil").exists()
 
@@ -121,7 +121,7 @@ def test_a_pickle_with_more_than_tensors_is_not_run(tmp_path: Path, content: byt
 def test_a_pickled_object_in_a_pickle_of_tensors_is_refused(tmp_path: Path) -> None:
     as_yuhuili(tmp_path)
     torch.save({"fc.weight": torch.zeros(2), "step": 3}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(AuroraError, match="holds no weights"):
+    with pytest.raises(AuroraError, match="more than tensors in it"):
         read_tensors(tmp_path)
 
 

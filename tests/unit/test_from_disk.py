@@ -165,11 +165,11 @@ def test_no_checkpoint(bank: WeightBank, directory: Path, running: Eagle3Draft, 
 
     refused("is no directory", tmp_path / "nowhere")
     (directory / "model.safetensors").write_bytes(b"damaged")
-    refused("its weights cannot be read (SafetensorError")
+    refused("cannot be read (SafetensorError")
     (directory / "model.safetensors").unlink()
-    refused("holds no *.safetensors and no pytorch_model.bin")
+    refused("there is no *.safetensors and no *.bin file")
     torch.save({"x": tmp_path}, directory / "pytorch_model.bin")  # a pickle that would build an object
-    refused("its weights cannot be read (UnpicklingError")
+    refused("cannot be read (UnpicklingError")
     torch.save({"x": 3}, directory / "pytorch_model.bin")
     refused("it holds more than tensors")
     (directory / "config.json").write_text("[]")

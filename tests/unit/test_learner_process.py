@@ -18,13 +18,13 @@ import torch
 from aurora_vllm.learner import curriculum, process
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.checkpoints import Checkpoint, newest
-from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.draft import Eagle3Draft, save_draft
 from aurora_vllm.learner.evaluate import simulate
 from aurora_vllm.learner.process import SCORE_BACKLOG, Learner
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.transport.ring import RingProducer
-from tests.unit.tiny_world import LAYOUT, World, send, session
+from tests.unit.tiny_world import DRAFT, LAYOUT, H, World, send, session
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +259,34 @@ def test_a_learner_after_a_crash_takes_up_its_predecessors_training(tmp_path: Pa
         assert_same(weights(third.candidate), weights(third.incumbent))
 
 
+def test_a_lesson_that_was_learned_is_kept_and_not_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DRAFT, "num_key_value_heads", 2)  # as day 0 makes a draft that is to have lessons
+    monkeypatch.setattr(curriculum, "LESSON_ROWS", (60, 10**6))
+    monkeypatch.setattr(curriculum, "LESSON_REQUESTS", 3)
+    world = World()
+    day0 = world.draft()
+    with torch.no_grad():
+        day0.fc.weight.zero_()[:, -H:] = torch.eye(H)
+    save_draft(day0, tmp_path / "day0", DRAFT)
+    where: dict[str, Any] = {"draft": tmp_path / "day0", "checkpoint_dir": tmp_path / "kept"}
+    with session(world, tmp_path, evidence_tokens=10**6, **where) as (shared, producer):
+        first = Learner(shared)
+        assert first.curriculum.awaits_first_lesson
+        for request in range(6):
+            send(producer, world.rows(request))
+        while first.curriculum.awaits_first_lesson:
+            assert first.turn()
+        assert first.curriculum.trainer.steps == 0  # the lesson alone is worth a checkpoint
+        first.keeper.save(at_once=True)
+        second = Learner(shared)
+        assert_same(weights(second.candidate), weights(first.candidate))
+        assert not second.curriculum.awaits_first_lesson and second.candidate_is_ahead
+        serve(world, second, producer, range(6, 12))
+        assert second.curriculum.trainer.steps > 0
+        assert torch.equal(second.candidate.fc.weight, first.candidate.fc.weight)  # refined: first lm_head alone
+        assert not torch.equal(second.candidate.lm_head.weight, first.candidate.lm_head.weight)
+
+
 def test_counters_go_on_over_several_runs(tmp_path: Path) -> None:
     world = World()
     kept, _ = learned(world, tmp_path, requests=4)
@@ -339,9 +367,6 @@ def test_nothing_of_the_traffic_is_in_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_an_embedding_of_the_drafts_own_outlives_the_learner(tmp_path: Path) -> None:
-    from aurora_vllm.learner.draft import save_draft
-    from tests.unit.tiny_world import DRAFT
-
     world = World()
     draft = world.draft()
     draft.embed_tokens = world.normal(32, 32)
