@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from aurora_vllm.transport.control import ControlBlock
 
 
+# Plain integers: indexing with a member of an IntEnum costs a method call each time.
+(_REQUEST_LOW, _REQUEST_HIGH, _FLAGS, _POSITION, _TOKEN, _STEP, _DRAFT_INDEX, _NUM_DRAFTS, _NUM_ACCEPTED, _EMITTED,
+ _DRAFT_VERSION, _PROMPT_LENGTH, _TEMPERATURE_MILLI) = (int(word) for word in Field)  # fmt: skip
+
+
 class RowSink(Protocol):
     """The producer's side of the ring (transport.ring.RingProducer)."""
 
@@ -164,47 +169,49 @@ class TraceWriter:
         What the host knows is laid out by numpy and sent in one piece: between two steps every small tensor operation
         costs tens of microseconds, because the target's weights have just swept the caches.
         """
-        device = trace.token_ids.device
-        known, lengths, certain = self._known_to_the_host(trace, chosen)
-        owner = np.repeat(np.arange(len(chosen)), lengths)  # [n] row -> request
-        offset = np.arange(len(owner)) - certain[owner]  # [n] 0 at the last certain token, 1 at the first draft
-        words = known[owner]
-        words[:, Field.DRAFT_INDEX] = np.maximum(offset - 1, -1)
-        meta = torch.from_numpy(words).to(device, non_blocking=True)
+        known, certain = self._known_to_the_host(trace, chosen)
+        lengths = [trace.lengths[i] for i in chosen]
+        owner = np.repeat(np.arange(len(chosen), dtype=np.int32), lengths)  # [n] row -> request
+        offset = np.arange(len(owner), dtype=np.int32) - certain[owner]  # [n] 0 at the last certain token, then drafts
+        host = np.empty((len(owner), META_WORDS + 3), dtype=np.int32)
+        host[:, :META_WORDS] = known[owner]
+        host[:, _DRAFT_INDEX] = np.maximum(offset - 1, -1)
+        host[:, META_WORDS], host[:, META_WORDS + 1] = owner, offset
+        host[:, META_WORDS + 2] = np.maximum(offset, 0)
+        sent = torch.from_numpy(host).to(trace.token_ids.device, non_blocking=True)
 
+        meta = sent[:, :META_WORDS]
         take = slice(len(owner)) if row_index is None else row_index
-        meta[:, Field.POSITION] = trace.positions[take]
-        meta[:, Field.TOKEN] = trace.token_ids[take]
-        emits = np.array([trace.emits[i] for i in chosen])
+        meta[:, _POSITION] = trace.positions[take]
+        meta[:, _TOKEN] = trace.token_ids[take]
         sampled = trace.sampled if row_index is None else trace.sampled[chosen]  # [R, >=1 + K]
-        if not known[:, Field.NUM_DRAFTS].any():
-            last = torch.from_numpy(certain[emits]).to(device, non_blocking=True)
-            meta[last, Field.EMITTED] = sampled[emits, 0].int()
-            return meta
-        asked = (offset >= 0) & emits[owner]
-        index = torch.from_numpy(np.stack([owner, np.clip(offset, 0, sampled.shape[1] - 1), offset, asked]))
-        request, column, behind, answers = index.to(device, non_blocking=True)
-        accepted = ((sampled >= 0).sum(1)[request] - 1).clamp(min=0).minimum(meta[:, Field.NUM_DRAFTS])
+        request, behind, column = sent[:, META_WORDS:].unbind(1)
+        accepted = (sampled >= 0).sum(1)[request].sub_(1).clamp_(min=0).minimum(meta[:, _NUM_DRAFTS])
         rejected = behind > accepted
-        meta[:, Field.NUM_ACCEPTED] = accepted
-        meta[:, Field.FLAGS] = rejected * int(RowFlag.REJECTED)
-        meta[:, Field.EMITTED] = torch.where((answers > 0) & ~rejected, sampled[request, column], -1)
+        emitted = sampled[request, column.clamp_(max=sampled.shape[1] - 1)]
+        # Nothing is emitted before the last certain token, behind a rejection, or inside a prompt's chunk.
+        silent = rejected | (behind < 0) | (meta[:, _EMITTED] < 0)
+        meta[:, _NUM_ACCEPTED] = accepted
+        meta[:, _FLAGS] = rejected * int(RowFlag.REJECTED)
+        meta[:, _EMITTED] = emitted.masked_fill(silent, -1)
         return meta
 
-    def _known_to_the_host(self, trace: StepTrace, chosen: list[int]) -> tuple[np.ndarray, list[int], np.ndarray]:
-        """A request's words, its rows in this step, and the row of its last certain token. [R, 16], [R], [R]"""
-        lengths = [trace.lengths[i] for i in chosen]
-        known = np.zeros((len(chosen), META_WORDS), dtype=np.int32)
-        for words, i in zip(known, chosen, strict=True):
+    def _known_to_the_host(self, trace: StepTrace, chosen: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """A request's words, EMITTED being 0 where something will be and else -1, and the row of its last certain
+        token. int32 [R, 16], [R]"""
+        rows, certain, end = [], [], 0
+        for i in chosen:
             request = self._open[trace.request_ids[i]]
-            words[Field.REQUEST_LOW], words[Field.REQUEST_HIGH] = _split(request.key)
-            words[Field.NUM_DRAFTS] = trace.num_drafts[i]
-            words[Field.PROMPT_LENGTH] = request.prompt_length
-            words[Field.TEMPERATURE_MILLI] = request.temperature_milli
-        known[:, Field.STEP] = self._step
-        known[:, Field.EMITTED] = -1
-        known[:, Field.DRAFT_VERSION] = trace.draft_version
-        return known, lengths, np.cumsum(lengths) - 1 - known[:, Field.NUM_DRAFTS]
+            end += trace.lengths[i]
+            drafts = trace.num_drafts[i]
+            certain.append(end - 1 - drafts)
+            words = [0] * META_WORDS
+            words[_REQUEST_LOW], words[_REQUEST_HIGH] = _split(request.key)
+            words[_STEP], words[_NUM_DRAFTS], words[_EMITTED] = self._step, drafts, 0 if trace.emits[i] else -1
+            words[_DRAFT_VERSION], words[_PROMPT_LENGTH] = trace.draft_version, request.prompt_length
+            words[_TEMPERATURE_MILLI] = request.temperature_milli
+            rows.append(words)
+        return np.array(rows, dtype=np.int32), np.array(certain, dtype=np.int32)
 
     def _fill(
         self, view: torch.Tensor, meta: torch.Tensor, trace: StepTrace, row_index: torch.Tensor | None, rows: slice
