@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Assembler
 from benchmarks.engine import Engine
+from tests.integration import plain
 from tests.integration.test_swap import publish_and_commit
 
 MAX_TOKENS, STEPS = 24, 8
@@ -78,18 +75,7 @@ def plain_vllm(target: Path, draft: Path, prompts: list[str]) -> dict[str, Any]:
         "kv_cache_memory_bytes": 32 << 20,
         "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
     }
-    request = {"arguments": arguments, "prompts": prompts, "max_tokens": MAX_TOKENS}
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("AURORA_")}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("plain.py"))],
-        input=json.dumps(request),
-        env=environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    return plain.serve(arguments, prompts, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("form", ["eagle3", "speculators"])
@@ -99,9 +85,9 @@ def test_plain_vllm_serves_what_was_learned(
     assert learned["acceptance"] > 1.3  # a draft that learned nothing would prove nothing
     out = tmp_path / "out"
     assert cli.main(["export", str(learned["checkpoint"]), str(out), "--format", form]) == 0
-    plain = plain_vllm(target, out, prompts)
-    assert plain["aurora"] == []
-    assert plain["tokens"] == learned["tokens"]
-    acceptance = 1 + plain["accepted"] / plain["drafts"]
-    print(f"{form}: live {learned['acceptance']:.4f}, plain {acceptance:.4f}, {plain['drafts']} verifications")
+    found = plain_vllm(target, out, prompts)
+    assert found["aurora"] == []
+    assert found["tokens"] == learned["tokens"]
+    acceptance = 1 + found["accepted"] / found["drafts"]
+    print(f"{form}: live {learned['acceptance']:.4f}, plain {acceptance:.4f}, {found['drafts']} verifications")
     assert acceptance == pytest.approx(learned["acceptance"], abs=0.02)

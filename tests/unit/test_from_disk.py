@@ -171,7 +171,7 @@ def test_no_checkpoint(bank: WeightBank, directory: Path, running: Eagle3Draft, 
     torch.save({"x": tmp_path}, directory / "pytorch_model.bin")  # a pickle that would build an object
     refused("cannot be read (UnpicklingError")
     torch.save({"x": 3}, directory / "pytorch_model.bin")
-    refused("it holds more than tensors")
+    refused("more than tensors in it")
     (directory / "config.json").write_text("[]")
     refused("the draft's config holds a wrong value")
     (directory / "config.json").unlink()
