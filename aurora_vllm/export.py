@@ -22,6 +22,7 @@ from aurora_vllm.learner.draft import (
     save_draft,
     stored_dtype,
 )
+from aurora_vllm.learner.draft_files import speculators_name
 from aurora_vllm.learner.staging import appears_whole
 
 Format = Literal["eagle3", "speculators"]
@@ -55,7 +56,7 @@ def export(source: Path, out: Path, form: Format, verifier: str | None = None) -
                 save_draft(draft, staging, config)
             else:
                 tensors = {
-                    "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name: tensor
+                    speculators_name(name): tensor
                     for name, tensor in checkpoint_tensors(draft, stored_dtype(config)).items()
                 }
                 save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})

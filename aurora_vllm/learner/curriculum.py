@@ -76,17 +76,17 @@ class Curriculum:
 
     @property
     def awaits_first_lesson(self) -> bool:
-        """Whether gradient steps wait for the first lesson, which is worth hundreds of them."""
+        """Whether gradient steps wait for the first lesson."""
         return len(self._lessons_due) == len(LESSON_ROWS)
 
     def refine(self) -> None:
         """The candidate is a trained one now, whoever trained it: no lessons, gentle steps."""
-        self._lessons_due, self._lesson = [], None
+        self.skip_lessons()
         self.trainer.refine()
 
     def skip_lessons(self) -> None:
-        """Begin with gradient steps at the full rate."""
-        self._lessons_due = []
+        """Go on with gradient steps alone; a lesson under way is given up."""
+        self._lessons_due, self._lesson = [], None
 
     def add(self, trajectory: Trajectory) -> bool:
         """Take a trajectory that may be learned from. Returns whether the candidate got another vocabulary."""
@@ -120,7 +120,7 @@ class Curriculum:
     def _lesson_is_due(self) -> bool:
         return (
             bool(self._lessons_due)
-            and self.replay.tokens >= min(self._lessons_due[0], LARGEST_LESSON_ROWS)
+            and self.replay.tokens >= self._lessons_due[0]
             and len(self.replay) >= LESSON_REQUESTS
         )
 

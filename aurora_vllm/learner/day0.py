@@ -22,7 +22,6 @@ The format is the one plain vLLM loads with ``--speculative-config '{"method": "
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from aurora_vllm.learner import lesson
+from aurora_vllm.learner.staging import appears_whole
 from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
 
 RECIPE = 2  # changes with what is written here, so that a draft cached by an older version is made anew
@@ -191,20 +191,16 @@ def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.
 
 
 def _write(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Write into a directory beside ``out``, then rename: nobody ever sees half a checkpoint."""
+    """An older draft there is moved away at the very end, so that ``out`` is whole whenever it is there."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside,
+        appears_whole(out, private=False) as staging,  # not private: a server may run as another user
+    ):
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        staging.chmod(0o755)  # mkdtemp's 0700 would hide it from a server that runs as another user
-        replaced = staging.with_name(staging.name + "-replaced")
         if out.exists():
-            out.rename(replaced)
-        staging.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            out.rename(Path(aside) / "replaced")
 
 
 class _Checkpoint:

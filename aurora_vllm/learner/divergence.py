@@ -16,7 +16,7 @@ import torch
 
 from aurora_vllm.learner.objective import Forward, Reverse
 
-_CHUNK = 128  # target rows at a time; with D = 8192 and three steps the logits of a chunk take 12 MiB
+CHUNK = 128  # target rows at a time; with D = 8192 and three steps the logits of a chunk take 12 MiB
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class _Divergence(torch.autograd.Function):
         grad_hidden = [torch.empty_like(h) if want_grad else h for h in hidden]
         grad_head = torch.zeros_like(lm_head) if want_grad else lm_head
         weight = lm_head.to(dtype)
-        edges = torch.arange(0, len(states) + _CHUNK, _CHUNK, device=states.device)
+        edges = torch.arange(0, len(states) + CHUNK, CHUNK, device=states.device)
         bounds = torch.stack([torch.searchsorted(one.target, edges) for one in terms], 1).tolist()
         for chunk, (first, last) in enumerate(pairwise(bounds)):
             spans = [slice(a, b) for a, b in zip(first, last, strict=True)]  # each step's terms of this chunk
             sizes = [span.stop - span.start for span in spans]
-            start = chunk * _CHUNK
-            target_logits = states[start : start + _CHUNK] @ target_head.T
+            start = chunk * CHUNK
+            target_logits = states[start : start + CHUNK] @ target_head.T
             aim = cost.aim(target_logits)  # [n, D]
             local = torch.cat([one.target[span] - start for one, span in zip(terms, spans, strict=True)])
             stacked = torch.cat([h[span] for h, span in zip(hidden, spans, strict=True)]) * scale  # [sum of n, H]

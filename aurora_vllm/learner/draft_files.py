@@ -91,3 +91,8 @@ def read_tensors(directory: Path, device: str = "cpu") -> dict[str, torch.Tensor
 def canonical_name(name: str) -> str:
     """A tensor's EAGLE-3 name."""
     return "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name
+
+
+def speculators_name(name: str) -> str:
+    """The other way round: what speculators calls a tensor."""
+    return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name

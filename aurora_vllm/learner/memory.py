@@ -23,12 +23,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from aurora_vllm.learner import lesson
+from aurora_vllm.learner.divergence import CHUNK
+
 MIB = 2**20
 # Measured with SmolLM2-135M (torch 2.13, CPU build; D 4608 and 8192, R 128 to 2048, replay 96 to 192 MiB): with these
 # two the prediction is within 5 % of VmHWM less shared memory. 390 MiB of the first are there after one optimizer step.
 PROCESS_BYTES = 460 * MIB
 SLACK = 1.25  # of a step: pieces differ in size from those freed before, and seldom fit where they were
-CHUNK = 128  # target rows whose logits are alive at once in the loss
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,6 @@ def predict(
 
 def _lesson_bytes(draft: DraftSizes) -> int:
     """Normal equations, their first step's part, and the triangle they are solved by; 0 where no lesson is given."""
-    if draft.key < draft.hidden:
+    if not lesson.fits(draft.hidden, 1, draft.key, draft.aux_width // draft.hidden):  # one value per channel of k and v
         return 0
     return 3 * 4 * (draft.aux_width + 2 * draft.hidden) ** 2

@@ -86,7 +86,7 @@ def test_equals_the_naive_objective_for_every_kind_of_draft(options: dict[str, A
 
 def test_blocks_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_BLOCK", 3)
-    monkeypatch.setattr(divergence, "_CHUNK", 4)
+    monkeypatch.setattr(divergence, "CHUNK", 4)
     monkeypatch.setattr(target, "_VOCABULARY_CHUNK", 5)
     for semantics in ("default", "aurora-release"):
         assert_same_as_naive(Sizes([17, 5, 11], [6, 0, 2]), 5, semantics)

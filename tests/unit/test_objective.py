@@ -239,7 +239,7 @@ def test_branches_of_every_kind_of_draft(options: dict[str, Any]) -> None:
 
 def test_blocks_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_BLOCK", 2)
-    monkeypatch.setattr(divergence, "_CHUNK", 3)
+    monkeypatch.setattr(divergence, "CHUNK", 3)
     sizes = Sizes([17, 5, 11], [6, 0, 2], ttt=4)
     for direction in DIRECTIONS:
         assert_is_the_reference(with_branches(sizes, 8), sizes, Objective(direction, 0.5, 3))

