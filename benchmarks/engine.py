@@ -34,6 +34,23 @@ RING_ROWS = 20_000
 SERVER: dict[str, Any] = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 256 << 20}
 
 
+def small_arguments(target: Path, draft: Path) -> dict[str, Any]:
+    """Of vllm.LLM, for tests: a small engine that speculates with three drafts. Nothing of aurora in them."""
+    return {
+        "model": str(target),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "block_size": 32,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 96,
+        "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": 32 << 20,
+        "seed": 0,
+        "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
+    }
+
+
 @contextmanager
 def humaneval_engine(eager: bool) -> Iterator[tuple[Engine, list[str]]]:
     """The demo's model in an engine of usual proportions, and one prompt for each HumanEval problem."""
@@ -104,21 +121,10 @@ class Engine:
 
         from vllm import LLM
 
-        arguments: dict[str, Any] = {
-            "model": str(target),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 256,
-            "block_size": 32,
-            "max_num_seqs": 8,
-            "max_num_batched_tokens": 96,
-            "enable_prefix_caching": True,
-            "kv_cache_memory_bytes": 32 << 20,
+        arguments = small_arguments(target, draft) | {
             "disable_log_stats": False,
-            "seed": 0,
             "worker_cls": "aurora_vllm.spec_decode.worker.AuroraWorker",
             "scheduler_cls": "aurora_vllm.spec_decode.scheduler.AuroraScheduler",
-            "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
         }
         llm = LLM(**(arguments | vllm_arguments))
         return cls(

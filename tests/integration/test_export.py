@@ -14,7 +14,7 @@ from aurora_vllm.learner.draft import bank_tensors, load_config, load_draft
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Assembler
-from benchmarks.engine import Engine
+from benchmarks.engine import Engine, small_arguments
 from tests.integration import plain
 from tests.integration.test_swap import publish_and_commit
 
@@ -65,17 +65,7 @@ def learned(engine: Engine, prompts: list[str], tmp_path_factory: pytest.TempPat
 
 def plain_vllm(target: Path, draft: Path, prompts: list[str]) -> dict[str, Any]:
     """The server's own arguments for a draft, but vLLM alone."""
-    arguments = {
-        "model": str(target),
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 256,
-        "block_size": 32,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 32 << 20,
-        "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
-    }
-    return plain.serve(arguments, prompts, MAX_TOKENS)
+    return plain.serve(small_arguments(target, draft), prompts, MAX_TOKENS)
 
 
 @pytest.mark.parametrize("form", ["eagle3", "speculators"])

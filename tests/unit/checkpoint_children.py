@@ -5,11 +5,7 @@ Every number in a checkpoint of this process is the checkpoint's own number, so 
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ import torch
 from aurora_vllm.learner import checkpoints, staging
 from aurora_vllm.learner.checkpoints import Checkpoints
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft
+from tests.unit.transport_children import kill_at_line
 
 FILES = (checkpoints.__file__, staging.__file__)
 CONFIG: dict[str, Any] = {
@@ -39,26 +36,12 @@ def state(number: int) -> tuple[Eagle3Draft, dict[str, Any], dict[str, torch.Ten
     return draft, CONFIG, tensors, {"steps": number}
 
 
-def save_for_ever(directory: str, kill_at_line: int = 0) -> None:
+def save_for_ever(directory: str, kill_at: int = 0) -> None:
     """Save checkpoints without end; kill -9 before the n-th line of the saving code after the first two."""
     made = Checkpoints(Path(directory), "run", {"command": []})
     number = 1
     while True:
-        if number == 3 and kill_at_line:
-            _kill_at(kill_at_line)
+        if number == 3 and kill_at:
+            kill_at_line(kill_at, within=FILES)
         made.save(*state(number))
         number += 1
-
-
-def _kill_at(n: int) -> None:
-    left = n
-
-    def local(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal left
-        if event == "line":
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return local
-
-    sys.settrace(lambda frame, event, argument: local if frame.f_code.co_filename in FILES else None)

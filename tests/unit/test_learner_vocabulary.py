@@ -21,6 +21,7 @@ from aurora_vllm.transport.ring import RingProducer, ring_bytes
 from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
 from aurora_vllm.transport.segment import Segment
 from tests.unit.test_day0 import llama
+from tests.unit.tiny_world import send
 
 LAYOUT = RowLayout(48, 3, torch.float32)
 RING_ROWS = 2000
@@ -55,12 +56,7 @@ class World:
         meta[-1, Field.FLAGS] = int(RowFlag.END)
         LAYOUT.aux(rows)[:-1] = aux[tokens]
         LAYOUT.last(rows)[:-1] = 500 * self.lm_head[follows]  # of all logits, that of the next token is the highest
-        views = self.ring.reserve(len(rows))
-        assert views is not None
-        for view in views:
-            view.copy_(rows[: len(view)])
-            rows = rows[len(view) :]
-        self.ring.commit()
+        send(self.ring, rows)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer
 from aurora_vllm.transport.rows import Field, RowFlag
 from aurora_vllm.transport.segment import Segment
+from tests.unit.tiny_world import send
 
 SMOLLM2 = Path("~/.cache/aurora_vllm/models/smollm2-135m").expanduser()
 TOLERANCE = 0.15
@@ -102,7 +103,7 @@ def measure(plan: ServePlan) -> int:
         while requests or control.learner.state != "waiting for traffic" or not control.learner.step:
             assert learner.poll() is None and time.monotonic() < deadline
             if requests and ring.free() > LENGTH:
-                send(ring, plan, words[torch.randint(0, len(words), (LENGTH,))], requests)
+                send(ring, rows_of(plan, words[torch.randint(0, len(words), (LENGTH,))], requests))
                 requests -= 1
             else:
                 time.sleep(0.02)
@@ -117,8 +118,8 @@ def measure(plan: ServePlan) -> int:
     return high - shared
 
 
-def send(ring: RingProducer, plan: ServePlan, tokens: torch.Tensor, request: int) -> None:
-    """One finished greedy request with random states."""
+def rows_of(plan: ServePlan, tokens: torch.Tensor, request: int) -> torch.Tensor:
+    """One finished greedy request with random states. uint8 [LENGTH + 1, row_bytes]"""
     layout = plan.layout
     rows = torch.zeros(LENGTH + 1, layout.row_bytes, dtype=torch.uint8)
     meta = layout.meta(rows)
@@ -128,7 +129,4 @@ def send(ring: RingProducer, plan: ServePlan, tokens: torch.Tensor, request: int
     meta[-1, Field.FLAGS] = int(RowFlag.END)
     layout.aux(rows)[:-1] = torch.randn(LENGTH, layout.aux_width)
     layout.last(rows)[:-1] = torch.randn(LENGTH, layout.hidden_size)
-    for view in ring.reserve(LENGTH + 1) or []:
-        view.copy_(rows[: len(view)])
-        rows = rows[len(view) :]
-    ring.commit()
+    return rows

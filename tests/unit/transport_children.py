@@ -56,8 +56,12 @@ def finish(process: ForkServerProcess, timeout: float = 30) -> int | None:
     return process.exitcode
 
 
-def at_line(n: int, action: Callable[[], object], within: str | None = None) -> None:
-    """Call `action` before the n-th line (from 1) that this thread executes in the transport package from now on."""
+def at_line(n: int, action: Callable[[], object], within: str | tuple[str, ...] = PACKAGE) -> None:
+    """Call `action` before the n-th line (from 1) that this thread executes from now on in files whose path begins so.
+
+    Args:
+        within: a package's directory, or several files; the transport package unless told.
+    """
     left = n
 
     def local(frame: FrameType, event: str, argument: Any) -> Any:
@@ -70,13 +74,13 @@ def at_line(n: int, action: Callable[[], object], within: str | None = None) -> 
         return local
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        return local if left > 0 and frame.f_code.co_filename.startswith(PACKAGE) else None
+        return local if left > 0 and frame.f_code.co_filename.startswith(within) else None
 
     sys.settrace(trace)
 
 
-def kill_at_line(n: int) -> None:
-    at_line(n, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def kill_at_line(n: int, within: str | tuple[str, ...] = PACKAGE) -> None:
+    at_line(n, lambda: os.kill(os.getpid(), signal.SIGKILL), within)
 
 
 def pattern(index: int, row_bytes: int) -> torch.Tensor:
