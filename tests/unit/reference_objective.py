@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.objective import Objective
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Branch
-from tests.unit.naive_eagle3 import naive_logits, naive_mask, shift
+from tests.unit.naive_eagle3 import Sizes, naive_logits, naive_mask, random_case, shift
 
 Array = np.ndarray
+Case = tuple[Eagle3Draft, TargetHead, Batch]
 
 
 def log_softmax(x: Array) -> Array:
@@ -146,3 +148,31 @@ def reference_objective(
         for i, (a, d) in enumerate(zip(step_loss, discard_loss, strict=True))
     )
     return Reference(total, step_loss, discard_loss, [len(one) for one in terms])
+
+
+def with_branches(sizes: Sizes, seed: int, **options: Any) -> Case:
+    """Random branches: at any row up to behind the last, none in some sequences, cut short, or with no root there."""
+    draft, head, batch = random_case(sizes, seed, **options)
+    rng = np.random.default_rng(seed)
+    batch.emitted = torch.from_numpy(rng.integers(-1, sizes.vocab, batch.input_ids.shape))
+    batch.branches = [
+        [
+            Branch(
+                position=sizes.start + int(rng.integers(1, length + 1)),
+                accepted=int(rng.integers(0, 4)),
+                token_ids=torch.from_numpy(rng.integers(0, sizes.vocab, rows)),
+                aux=torch.zeros(rows, 3 * sizes.hidden),
+                last=torch.from_numpy(rng.normal(size=(rows, sizes.hidden))).float(),
+            )
+            for rows in rng.integers(1, 5, rng.integers(0, 4))
+        ]
+        for length in sizes.lengths
+    ]
+    return draft, head, batch
+
+
+def gradients(draft: Eagle3Draft, total: torch.Tensor) -> dict[str, torch.Tensor]:
+    draft.zero_grad()
+    if total.requires_grad:
+        total.backward()  # type: ignore[no-untyped-call]
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in draft.named_parameters()}

@@ -1,14 +1,7 @@
-"""The learner, driven turn by turn: rows in, trained, judged, published; what it does with what is broken; and what it
-takes up again after a crash or a restart."""
+"""The learner, driven turn by turn: rows in, trained, judged, published, and what it does with what is broken."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +10,13 @@ import torch
 
 from aurora_vllm.learner import curriculum, process
 from aurora_vllm.learner.batch import collate
-from aurora_vllm.learner.checkpoints import Checkpoint, newest
-from aurora_vllm.learner.draft import Eagle3Draft, save_draft
 from aurora_vllm.learner.evaluate import simulate
 from aurora_vllm.learner.process import SCORE_BACKLOG, Learner
-from aurora_vllm.learner.trajectory import Assembler, Trajectory
+from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.session import ENVIRONMENT_KEY
-from aurora_vllm.transport.ring import RingProducer
-from tests.unit.tiny_world import DRAFT, LAYOUT, H, World, send, session
+from tests.unit.tiny_world import LAYOUT, World, assert_same, send, serve, session, trajectory, weights
 
-
-@pytest.fixture(autouse=True)
-def same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No chance, and no clock: scoring goes first, whatever it costs."""
-    torch.manual_seed(0)
-    monkeypatch.setattr(process, "SCORE_SHARE", 1e9)
-
-
-def trajectory(world: World, request: int = 999) -> Trajectory:
-    (one,) = Assembler(LAYOUT).feed(world.rows(request))
-    return one
-
-
-def serve(world: World, learner: Learner, producer: RingProducer, requests: range) -> None:
-    """Requests one after the other, the learner keeping up and training a step on each."""
-    for request in requests:
-        send(producer, world.rows(request))
-        learner.turn()
-        learner.turn()
-
-
-def weights(draft: Eagle3Draft) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in draft.state_dict().items()}
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
+pytestmark = pytest.mark.usefixtures("same_every_time")
 
 
 def test_rows_are_trained_on_judged_and_published(tmp_path: Path) -> None:
@@ -203,205 +165,7 @@ def test_the_next_learner_goes_on_from_the_bank(tmp_path: Path) -> None:
         assert Learner(shared).version == 1
 
 
-def learned(world: World, tmp_path: Path, requests: int = 8, **settings: Any) -> tuple[Path, Learner]:
-    """A run that ends, and what it left on disk."""
-    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", **settings) as (shared, producer):
-        learner = Learner(shared)
-        serve(world, learner, producer, range(requests))
-        learner.keeper.save(at_once=True)
-        learner.keeper.save(at_once=True)  # nothing was learned in between
-        found = newest(tmp_path / "kept")
-        assert found is not None and found.name == "checkpoint-000001"
-        assert learner.control.learner.checkpoint == found.name
-        assert learner.control.learner.checkpoints == 1
-        return found, learner
-
-
-@pytest.mark.parametrize("sync", ["evidence", "steps"])
-def test_a_new_server_goes_on_from_a_checkpoint(tmp_path: Path, sync: str) -> None:
-    world = World()
-    kept, before = learned(world, tmp_path, sync=sync, sync_interval=6)
-    with session(world, tmp_path, draft=kept, resume=kept, sync=sync) as (shared, producer):
-        after = Learner(shared)
-        assert after.control.learner.checkpoint == f"goes on from {kept.name}, step {before.curriculum.trainer.steps}"
-        assert after.version == 1
-        assert_same(weights(after.incumbent), weights(before.incumbent))  # what vLLM loads from there, too
-        assert_same(weights(after.candidate), weights(before.candidate))
-        assert torch.equal(after.curriculum.coverage.counts, before.curriculum.coverage.counts)
-        assert after.control.learner.shadow_accepted_per_position[:2] == pytest.approx(before.shadow.per_position())
-        # The optimizer goes on exactly: the same step from here gives the same weights.
-        batch = collate([trajectory(world)])
-        before.curriculum.trainer.step(batch)
-        after.curriculum.trainer.step(batch)
-        assert after.curriculum.trainer.steps == before.curriculum.trainer.steps
-        assert_same(weights(after.candidate), weights(before.candidate))
-        fresh = Learner(shared.model_copy(update={"resume": None}))  # a check of the check: without it they differ
-        fresh.curriculum.trainer.step(batch)
-        assert not torch.equal(fresh.candidate.fc.weight, before.candidate.fc.weight)
-        serve(world, after, producer, range(3))
-        assert after.curriculum.trainer.steps > before.curriculum.trainer.steps
-
-
-def test_a_learner_after_a_crash_takes_up_its_predecessors_training(tmp_path: Path) -> None:
-    world = World()
-    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", evidence_tokens=10**6) as (shared, producer):
-        first = Learner(shared)
-        serve(world, first, producer, range(5))
-        first.keeper.save(at_once=True)
-        second = Learner(shared)
-        assert second.version == 1 and second.curriculum.trainer.steps == first.curriculum.trainer.steps > 0
-        assert_same(weights(second.candidate), weights(first.candidate))
-        second.sync = type(second.sync)("steps", 1)
-        second._maybe_publish()
-        assert second.bank.published() == 2
-        third = Learner(shared)  # what was saved is of version 1: older than what is served
-        assert third.version == 2 and third.curriculum.trainer.steps == 0
-        assert_same(weights(third.candidate), weights(third.incumbent))
-
-
-def test_a_lesson_that_was_learned_is_kept_and_not_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DRAFT, "num_key_value_heads", 2)  # as day 0 makes a draft that is to have lessons
-    monkeypatch.setattr(curriculum, "LESSON_ROWS", (60, 10**6))
-    monkeypatch.setattr(curriculum, "LESSON_REQUESTS", 3)
-    world = World()
-    day0 = world.draft()
-    with torch.no_grad():
-        day0.fc.weight.zero_()[:, -H:] = torch.eye(H)
-    save_draft(day0, tmp_path / "day0", DRAFT)
-    where: dict[str, Any] = {"draft": tmp_path / "day0", "checkpoint_dir": tmp_path / "kept"}
-    with session(world, tmp_path, evidence_tokens=10**6, **where) as (shared, producer):
-        first = Learner(shared)
-        assert first.curriculum.awaits_first_lesson
-        for request in range(6):
-            send(producer, world.rows(request))
-        while first.curriculum.awaits_first_lesson:
-            assert first.turn()
-        assert first.curriculum.trainer.steps == 0  # the lesson alone is worth a checkpoint
-        first.keeper.save(at_once=True)
-        second = Learner(shared)
-        assert_same(weights(second.candidate), weights(first.candidate))
-        assert not second.curriculum.awaits_first_lesson and second.candidate_is_ahead
-        serve(world, second, producer, range(6, 12))
-        assert second.curriculum.trainer.steps > 0
-        assert torch.equal(second.candidate.fc.weight, first.candidate.fc.weight)  # refined: first lm_head alone
-        assert not torch.equal(second.candidate.lm_head.weight, first.candidate.lm_head.weight)
-
-
-def test_counters_go_on_over_several_runs(tmp_path: Path) -> None:
-    world = World()
-    kept, _ = learned(world, tmp_path, requests=4)
-    for run in range(2, 4):
-        with session(world, tmp_path, draft=kept, resume=kept, checkpoint_dir=tmp_path / "kept") as (shared, producer):
-            learner = Learner(shared)
-            serve(world, learner, producer, range(4))
-            learner.keeper.save(at_once=True)
-            found = newest(tmp_path / "kept")
-            assert found is not None
-            kept = found
-        statistics = Checkpoint.read(kept).facts["statistics"]
-        assert statistics["tokens_seen"] == run * 4 * 20
-        assert statistics["steps"] >= run * 4 - 1
-        assert statistics["replay"]["trajectories"] == 4  # the traffic of earlier runs is gone
-
-
-def test_a_checkpoint_that_is_not_due_is_not_written(tmp_path: Path) -> None:
-    world = World()
-    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", checkpoint_interval_s=3600) as (shared, producer):
-        learner = Learner(shared)
-        serve(world, learner, producer, range(3))
-        learner.keeper.save()
-        assert not (tmp_path / "kept").exists()
-        learner.keeper._saved_at -= 3600
-        learner.keeper.save()
-        assert newest(tmp_path / "kept") is not None
-
-
-def test_where_nothing_can_be_written_learning_goes_on(tmp_path: Path) -> None:
-    world = World()
-    (tmp_path / "file").write_text("")
-    with session(world, tmp_path, checkpoint_dir=tmp_path / "file") as (shared, producer):
-        learner = Learner(shared)
-        serve(world, learner, producer, range(3))
-        learner.keeper.save(at_once=True)
-        assert learner.control.learner.checkpoint.startswith("not saved: ")
-        serve(world, learner, producer, range(3, 6))
-
-
-def damage_tensors(kept: Path) -> None:
-    file = kept / "learner" / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-
-
-def damage_facts(kept: Path) -> None:
-    (kept / "learner" / "state.json").write_text("{")
-
-
-@pytest.mark.parametrize("damage", [damage_tensors, damage_facts])
-def test_training_state_that_is_damaged_costs_only_itself(tmp_path: Path, damage: Callable[[Path], None]) -> None:
-    world = World()
-    kept, before = learned(world, tmp_path)
-    damage(kept)
-    with session(world, tmp_path, draft=kept, resume=kept) as (shared, producer):
-        learner = Learner(shared)
-        assert "training starts anew" in learner.control.learner.checkpoint
-        assert_same(weights(learner.candidate), weights(before.incumbent))
-        assert learner.curriculum.trainer.steps == 0
-        serve(world, learner, producer, range(3))
-
-
-def test_nothing_of_the_traffic_is_in_a_checkpoint(tmp_path: Path) -> None:
-    """Its tensors are those of draft and optimizer, and one count a word; none is as long as the traffic."""
-    world = World()
-    kept, learner = learned(world, tmp_path)
-    names = {name.split(".")[0] for name in Checkpoint.read(kept).tensors()}
-    assert names == {"candidate", "optimizer", "emitted_counts"}
-    shapes = {tuple(p.shape) for p in learner.candidate.state_dict().values()} | {(), (32,)}
-    assert {tuple(t.shape) for t in Checkpoint.read(kept).tensors().values()} <= shapes
-    assert {path.name for path in kept.rglob("*")} == {
-        "config.json",
-        "model.safetensors",
-        "learner",
-        "state.json",
-        "state.safetensors",
-    }
-
-
-def test_an_embedding_of_the_drafts_own_outlives_the_learner(tmp_path: Path) -> None:
-    world = World()
-    draft = world.draft()
-    draft.embed_tokens = world.normal(32, 32)
-    save_draft(draft, tmp_path / "own", DRAFT)
-    with session(world, tmp_path, draft=tmp_path / "own", sync="steps", sync_interval=1) as (shared, producer):
-        first = Learner(shared)
-        serve(world, first, producer, range(2))
-        assert first.bank.published() > 1
-        second = Learner(shared)
-        for one in (second.incumbent, second.candidate):
-            assert one.embed_tokens is not None and torch.equal(one.embed_tokens, draft.embed_tokens)
-
-
 def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.delenv(ENVIRONMENT_KEY, raising=False)
     assert process.main() == 2
     assert "started by the server" in capsys.readouterr().err
-
-
-def test_sigterm_saves_and_ends_the_process(tmp_path: Path) -> None:
-    world = World()
-    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", learner_cpu_share=1.0) as (shared, producer):
-        environment = {**os.environ, ENVIRONMENT_KEY: shared.model_dump_json(), "OMP_NUM_THREADS": "1"}
-        child = subprocess.Popen([sys.executable, "-m", "aurora_vllm.learner.process"], env=environment)
-        try:
-            control = process.ControlBlock.attach(process.Segment.attach(shared.control))
-            send(producer, world.rows(1))
-            deadline = time.monotonic() + 60
-            while control.learner.step < 3:
-                assert child.poll() is None and time.monotonic() < deadline
-                time.sleep(0.05)
-            child.send_signal(signal.SIGTERM)
-            assert child.wait(20) == 0
-        finally:
-            child.kill()
-        found = newest(tmp_path / "kept")
-        assert found is not None
-        assert Checkpoint.read(found).facts["statistics"]["steps"] >= 3

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, save_draft
+from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.trajectory import Assembler, Trajectory
 from aurora_vllm.session import Session
 from aurora_vllm.transport.bank import WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes
@@ -145,3 +147,26 @@ def session(
             ),
             producer,
         )
+
+
+def trajectory(world: World, request: int = 999) -> Trajectory:
+    (one,) = Assembler(LAYOUT).feed(world.rows(request))
+    return one
+
+
+def serve(world: World, learner: Learner, producer: RingProducer, requests: range) -> None:
+    """Requests one after the other, the learner keeping up and training a step on each."""
+    for request in requests:
+        send(producer, world.rows(request))
+        learner.turn()
+        learner.turn()
+
+
+def weights(draft: Eagle3Draft) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in draft.state_dict().items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
