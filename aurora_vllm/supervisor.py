@@ -145,7 +145,8 @@ def become_background(parent_pid: int, nice: int) -> None:
 
     Args:
         parent_pid: whose child it is.
-        nice: the kernel gives nice 10 about a tenth of a CPU that somebody else wants whole, nice 19 a seventieth.
+        nice: how far it steps back. No bound by itself: vLLM's threads sleep and wake in between, and at nice 10 the
+            learner took half a CPU beside them. What bounds it is its budget (learner/budget.py).
 
     Raises:
         SystemExit: the parent is gone already.
