@@ -4,7 +4,7 @@ A draft that knows nothing yet is trained as a whole, at the full rate. One that
 lesson, somebody's training) is *refined*: AdamW's first steps are as long as its learning rate whatever the gradient
 is, and would walk the body away from where it was put. So first only ``lm_head`` is trained, a convex problem at half
 the cost, and then the body at a small fraction of the rate. Measured on SmolLM2-135M after the lesson (HumanEval, 100
-unseen-prompt requests later; acceptance length 1.50 before): all at 1e-3 1.39, all at 1e-4 1.50, ``lm_head`` alone at
+requests on, unseen prompts; acceptance length 1.50 before): all at 1e-3 1.39, all at 1e-4 1.50, ``lm_head`` alone at
 1e-3 1.59; from there, two more passes: ``lm_head`` alone 1.61, with the body at 3e-5 1.66.
 """
 

@@ -220,7 +220,7 @@ class TraceWriter:
         take = rows if row_index is None else row_index
         self.layout.meta(view).copy_(meta)
         states = [state[take] for state in (*trace.aux_hidden_states, trace.last_hidden_states)]
-        torch.cat(states, dim=1, out=self.layout.states(view))
+        self.layout.states(view).copy_(torch.cat(states, dim=1), non_blocking=True)  # the ring may lie elsewhere
 
     def _write_end(self, request: _OpenRequest) -> bool:
         views = self.sink.reserve(1)
