@@ -59,12 +59,10 @@ signal.signal(signal.SIGTERM, lost)
 stubborn = "import time, signal; signal.signal(15, signal.SIG_IGN); time.sleep(30)"
 child = subprocess.Popen([sys.executable, "-c", stubborn])
 stopping.cleanups.append(lambda: say(child.pid, "cleaned up"))
-say("ready")
-while True:
-    try:
-        time.sleep(20)
-    except KeyboardInterrupt:
-        pass
+try:
+    say("ready"); time.sleep(20)
+except KeyboardInterrupt:
+    time.sleep(20)
 """
     code, out, error, took = run(script, signal.SIGTERM)
     child, cleaned = out.strip().split(maxsplit=1)
