@@ -7,11 +7,11 @@ device for a value: lengths and draft counts are known to the host before the st
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 
 from aurora_vllm.transport.rows import META_WORDS, Field, RowFlag, RowLayout
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Plain integers: indexing with a member of an IntEnum costs a method call each time.
-(_REQUEST_LOW, _REQUEST_HIGH, _FLAGS, _POSITION, _TOKEN, _STEP, _DRAFT_INDEX, _NUM_DRAFTS, _NUM_ACCEPTED, _EMITTED,
+(_REQUEST_LOW, _REQUEST_HIGH, _FLAGS, _POSITION, _TOKEN, _STEP, _DRAFT_INDEX, _NUM_DRAFTS, _EMITTED,
  _DRAFT_VERSION, _PROMPT_LENGTH, _TEMPERATURE_MILLI) = (int(word) for word in Field)  # fmt: skip
 
 
@@ -166,52 +166,56 @@ class TraceWriter:
     def _meta(self, trace: StepTrace, chosen: list[int], row_index: torch.Tensor | None) -> torch.Tensor:
         """Metadata words of every row. int32 [n, 16], on the trace's device.
 
-        What the host knows is laid out by numpy and sent in one piece: between two steps every small tensor operation
-        costs tens of microseconds, because the target's weights have just swept the caches.
+        What the host knows is laid out here and sent in one piece. The device adds three words and nothing that
+        follows from them: position, token, and what was emitted, which ``sampled`` itself has as -1 behind the first
+        rejected draft.
         """
-        known, certain = self._known_to_the_host(trace, chosen)
-        lengths = [trace.lengths[i] for i in chosen]
-        owner = np.repeat(np.arange(len(chosen), dtype=np.int32), lengths)  # [n] row -> request
-        offset = np.arange(len(owner), dtype=np.int32) - certain[owner]  # [n] 0 at the last certain token, then drafts
-        host = np.empty((len(owner), META_WORDS + 3), dtype=np.int32)
-        host[:, :META_WORDS] = known[owner]
-        host[:, _DRAFT_INDEX] = np.maximum(offset - 1, -1)
-        host[:, META_WORDS], host[:, META_WORDS + 1] = owner, offset
-        host[:, META_WORDS + 2] = np.maximum(offset, 0)
-        sent = torch.from_numpy(host).to(trace.token_ids.device, non_blocking=True)
-
-        meta = sent[:, :META_WORDS]
-        take = slice(len(owner)) if row_index is None else row_index
+        known, places, silent = self._known_to_the_host(trace, chosen)
+        device = trace.token_ids.device
+        meta = torch.frombuffer(known, dtype=torch.int32).view(-1, META_WORDS).to(device, non_blocking=True)
+        emitted = trace.sampled.take(torch.frombuffer(places, dtype=torch.int64).to(device, non_blocking=True))
+        if silent:
+            emitted.masked_fill_(meta[:, _EMITTED] < 0, -1)
+        if any(trace.num_drafts):
+            meta[:, _FLAGS] *= emitted < 0
+        take = slice(len(places)) if row_index is None else row_index
         meta[:, _POSITION] = trace.positions[take]
         meta[:, _TOKEN] = trace.token_ids[take]
-        sampled = trace.sampled if row_index is None else trace.sampled[chosen]  # [R, >=1 + K]
-        request, behind, column = sent[:, META_WORDS:].unbind(1)
-        accepted = (sampled >= 0).sum(1)[request].sub_(1).clamp_(min=0).minimum(meta[:, _NUM_DRAFTS])
-        rejected = behind > accepted
-        emitted = sampled[request, column.clamp_(max=sampled.shape[1] - 1)]
-        # Nothing is emitted before the last certain token, behind a rejection, or inside a prompt's chunk.
-        silent = rejected | (behind < 0) | (meta[:, _EMITTED] < 0)
-        meta[:, _NUM_ACCEPTED] = accepted
-        meta[:, _FLAGS] = rejected * int(RowFlag.REJECTED)
-        meta[:, _EMITTED] = emitted.masked_fill(silent, -1)
+        meta[:, _EMITTED] = emitted
         return meta
 
-    def _known_to_the_host(self, trace: StepTrace, chosen: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """A request's words, EMITTED being 0 where something will be and else -1, and the row of its last certain
-        token. int32 [R, 16], [R]"""
-        rows, certain, end = [], [], 0
+    def _known_to_the_host(self, trace: StepTrace, chosen: list[int]) -> tuple[array[int], array[int], bool]:
+        """What is known of every row before the verdict.
+
+        Plain Python, a request's prompt in one go: numpy takes a dozen small calls for it, and between two steps each
+        of them costs 10 to 20 microseconds, because the target's weights have just swept the caches.
+
+        Returns:
+            Words, int32 [n, 16] flat: EMITTED is -1 where nothing is emitted whatever the verdict and else 0, FLAGS
+            is REJECTED for every draft; the place of each row's token in ``sampled`` flat, int64 [n]; whether any
+            EMITTED is -1.
+        """
+        rows, places, silent = array("i"), array("q"), False
+        width = trace.sampled.shape[1]
         for i in chosen:
-            request = self._open[trace.request_ids[i]]
-            end += trace.lengths[i]
-            drafts = trace.num_drafts[i]
-            certain.append(end - 1 - drafts)
+            request, drafts = self._open[trace.request_ids[i]], trace.num_drafts[i]
             words = [0] * META_WORDS
             words[_REQUEST_LOW], words[_REQUEST_HIGH] = _split(request.key)
-            words[_STEP], words[_NUM_DRAFTS], words[_EMITTED] = self._step, drafts, 0 if trace.emits[i] else -1
+            words[_STEP], words[_DRAFT_INDEX], words[_NUM_DRAFTS], words[_EMITTED] = self._step, -1, drafts, -1
             words[_DRAFT_VERSION], words[_PROMPT_LENGTH] = trace.draft_version, request.prompt_length
             words[_TEMPERATURE_MILLI] = request.temperature_milli
-            rows.append(words)
-        return np.array(rows, dtype=np.int32), np.array(certain, dtype=np.int32)
+            before = trace.lengths[i] - 1 - drafts  # rows before the last certain token
+            rows += array("i", words) * before
+            words[_EMITTED] = 0 if trace.emits[i] else -1
+            rows.extend(words)
+            words[_FLAGS] = int(RowFlag.REJECTED)
+            for draft in range(drafts):
+                words[_DRAFT_INDEX] = draft
+                rows.extend(words)
+            places += array("q", [i * width]) * before
+            places.extend(range(i * width, i * width + 1 + drafts))
+            silent |= before > 0 or not trace.emits[i]
+        return rows, places, silent
 
     def _fill(
         self, view: torch.Tensor, meta: torch.Tensor, trace: StepTrace, row_index: torch.Tensor | None, rows: slice

@@ -28,12 +28,11 @@ class Field(IntEnum):
     TOKEN = 4  # the token the target read at POSITION
     STEP = 5  # the engine step that wrote the row; a step's rows of one request share it
     DRAFT_INDEX = 6  # 0..K-1 when TOKEN is a draft under verification, else -1
-    NUM_DRAFTS = 7  # drafts verified for this request in this step
-    NUM_ACCEPTED = 8  # how many of them the target accepted
-    EMITTED = 9  # the token the target chose after POSITION; -1 where it chose none (inside a prompt, rejected rows)
-    DRAFT_VERSION = 10  # version of the draft weights that proposed this step's drafts
-    PROMPT_LENGTH = 11  # tokens of the prompt; positions below it are not the target's own words
-    TEMPERATURE_MILLI = 12  # request temperature x 1000; 0 is greedy
+    NUM_DRAFTS = 7  # drafts verified for this request in this step; those without REJECTED were accepted
+    EMITTED = 8  # the token the target chose after POSITION; -1 where it chose none (inside a prompt, rejected rows)
+    DRAFT_VERSION = 9  # version of the draft weights that proposed this step's drafts
+    PROMPT_LENGTH = 10  # tokens of the prompt; positions below it are not the target's own words
+    TEMPERATURE_MILLI = 11  # request temperature x 1000; 0 is greedy
 
 
 class RowFlag(IntFlag):

@@ -58,23 +58,19 @@ def sort_rows(rows: torch.Tensor, layout: RowLayout) -> dict[int, RequestRows]:
 def count_verdicts(rows: torch.Tensor, layout: RowLayout) -> dict[str, Any]:
     """The counters vLLM keeps, counted from rows."""
     meta = layout.meta(rows)
-    drafts = tokens = accepted = 0
+    tokens = 0
     per_position = [0, 0, 0]
-    seen = set()
+    steps = set()
     for words in meta.tolist():
-        step = (words[Field.REQUEST_LOW], words[Field.REQUEST_HIGH], words[Field.STEP])
-        if words[Field.FLAGS] & RowFlag.END or not words[Field.NUM_DRAFTS] or step in seen:
+        if words[Field.FLAGS] & RowFlag.END or words[Field.DRAFT_INDEX] < 0:
             continue
-        seen.add(step)
-        drafts += 1
-        tokens += words[Field.NUM_DRAFTS]
-        accepted += words[Field.NUM_ACCEPTED]
-        for i in range(words[Field.NUM_ACCEPTED]):
-            per_position[i] += 1
+        steps.add((words[Field.REQUEST_LOW], words[Field.REQUEST_HIGH], words[Field.STEP]))
+        tokens += 1
+        per_position[words[Field.DRAFT_INDEX]] += not words[Field.FLAGS] & RowFlag.REJECTED
     return {
-        "drafts": drafts,
+        "drafts": len(steps),
         "draft_tokens": tokens,
-        "accepted_tokens": accepted,
+        "accepted_tokens": sum(per_position),
         "accepted_tokens_per_pos": per_position,
     }
 

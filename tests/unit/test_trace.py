@@ -115,7 +115,6 @@ def test_rows_say_what_the_step_was(case: tuple[list[int], list[int], list[int],
         assert bool(got[Field.FLAGS] & RowFlag.REJECTED) == rejected
         assert got[Field.EMITTED] == emitted
         assert got[Field.NUM_DRAFTS] == drafts[i]
-        assert got[Field.NUM_ACCEPTED] == accepted[i]
         assert got[Field.PROMPT_LENGTH] == 10 + i
         assert got[Field.TEMPERATURE_MILLI] == 500 * i
         assert got[Field.DRAFT_VERSION] == 5
