@@ -42,6 +42,7 @@ def good(engine: Engine, prompts: list[str]) -> Iterator[dict[str, torch.Tensor]
     yield bank_tensors(draft)
     tensors = load_file(engine.session.draft / "model.safetensors")
     go_live(engine, {spec.name: tensors[spec.name] for spec in engine.bank.specs})
+    engine.scheduler._advisor._rollout = Rollout(3, 0.95)  # rightly, it would roll the engine's own back
 
 
 def publish(engine: Engine, tensors: dict[str, torch.Tensor]) -> int:
