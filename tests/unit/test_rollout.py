@@ -125,7 +125,7 @@ def test_versions_come_and_one_goes() -> None:
     assert "version 3 is on probation against version 2" in rollout.reason
     feed(rollout, 3, 2, 0.0, 170)
     assert (rollout.decision, rollout.version) == ("rollback", 3) and not rollout.looks_worse
-    assert "version 3 is worse than version 2 at confidence 0.95: acceptance length 1.00, 1.5" in rollout.reason
+    assert "version 3 is worse than version 2 at confidence 0.95: acceptance length 1.00, 1.44 before" in rollout.reason
     feed(rollout, 2, 3, 0.345, 100)  # it came back, and is judged by nobody
     assert (rollout.decision, rollout.version) == ("rollback", 3)
     feed(rollout, 4, 2, 0.345, PROBATION_DRAFTS)  # judged by the version that stayed, not by the one that went
