@@ -9,6 +9,7 @@ import torch
 
 from aurora_vllm.learner import process
 from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.standing import follow_rollback
 from aurora_vllm.transport.ring import RingProducer
 from tests.unit.test_learner_process import assert_same, serve, weights
 from tests.unit.tiny_world import World, session
@@ -54,9 +55,10 @@ def test_it_goes_on_from_the_version_that_stayed(tmp_path: Path, stayed: int) ->
         serve(world, learner, producer, range(request, request + 1))  # the candidate learns on, from a bad draft
         bad = weights(learner.incumbent)
         roll_back(learner)
-        learner.turn()
+        follow_rollback(learner)  # a turn would train at once
         assert learner.version == stayed
         assert_same(weights(learner.incumbent), kept)
+        assert_same(weights(learner.candidate), kept)
         block = learner.control.learner
         assert (block.shadow_version, block.published_version) == (stayed, stayed + 1)
 
