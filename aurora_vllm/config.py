@@ -22,6 +22,9 @@ class AuroraConfig(BaseModel):
     speculate: Literal["auto", "always", "never"] = Field(
         "auto", description="auto: only where it pays; always: fixed K; never: capture and learn only"
     )
+    rollback_confidence: float = Field(
+        0.95, ge=0, lt=1, description="confidence that a new version accepts less, at which it is rolled back; 0: never"
+    )
     draft_vocab_size: int | None = Field(
         None, ge=64, description="tokens a day-0 draft may propose; without it 8 x hidden size, at most 32768"
     )

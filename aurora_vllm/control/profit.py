@@ -145,6 +145,7 @@ class DraftLengthController:
     max_draft_length: int
     mode: str = "auto"
     prior: float = 0.0
+    wants_verdicts: bool = False  # probe even a draft that seems hopeless: somebody has to know
     times: StepTimes = field(default_factory=StepTimes)
     acceptance: AcceptanceEstimate = field(init=False)
     _buckets: dict[int, _BucketState] = field(default_factory=dict)
@@ -195,6 +196,7 @@ class DraftLengthController:
                 state.steps, state.probe_length, state.probe_left = 0, 0, PROBE_STEPS
             return
         candidate = max(range(1, self.max_draft_length + 1), key=lambda k: gains[k])
-        wait = PROBE_EVERY * (1 if gains[candidate] >= HOPEFUL else PATIENCE)
-        if state.steps >= wait and self.acceptance.expected_length(candidate) >= WORTH_A_PROBE:
+        wait = PROBE_EVERY * (1 if gains[candidate] >= HOPEFUL or self.wants_verdicts else PATIENCE)
+        worth_it = self.acceptance.expected_length(candidate) >= WORTH_A_PROBE or self.wants_verdicts
+        if state.steps >= wait and worth_it:
             state.steps, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS

@@ -3,7 +3,7 @@
 A turn takes what the ring holds, then does one piece of work: score a trajectory, or what the curriculum has next. What
 is scored is scored before anything trains on it; where traffic comes faster than that, the oldest goes into training
 unscored and is no evidence. The learner stays within its share of a CPU, and it may die at any moment: the server goes
-on, and the next learner begins with the version that was published last, and with what was saved of its training.
+on, and the next learner begins with the version that stands, and with what was saved of its training.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from aurora_vllm.learner.evaluate import Recent, Score, simulate
 from aurora_vllm.learner.from_disk import publish_from_disk
 from aurora_vllm.learner.publish import Evidence, Sync, publish
 from aurora_vllm.learner.resume import Keeper
+from aurora_vllm.learner.standing import follow_rollback, take_standing
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.transport import update_request
-from aurora_vllm.transport.bank import TornPublish, WeightBank
+from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.ring import RingConsumer
 from aurora_vllm.transport.segment import Segment
@@ -48,14 +49,14 @@ class Learner:
 
     def __init__(self, session: Session) -> None:
         config = session.config
-        self.config = config
+        self.config, self.session = config, session
         self.control = ControlBlock.attach(Segment.attach(session.control))
         self.ring = RingConsumer.attach(Segment.attach(session.ring))
         self.bank = WeightBank.attach(Segment.attach(session.bank))
         self.assembler = Assembler(session.row_layout, max_tokens=config.max_trajectory_tokens)
         self.head = load_target_head(session.target)
         self.incumbent = load_draft(session.draft)
-        self.version = self._take_published()
+        self.version = take_standing(self.incumbent, self.bank, self.control.worker)
         self.candidate = copy.deepcopy(self.incumbent)
         given = config.draft is not None or session.resume is not None or self.version != CHECKPOINT_VERSION
         self.curriculum = Curriculum(self.candidate, self.head, config, session.target, worth_keeping=given)
@@ -77,6 +78,7 @@ class Learner:
     def turn(self) -> bool:
         """One piece of work. Returns whether there was any."""
         self.control.learner.beat()
+        follow_rollback(self)
         if request := update_request.open_request(self.control):
             self._say("updating from disk")
             update_request.answer(self.control, request, self._update(Path(request.directory)))
@@ -205,17 +207,6 @@ class Learner:
         block = self.control.learner
         block.shadow_version, block.shadow_steps = self.version, round(self.shadow.steps)
         block.shadow_accepted_per_position = self.shadow.per_position()
-
-    def _take_published(self) -> int:
-        """Continue from the bank where it holds a version; the version the incumbent is."""
-        version = self.bank.published()
-        if version == 0:
-            return CHECKPOINT_VERSION
-        try:
-            self.incumbent.load_state_dict(self.bank.read(version).tensors)
-        except TornPublish:
-            return CHECKPOINT_VERSION
-        return version
 
     def _say(self, state: str) -> None:
         block = self.control.learner

@@ -67,6 +67,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("aurora_swaps_total", "swaps.swaps", "Draft weights swapped in"),
     Metric("aurora_swap_refusals_total", "swaps.refusals", "Published weights the worker refused"),
     Metric("aurora_swap_stall_microseconds", "swaps.last_swap_stall_us", "How long the last swap held up a step"),
+    Metric("aurora_rollbacks_total", "rollout.rollbacks", "Versions rolled back because they accepted less"),
+    Metric("aurora_probation_drafts", "rollout.probation_drafts", "Verifications that judge the newest version"),
+    Metric(
+        "aurora_probation_evidence",
+        "rollout.probation_evidence",
+        "That it is worse than the one before; at 2 / (1 - rollback_confidence) it is rolled back",
+    ),
     Metric("aurora_capture_on", "capture.on", "1 while steps are captured, 0 after the circuit breaker tripped"),
     Metric("aurora_capture_errors_total", "capture.errors", "Faults in the capture hook"),
     Metric("aurora_requests_seen_total", "capture.requests_seen", "Requests the hook saw"),

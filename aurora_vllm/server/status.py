@@ -44,6 +44,10 @@ def status(
             **_take(worker, "swaps", "refusals", "refusal", "last_swap_stall_us"),
             "last_swap_age_s": age(worker["last_swap_ns"], now_ns),
         },
+        "rollout": {
+            **_take(scheduler, "probation", "probation_version", "probation_drafts", "probation_evidence"),
+            **_take(worker, "rollbacks", "rolled_back_version", "rollback"),
+        },
         "worker": {
             **_take(worker, "pid", "attached", "step"),
             # It beats once a step: an old heartbeat of an idle server is no fault.

@@ -6,17 +6,20 @@ the controller. What the scheduler sees anyway, verdicts and step times, is what
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from aurora_vllm.control.profit import Decision, DraftLengthController
+from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
+WORDS_EVERY = 20  # verified drafts between two accounts of a probation
 TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a draft the user names or resumes, until measured
 
 
@@ -42,12 +45,16 @@ class DraftLengthAdvisor:
             prior=TRUST_IN_A_GIVEN_DRAFT if config.draft or session.resume else 0.0,
         )
         self._breaker = CircuitBreaker("choosing the draft length")
+        self._rollout = Rollout(max_draft_length, config.rollback_confidence)
+        self._watch = CircuitBreaker("watching a new version")
         self._max_draft_length = max_draft_length
         self._version = 0
         self._proposed_by = 0
         self._drafting = 0  # K the step in flight drafts with
         self._started = 0.0
         self._last = Decision(0, "")
+        self._standing = (0, "")
+        self._before = self._controller.acceptance  # what was known of the version before the live one
 
     def step_starts(self) -> None:
         self._started = time.perf_counter()
@@ -71,13 +78,18 @@ class DraftLengthAdvisor:
     def verified(self, num_drafts: int, num_accepted: int) -> None:
         """One request's drafts came back."""
         self._breaker.run(lambda: self._observe_verdict(num_drafts, num_accepted))
+        self._watch.run(lambda: self._judge_version(num_drafts, num_accepted))
 
     def _decide(self, batch_size: int) -> Decision:
         live = self._control.worker.live_version
         learner = self._control.learner
         if live != self._version:
+            if live < self._version:  # a rollback: what its successor did says nothing of it
+                self._controller.acceptance = self._before
+            else:
+                self._before = copy.deepcopy(self._controller.acceptance)
+                self._controller.acceptance.new_version()
             self._version = live
-            self._controller.acceptance.new_version()
         if learner.shadow_version == live and learner.shadow_steps > 0:
             self._controller.acceptance.shadow(learner.shadow_accepted_per_position)
         decision = self._controller.decide(batch_size)
@@ -108,6 +120,20 @@ class DraftLengthAdvisor:
         self._controller.acceptance.observe(num_drafts, num_accepted)
         per_position = [int(num_accepted > i) for i in range(self._max_draft_length)]
         self._control.scheduler.record(self._proposed_by, 1, num_drafts, num_accepted, per_position)
+
+    def _judge_version(self, num_drafts: int, num_accepted: int) -> None:
+        """Is the newest version worse than the one before? The worker has both, so it is asked to trade them."""
+        rollout, scheduler = self._rollout, self._control.scheduler
+        rollout.observe(self._proposed_by, self._control.worker.previous_version, num_drafts, num_accepted)
+        standing = (rollout.version, rollout.decision)
+        if standing == self._standing and (rollout.decision != "undecided" or rollout.drafts % WORDS_EVERY):
+            return
+        self._standing = standing
+        self._controller.wants_verdicts = rollout.looks_worse
+        scheduler.probation_version, scheduler.probation = rollout.version, rollout.reason
+        scheduler.probation_drafts, scheduler.probation_evidence = rollout.drafts, rollout.evidence
+        if rollout.decision == "rollback":
+            scheduler.roll_back_version = rollout.version  # last: whoever finds it finds the reason
 
 
 class AuroraScheduler(Scheduler):

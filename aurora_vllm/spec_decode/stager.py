@@ -21,13 +21,13 @@ class Stager:
     Args:
         bank: reader's side of the weight bank.
         draft: the running draft.
-        control: the ``worker`` block is updated here.
+        control: the ``worker`` block is updated here; the ``scheduler`` block says which version to roll back.
     """
 
     def __init__(self, bank: WeightBank, draft: LiveDraft, control: ControlBlock) -> None:
         self.bank = bank
         self.draft = draft
-        self._worker = control.worker
+        self._worker, self._scheduler = control.worker, control.scheduler
         self._seen = 0  # newest version looked at, taken or refused
         self._ready: StagedWeights | None = None
         self._previous: StagedWeights | None = None
@@ -37,10 +37,17 @@ class Stager:
         self._thread.start()
 
     def commit_if_ready(self) -> None:
-        """Called between two steps, on the worker's thread. Costs one attribute look-up when there is nothing new."""
+        """Called between two steps, on the worker's thread: what the scheduler condemned goes, then what is new comes.
+
+        Costs two look-ups when there is nothing to do.
+        """
+        if condemned := self._scheduler.roll_back_version:
+            self._undo(condemned)
         staged, self._ready = self._ready, None
-        if staged is None:
-            return
+        if staged is not None:
+            self._go_live(staged)
+
+    def _go_live(self, staged: StagedWeights) -> None:
         started = time.perf_counter_ns()
         staged.exchange()
         stall = time.perf_counter_ns() - started
@@ -56,13 +63,23 @@ class Stager:
     def roll_back(self) -> bool:
         """Make the previous version live again, between two steps. Returns whether there was one.
 
-        The version that leaves is kept in turn, so a second call undoes the first.
+        The version that leaves is kept in turn, so a second call undoes the first, but for one that was condemned.
         """
-        if self._previous is None:
+        if self._previous is None or self._previous.version == self._worker.rolled_back_version:
             return False
-        self._ready = self._previous
-        self.commit_if_ready()
+        self._go_live(self._previous)
         return True
+
+    def _undo(self, condemned: int) -> None:
+        """Roll a version back for good, if it is the live one."""
+        worker = self._worker
+        if condemned != worker.live_version or not self.roll_back():
+            return
+        # "for good": the watcher is past this version, and this field stops a watcher that begins anew.
+        worker.rolled_back_version = condemned
+        worker.rollbacks += 1
+        worker.rollback = f"back to version {worker.live_version}: {self._scheduler.probation}"
+        logger.warning("aurora: %s", worker.rollback)
 
     def close(self) -> None:
         self._stop.set()
@@ -74,7 +91,7 @@ class Stager:
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             version = self.bank.published()
-            if version <= self._seen or self._ready is not None:
+            if version <= self._seen or self._ready is not None or version == self._worker.rolled_back_version:
                 continue
             self._seen = version
             try:

@@ -53,6 +53,9 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "refusal": TEXT,
         "last_swap_ns": INT,
         "last_swap_stall_us": FLOAT,
+        "rollbacks": INT,
+        "rolled_back_version": INT,  # the last one; never live again
+        "rollback": TEXT,
     },
     "scheduler": {
         "heartbeat_ns": INT,
@@ -61,6 +64,11 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "steps": INT,
         "generated_tokens": INT,
         "spec_steps": INT,
+        "probation_version": INT,  # the newest that drafted
+        "probation_drafts": INT,
+        "probation_evidence": FLOAT,  # that it is worse: control/rollout.py
+        "probation": TEXT,
+        "roll_back_version": INT,  # the worker is to undo this one; "probation" says why
     },
     "learner": {
         "pid": INT,

@@ -124,3 +124,14 @@ def test_new_version_lets_the_shadow_speak_again() -> None:
 
 def test_buckets() -> None:
     assert [batch_bucket(n) for n in (1, 2, 3, 4, 5, 8, 9, 33)] == [1, 2, 3, 4, 8, 8, 16, 64]
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_hopeless_draft_is_probed_only_for_its_verdict(wanted: bool) -> None:
+    """A version that looks worse than the one before is tried on until that is decided."""
+    controller = DraftLengthController(3)
+    simulate(controller, 0.0, 0.15, 50)
+    controller.wants_verdicts = wanted
+    chosen, _ = simulate(controller, 0.0, 0.15, 4 * PROBE_EVERY)
+    assert (max(chosen) > 0) == wanted
+    assert sum(k > 0 for k in chosen) < 0.1 * len(chosen)

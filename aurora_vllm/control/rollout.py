@@ -1,0 +1,209 @@
+"""Whether a new version of the draft stays: a sequential test of its verdicts against those of the version before.
+
+A published version won a simulation on the learner's copy; live it may still be worse (bytes that changed, other
+kernels, a draft somebody pushed). So it is on probation for its first verified drafts. All versions have the same
+shapes, so a step with K drafts costs the same whichever proposed them: at equal K tokens per second are acceptance, and
+acceptance, which load does not disturb, is what is compared. Numbers in, decisions out: no vLLM, no torch.
+
+**The test.** The verdict of one request's K drafts is the accepted number a in 0..K. From the older version's verdicts
+follows a lower bound b(K) of its mean. While the new version's mean is at least b(K), whatever the past, a gambler who
+stakes on "less" multiplies his wealth by ``1 - s (a - b(K))``, s <= 1 / (K - b(K)), and expects to win nothing: his
+wealth ever reaches w with probability at most 1/w (Ville's inequality; Waudby-Smith and Ramdas, "Estimating means of
+bounded random variables by betting", JRSS B 2024). He may be looked at after every verdict, K may change between
+two, and reaching w is the evidence. The chance of a false alarm, 1 - confidence, is shared in halves by his
+luck and by the bound.
+
+**What is not known.** The older version's verdicts are older: traffic may have become harder meanwhile, verdicts of one
+request resemble each other, and draft KV written by the old weights is read by the new ones for a while. Hence the
+margin, a smallest number of verdicts, and an end of probation, behind which a
+change of traffic is nobody's fault. A regression smaller than the margin is left to the learner.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Literal
+
+PROBATION_DRAFTS = 400  # verified drafts after which a version that was not found worse stays
+LEAST_DRAFTS = 60  # verified drafts before a decision: they have to be of more than one or two requests
+MARGIN = 0.15  # share of the older version's accepted drafts that a new one may lose
+STAKES = (0.25, 0.5, 0.9)  # of the boldest; wealth is the mean of three gamblers', who are sure of different things
+WINDOW = 600.0  # verified drafts remembered of a version: its newest say most about the traffic of now
+
+Decision = Literal["undecided", "keep", "rollback"]
+
+
+@dataclass
+class Acceptance:
+    """Live verdicts of one version: how often draft i was accepted where those before it were, older ones for less."""
+
+    positions: int
+    trials: list[float] = field(init=False)
+    hits: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trials, self.hits = [0.0] * self.positions, [0.0] * self.positions
+
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """One request's verdict in one step."""
+        for i in range(min(num_drafts, num_accepted + 1, self.positions)):
+            keep = 1.0 - 1.0 / WINDOW
+            self.trials[i] = self.trials[i] * keep + 1.0
+            self.hits[i] = self.hits[i] * keep + (num_accepted > i)
+
+    def accepted(self, deviations: float = 0.0) -> list[float]:
+        """Mean accepted drafts of a verification with K drafts, for K = 0..positions.
+
+        Args:
+            deviations: standard deviations by which each chance is taken lower (Wilson's score bound); 0 without
+                verdicts.
+        """
+        means, chain = [0.0], 1.0
+        for trials, hits in zip(self.trials, self.hits, strict=True):
+            chain *= _lower(hits, trials, deviations)
+            means.append(means[-1] + chain)
+        return means
+
+
+def _lower(hits: float, trials: float, z: float) -> float:
+    if not trials:
+        return 0.0
+    share, zz = hits / trials, z * z / trials
+    spread = z * math.sqrt(share * (1.0 - share) / trials + zz / (4.0 * trials))
+    return max(0.0, (share + zz / 2.0 - spread) / (1.0 + zz))
+
+
+class Probation:
+    """One version against what is known of the one before.
+
+    Args:
+        previous: the older version's verdicts. They are read once.
+        confidence: in 0..1, of a rollback.
+    """
+
+    def __init__(self, previous: Acceptance, confidence: float) -> None:
+        doubt = (1.0 - confidence) / 2.0
+        self._usual = previous.accepted()
+        deviations = NormalDist().inv_cdf(1.0 - doubt / previous.positions)  # all positions' bounds hold at once
+        self._bound = [(1.0 - MARGIN) * mean for mean in previous.accepted(deviations)]
+        self._enough = 1.0 / doubt
+        self._wealth = [1.0] * len(STAKES)
+        self.drafts = 0
+        self._accepted = self._expected = 0.0
+        self.decision: Decision = "undecided"
+
+    @property
+    def evidence(self) -> float:
+        """That the version is worse: at 2 / (1 - confidence) it is rolled back. Above 1 it looks worse than better."""
+        return sum(self._wealth) / len(STAKES)
+
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """One request's verdict; after a decision they change nothing."""
+        if self.decision != "undecided":
+            return
+        drafts = min(num_drafts, len(self._bound) - 1)
+        if not drafts:
+            return
+        accepted = min(num_accepted, drafts)
+        bound = self._bound[drafts]
+        for i, stake in enumerate(STAKES):
+            self._wealth[i] *= 1.0 - stake * (accepted - bound) / (drafts - bound)
+        self.drafts += 1
+        self._accepted += accepted
+        self._expected += self._usual[drafts]
+        if self.drafts >= LEAST_DRAFTS and self.evidence >= self._enough:
+            self.decision = "rollback"
+        elif self.drafts >= PROBATION_DRAFTS:
+            self.decision = "keep"
+
+    @property
+    def comparison(self) -> str:
+        """Both acceptance lengths; the older version's at the draft lengths the new one had."""
+        drafts = max(self.drafts, 1)
+        return (
+            f"acceptance length {1 + self._accepted / drafts:.2f}, {1 + self._expected / drafts:.2f} before, "
+            f"over {self.drafts} verified drafts"
+        )
+
+
+class Rollout:
+    """Follows the versions that draft, and says whether the newest one stays.
+
+    Args:
+        positions: largest draft length.
+        confidence: that a version is worse, at which it is rolled back; 0: none ever is.
+    """
+
+    def __init__(self, positions: int, confidence: float) -> None:
+        self._positions, self._confidence = positions, confidence
+        self._known: dict[int, Acceptance] = {}
+        self._newest = 0
+        self._previous = 0
+        self._probation: Probation | None = None
+
+    def observe(self, version: int, previous: int, num_drafts: int, num_accepted: int) -> None:
+        """One request's verdict.
+
+        Args:
+            version: of the weights that proposed the drafts.
+            previous: the version that is kept and would be rolled back to.
+        """
+        if version > self._newest:  # one that came back by a rollback has been on probation before
+            self._begin(version, previous)
+        self._known.setdefault(version, Acceptance(self._positions)).observe(num_drafts, num_accepted)
+        if self._probation is not None and version == self._newest:
+            self._probation.observe(num_drafts, num_accepted)
+
+    def _begin(self, version: int, previous: int) -> None:
+        before = self._known.get(previous)
+        self._known = {} if before is None else {previous: before}
+        self._newest, self._previous = version, previous
+        self._probation = Probation(before, self._confidence) if before is not None and self._confidence else None
+
+    @property
+    def version(self) -> int:
+        """The newest version that drafted; 0 before the first."""
+        return self._newest
+
+    @property
+    def drafts(self) -> int:
+        """Verified drafts that count for its probation."""
+        return self._probation.drafts if self._probation else 0
+
+    @property
+    def evidence(self) -> float:
+        """That it is worse than the one before, see :attr:`Probation.evidence`; 0 without probation."""
+        return self._probation.evidence if self._probation else 0.0
+
+    @property
+    def decision(self) -> Decision:
+        """On the newest version."""
+        if self._probation is not None:
+            return self._probation.decision
+        return "keep" if self._newest else "undecided"
+
+    @property
+    def looks_worse(self) -> bool:
+        """Undecided, and more verdicts would probably end in a rollback."""
+        return self.decision == "undecided" and self.evidence > 1.0
+
+    @property
+    def reason(self) -> str:
+        """The decision in words."""
+        if not self._newest:
+            return "nothing was drafted yet"
+        name = f"version {self._newest}"
+        if not self._confidence:
+            return f"{name} stays: rollback is switched off by the settings"
+        if self._probation is None:
+            # The version before did not pay, so it was not drafted with; it is nothing to go back to.
+            return f"{name} is not on probation: no verdicts of a version before it"
+        comparison = self._probation.comparison
+        if self.decision == "rollback":
+            sure = f"worse than version {self._previous} at confidence {self._confidence:g}"
+            return f"{name} is {sure}: {comparison}"
+        if self.decision == "keep":
+            return f"{name} stays, not found worse than version {self._previous}: {comparison}"
+        return f"{name} is on probation against version {self._previous}: {comparison}"

@@ -1,0 +1,55 @@
+"""The version that stands: what the learner builds on is what the worker kept, not always what was published last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aurora_vllm.learner.draft import Eagle3Draft, load_draft
+from aurora_vllm.learner.evaluate import Recent
+from aurora_vllm.session import CHECKPOINT_VERSION
+from aurora_vllm.transport.bank import TornPublish, WeightBank
+from aurora_vllm.transport.block import Block
+
+if TYPE_CHECKING:
+    from aurora_vllm.learner.process import Learner
+
+
+def standing_version(bank: WeightBank, worker: Block) -> int:
+    """The newest published version, unless it was rolled back: then the live one. 0 before the first publish."""
+    published = bank.published()
+    rolled_back = published != 0 and published == worker.rolled_back_version
+    return int(worker.live_version) if rolled_back else published
+
+
+def take_standing(draft: Eagle3Draft, bank: WeightBank, worker: Block) -> int:
+    """Put the weights of the version that stands into a draft. Returns which that is: version 1, and the draft is as it
+    was, where the bank does not hold it."""
+    version = standing_version(bank, worker)
+    if version <= CHECKPOINT_VERSION:
+        return CHECKPOINT_VERSION
+    try:
+        draft.load_state_dict(bank.read(version).tensors)
+    except TornPublish:
+        return CHECKPOINT_VERSION
+    return version
+
+
+def follow_rollback(learner: Learner) -> None:
+    """Where the incumbent was rolled back, incumbent and candidate become the version that stayed.
+
+    What the candidate learned since it left that version is lost with it: it was built on weights that were found
+    worse, and publishing it would repeat them. Replay stays, evidence does not.
+    """
+    if learner.version != learner.control.worker.rolled_back_version:
+        return
+    gone = learner.version
+    learner.incumbent.load_state_dict(load_draft(learner.session.draft).state_dict())  # version 1 is not in the bank
+    learner.version = take_standing(learner.incumbent, learner.bank, learner.control.worker)
+    learner.candidate.load_state_dict(learner.incumbent.state_dict())
+    learner.curriculum.refine()
+    learner.evidence.restart()
+    learner.shadow = Recent(learner.shadow.length)
+    learner.candidate_is_ahead = False
+    block = learner.control.learner
+    block.message = f"version {gone} was rolled back: learning goes on from version {learner.version}"
+    block.shadow_version, block.shadow_steps = learner.version, 0

@@ -1,0 +1,100 @@
+"""The worker's side of a rollback: what the scheduler condemned goes at the next boundary, and never comes back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+
+from aurora_vllm.spec_decode.stager import Stager
+from aurora_vllm.spec_decode.swap import StagedWeights
+from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes
+from aurora_vllm.transport.control import ControlBlock, control_bytes
+from aurora_vllm.transport.segment import Segment
+
+SPECS = [TensorSpec("w", (1,), torch.float32)]
+
+
+class OneNumber:
+    """A draft whose only weight is the number of the version it came with."""
+
+    def __init__(self) -> None:
+        self.live = torch.ones(1)
+
+    def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> StagedWeights:
+        staged = tensors["w"].clone()
+
+        def trade() -> None:
+            kept = self.live.clone()
+            self.live.copy_(staged)
+            staged.copy_(kept)
+
+        return StagedWeights(version, [trade])
+
+
+class World:
+    def __init__(self, control: ControlBlock, bank: WeightBank) -> None:
+        self.control, self.bank, self.draft = control, bank, OneNumber()
+        self.stager = Stager(bank, self.draft, control)  # type: ignore[arg-type]
+
+    def publish(self, version: int) -> None:
+        """Published and staged, not yet live."""
+        self.bank.publish(version, {"w": torch.full((1,), float(version))}, {})
+        deadline = time.monotonic() + 5
+        while self.control.worker.staged_version != version:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def step(self) -> tuple[int, int, float]:
+        """A step boundary. Live version, previous version, and the version whose weights run."""
+        self.stager.commit_if_ready()
+        worker = self.control.worker
+        return worker.live_version, worker.previous_version, float(self.draft.live)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with Segment.create("control", control_bytes()) as block, Segment.create("bank", bank_bytes(SPECS)) as segment:
+        control = ControlBlock.create(block)
+        control.worker.live_version = 1
+        made = World(control, WeightBank.create(segment, SPECS))
+        yield made
+        made.stager.close()
+
+
+def test_a_condemned_version_goes_and_never_comes_back(world: World) -> None:
+    world.publish(2)
+    assert world.step() == (2, 1, 2.0)
+    world.control.scheduler.probation = "it accepts less"
+    world.control.scheduler.roll_back_version = 2
+    assert world.step() == (1, 2, 1.0)
+    worker = world.control.worker
+    assert (worker.rollbacks, worker.rolled_back_version) == (1, 2)
+    assert worker.rollback == "back to version 1: it accepts less"
+    for _ in range(3):
+        assert world.step() == (1, 2, 1.0)  # asked for once, done once
+    assert not world.stager.roll_back()
+    world.stager.close()
+    world.stager = Stager(world.bank, world.draft, world.control)  # type: ignore[arg-type]
+    time.sleep(0.2)  # it finds version 2 in the bank
+    assert world.step() == (1, 2, 1.0) and worker.rollbacks == 1
+
+
+def test_a_newer_version_that_waits_comes_after_the_rollback(world: World) -> None:
+    """The other way round the condemned one would be the version that is kept."""
+    world.publish(2)
+    world.step()
+    world.publish(3)
+    world.control.scheduler.roll_back_version = 2
+    assert world.step() == (3, 1, 3.0)
+    assert world.control.worker.rollbacks == 1
+
+
+def test_a_condemned_version_that_is_not_live_changes_nothing(world: World) -> None:
+    world.publish(2)
+    world.step()
+    world.control.scheduler.roll_back_version = 1
+    assert world.step() == (2, 1, 2.0)
+    assert world.control.worker.rollbacks == 0
