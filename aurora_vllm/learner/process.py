@@ -232,9 +232,12 @@ def main() -> int:
     learner = Learner(session)
     learner.control.learner.pid = os.getpid()
     while not stop.is_set():
+        learner.control.learner.working = True
         worked = learner.turn()
         learner.keeper.save()
-        stop.wait(learner.budget.debt(learner.control.scheduler.steps) if worked else IDLE_S)
+        pause = learner.budget.debt(learner.control.scheduler.steps) if worked else IDLE_S
+        learner.control.learner.working = not pause
+        stop.wait(pause)
     learner.keeper.save(at_once=True)
     return 0
 

@@ -52,11 +52,14 @@ class DraftLengthAdvisor:
         self._proposed_by = 0
         self._drafting = 0  # K the step in flight drafts with
         self._started = 0.0
+        self._started_quiet = True
+        self._learner_rests = config.learner_cpu_share <= 0.5  # mostly: else its work is how things are
         self._last = Decision(0, "")
         self._standing = (0, "")
         self._before = self._controller.acceptance  # what was known of the version before the live one
 
     def step_starts(self) -> None:
+        self._started_quiet = self._is_quiet()
         self._started = time.perf_counter()
 
     def draft_length(self, batch_size: int) -> int:
@@ -112,9 +115,14 @@ class DraftLengthAdvisor:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if drafts:
             scheduler.spec_steps += 1
-        # Only steps that verified as many drafts as they proposed, and held no prompt, tell what K costs.
-        if all(counts[name] == 1 + self._drafting == 1 + len(drafts.get(name, ())) for name in counts):
+        # Only steps that verified as many drafts as they proposed, and held no prompt, tell what K costs. What a burst
+        # of the learner's adds to a step is no property of K; of two draft lengths it would hit the one being probed.
+        quiet = self._started_quiet and self._is_quiet()
+        if quiet and all(counts[name] == 1 + self._drafting == 1 + len(drafts.get(name, ())) for name in counts):
             self._controller.times.observe(len(counts), self._drafting, seconds)
+
+    def _is_quiet(self) -> bool:
+        return not (self._learner_rests and self._control.learner.working)
 
     def _observe_verdict(self, num_drafts: int, num_accepted: int) -> None:
         self._controller.acceptance.observe(num_drafts, num_accepted)

@@ -74,6 +74,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "pid": INT,
         "heartbeat_ns": INT,
         "state": STATE,
+        "working": BOOL,  # in a burst of work: 0 while it sleeps off its share of the CPU, or waits
         "message": TEXT,
         "step": INT,
         "trajectories": INT,

@@ -1,0 +1,37 @@
+"""The scheduler's adviser: which steps it takes the cost of a draft length from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from aurora_vllm.spec_decode.scheduler import DraftLengthAdvisor
+from tests.unit.tiny_world import World, session
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "share", "counts"),
+    [
+        (False, False, 0.15, True),
+        (True, True, 0.15, False),
+        (True, False, 0.15, False),
+        (False, True, 0.15, False),
+        (True, True, 0.9, True),  # a learner that works most of the time is how things are
+    ],
+)
+def test_a_step_beside_a_burst_of_the_learner_says_nothing_of_k(
+    tmp_path: Path, before: bool, after: bool, share: float, counts: bool
+) -> None:
+    with session(World(), tmp_path, learner_cpu_share=share) as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        step = SimpleNamespace(num_scheduled_tokens={"a": 1}, scheduled_spec_decode_tokens={})
+        for _ in range(10):
+            assert advisor.draft_length(1) == 0  # nothing is known yet
+            advisor._control.learner.working = before
+            advisor.step_starts()
+            advisor._control.learner.working = after
+            advisor.step_ends(step, [[1]])
+        assert advisor._controller.times.known(1, 0) == counts
+        assert advisor._control.scheduler.steps == 10
