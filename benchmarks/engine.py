@@ -6,9 +6,10 @@ worker run in the caller's own process, so that they can be looked into.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ class Engine:
         target: Path,
         directory: Path,
         speculate: Literal["auto", "always", "never"] = "always",
+        draft_vocab_size: int = 4096,
         **vllm_arguments: Any,
     ) -> Engine:
         """Make a day-0 draft and the shared memory, and start vLLM.
@@ -92,10 +94,12 @@ class Engine:
             target: directory of the model.
             directory: scratch space for the draft.
             speculate: as in AuroraConfig.
+            draft_vocab_size: of the day-0 draft.
             vllm_arguments: of vllm.LLM, over the small ones set here.
         """
-        draft = make_day0_draft(target, directory / "draft", 4096)
-        layout = RowLayout(576, 3, torch.float32)
+        draft = make_day0_draft(target, directory / "draft", draft_vocab_size)
+        hidden_size = json.loads((target / "config.json").read_text())["hidden_size"]
+        layout = RowLayout(hidden_size, 3, torch.float32)
         specs = bank_specs(load_draft(draft), torch.float32)
         control_segment = Segment.create("control", control_bytes())
         ring_segment = Segment.create("ring", ring_bytes(layout.row_bytes, RING_ROWS))
@@ -107,7 +111,7 @@ class Engine:
             config=AuroraConfig(speculate=speculate),
             target=target,
             draft=draft,
-            hidden_size=576,
+            hidden_size=hidden_size,
             num_aux=3,
             dtype="float32",
             ring=ring_segment.name,
@@ -136,6 +140,10 @@ class Engine:
             bank,
         )
 
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """function(engine, ...), in the engine's process."""
+        return function(self, *args, **kwargs)
+
     def generate(self, prompts: Sequence[Any], **sampling: Any) -> list[Any]:
         """Token ids or texts in, vLLM's RequestOutput out, in order. Greedy unless told otherwise."""
         from vllm import SamplingParams
@@ -162,12 +170,17 @@ class Engine:
     @contextmanager
     def draft_length(self, mode: str) -> Iterator[None]:
         """Fix K for a while: "never" (0), "always" (3)."""
-        controller = self.scheduler._advisor._controller
-        before, controller.mode = controller.mode, mode
+        before = self.run(Engine.choose_draft_length, mode)
         try:
             yield
         finally:
-            controller.mode = before
+            self.run(Engine.choose_draft_length, before)
+
+    def choose_draft_length(self, mode: str) -> str:
+        """As ``draft_length``, for good; the mode before."""
+        controller = self.scheduler._advisor._controller
+        before, controller.mode = controller.mode, mode
+        return str(before)
 
     def drain(self) -> torch.Tensor:
         """All rows that lie in the ring now. uint8 [n, row_bytes]"""

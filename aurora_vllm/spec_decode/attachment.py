@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
+from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.stager import Stager
 from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
@@ -26,10 +27,27 @@ logger = logging.getLogger("vllm.aurora")
 LEARN_KEY = "aurora_learn"  # vllm_xargs: {"aurora_learn": false} keeps a request out
 
 
-class Attachment:
-    """Everything aurora does in the worker process. No method raises into the serving path."""
+def find_adapter(runner: Any) -> type[V1Adapter] | type[V2Adapter] | None:
+    """The adapter for a model runner, by what it has rather than by its class or version."""
+    if callable(getattr(getattr(runner, "speculator", None), "propose", None)) and hasattr(runner, "sample"):
+        return V2Adapter
+    if hasattr(runner, "drafter") and hasattr(runner, "propose_draft_token_ids"):
+        return V1Adapter
+    return None
 
-    def __init__(self, session: Session, runner: Any) -> None:
+
+class Attachment:
+    """Everything aurora does in the worker process. No method raises into the serving path.
+
+    Args:
+        session: what the entrypoint laid out.
+        runner: vLLM's model runner after ``load_model``.
+        adapter: the one for this runner, see :func:`find_adapter`.
+    """
+
+    serving = False  # vLLM warms up with requests of its own, which are nobody's traffic
+
+    def __init__(self, session: Session, runner: Any, adapter: type[V1Adapter] | type[V2Adapter]) -> None:
         self.control = ControlBlock.attach(Segment.attach(session.control))
         worker = self.control.worker
         worker.pid = os.getpid()
@@ -42,7 +60,7 @@ class Attachment:
         )
         self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
         self.stager = self._make_stager(session, runner)
-        V1Adapter(runner, on_step=self._on_step, live_version=lambda: int(worker.live_version))
+        adapter(runner, on_step=self._on_step, live_version=lambda: int(worker.live_version))
         worker.capture_on = 1
         worker.attached = 1
 
@@ -53,13 +71,20 @@ class Attachment:
         if session is None:
             return None
         runner = worker.model_runner
-        if not hasattr(runner, "drafter"):
-            logger.warning("aurora: %s has no drafter of the V1 runner; serving goes on as plain vLLM", type(runner))
+        adapter = find_adapter(runner)
+        if adapter is None:
+            logger.warning(
+                "aurora: %s has neither the V1 runner's drafter nor the V2 runner's speculator; serving goes on as "
+                "plain vLLM",
+                type(runner),
+            )
             return None
-        return cls(session, runner)
+        return cls(session, runner, adapter)
 
     def step_starts(self, scheduler_output: SchedulerOutput) -> None:
         """Between two steps: new weights go live, requests come and go."""
+        if not self.serving:
+            return
         self.control.worker.beat()
         self.control.worker.step += 1
         if self.stager is not None:

@@ -1,6 +1,6 @@
 """AuroraWorker: vLLM's worker, with the learner's eyes and hands attached after the model is loaded.
 
-Chosen by ``--worker-cls``. It is the platform's own worker class in everything; three methods are extended, each calls
+Chosen by ``--worker-cls``. It is the platform's own worker class in everything; four methods are extended, each calls
 the original. Whatever fails here leaves plain serving behind.
 """
 
@@ -29,16 +29,22 @@ class AuroraWorker(PlatformWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        if current_platform.is_cpu() and mend_cpu_sampling():
-            logger.info(
-                "aurora: replaced vLLM's expand_batch_to_tokens on the CPU, which loses its output (vllm#55005)"
-            )
-        if hasattr(self.model_runner, "drafter"):
+        if hasattr(self.model_runner, "drafter"):  # V1; V2 samples by other code, which has neither fault
+            if current_platform.is_cpu() and mend_cpu_sampling():
+                logger.info(
+                    "aurora: replaced vLLM's expand_batch_to_tokens on the CPU, which loses its output (vllm#55005)"
+                )
             sample_plainly_without_drafts(self.model_runner)
         try:
             self._aurora = Attachment.to_worker(self)
         except Exception:
             logger.exception("aurora: could not attach; serving goes on as plain vLLM")
+
+    def compile_or_warm_up_model(self) -> Any:
+        done = super().compile_or_warm_up_model()
+        if self._aurora is not None:
+            self._aurora.serving = True
+        return done
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         if self._aurora is not None:
