@@ -1,6 +1,6 @@
-"""One real vLLM engine (CPU, V1 runner) on a real model for the whole test session.
+"""Real vLLM engines on a CPU for the whole test session: one of the V1 runner, one of the V2 runner.
 
-The engine carries AuroraWorker and AuroraScheduler; the test itself stands where the learner would be: it reads the
+The engines carry AuroraWorker and AuroraScheduler; the test itself stands where the learner would be: it reads the
 ring and publishes into the bank. Prefix caching is on, prefill is chunked, and the KV cache is small enough to preempt.
 """
 
@@ -9,8 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests.integration import interpreter
+
+if TYPE_CHECKING:
+    from benchmarks.engine import Engine
+    from tests.integration.served import Served
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -32,4 +39,35 @@ def engine(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[o
         target, tmp_path_factory.mktemp("aurora"), worker_cls="tests.integration.worker.InspectableWorker"
     )
     yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def served_by_v1(engine: Engine, target: Path) -> Served:
+    from tests.integration.served import Served
+
+    return Served.of(engine, target, tiny=False)
+
+
+@pytest.fixture(scope="session")
+def served_by_v2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serve_by_v2(tmp_path_factory.mktemp("v2"))
+
+
+def serve_by_v2(directory: Path, **arguments: Any) -> Iterator[Served]:
+    """vLLM's V2 runner through Triton's interpreter. arguments: of Engine.start."""
+    from tests.integration.remote import RemoteEngine
+    from tests.integration.served import TINY_VOCABULARY, Served, write_tiny_target
+
+    target = write_tiny_target(directory / "target")
+    sizes = {"draft_vocab_size": TINY_VOCABULARY - 32, "kv_cache_memory_bytes": 1 << 20}
+    made = RemoteEngine.launch(
+        target,
+        directory,
+        interpreter.environment(directory),
+        worker_cls="tests.integration.worker.InspectableWorker",
+        skip_tokenizer_init=True,
+        **(sizes | arguments),
+    )
+    yield Served.of(made, target, tiny=True)
     made.close()
