@@ -20,7 +20,7 @@ from aurora_vllm.supervisor import SAVE_S
 
 if TYPE_CHECKING:
     from aurora_vllm.plan import ServePlan
-    from aurora_vllm.spec_decode.compat import Probe
+    from aurora_vllm.spec_decode.compat import ModelRunner, Probe
     from aurora_vllm.vllm_server import VllmServer
 
 
@@ -80,7 +80,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     from aurora_vllm import preflight, resuming, vllm_server
     from aurora_vllm.runtime import Runtime
 
-    probes = _probes()
+    runner, probes = _probes()
     misfits = [probe for probe in probes if not probe.ok]
     if misfits and not invocation.plan:
         first = f"{misfits[0].name}: {misfits[0].detail}"
@@ -89,7 +89,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
         return 0
 
     os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)
-    plan = _plan(invocation, server, args, probes)
+    plan = replace(_plan(invocation, server, args, probes), model_runner=runner)
     if invocation.plan:
         plans.show(plan, invocation.plan)
         return 0
@@ -118,10 +118,11 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     return replace(plan, aurora_file=invocation.aurora_file)
 
 
-def _probes() -> tuple[Probe, ...]:
+def _probes() -> tuple[ModelRunner, tuple[Probe, ...]]:
     from aurora_vllm.spec_decode import compat
 
-    return tuple(compat.probe())
+    runner = compat.choose_runner()
+    return runner, tuple(compat.probe(compat.hooks_of(runner.name)))
 
 
 if __name__ == "__main__":

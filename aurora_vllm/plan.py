@@ -23,7 +23,7 @@ from aurora_vllm.transport.ring import ring_bytes
 from aurora_vllm.transport.rows import RowLayout
 
 if TYPE_CHECKING:
-    from aurora_vllm.spec_decode.compat import Probe
+    from aurora_vllm.spec_decode.compat import ModelRunner, Probe
 
 MIB = 2**20
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
@@ -49,6 +49,7 @@ class ServePlan:
     learner: LearnerMemory  # at its peak, without the shared ring and bank
     probes: tuple[Probe, ...]
     aurora_file: AuroraFile | None = None
+    model_runner: ModelRunner | None = None
 
     @property
     def fits(self) -> bool:
@@ -60,6 +61,7 @@ class ServePlan:
         return {
             "vllm_version": self.vllm_version,
             "serves": "aurora" if self.fits else "plain vLLM",
+            "model_runner": asdict(self.model_runner) if self.model_runner else None,
             "model": self.target.model,
             "target": {
                 "directory": str(self.target.directory),
@@ -138,7 +140,7 @@ def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> Learn
 def with_draft(plan: ServePlan, draft: Draft) -> ServePlan:
     """The same plan, once its day-0 draft is made."""
     made = make_plan(plan.config, plan.vllm_version, plan.target, draft, plan.probes)
-    return replace(made, aurora_file=plan.aurora_file)
+    return replace(made, aurora_file=plan.aurora_file, model_runner=plan.model_runner)
 
 
 def apply(plan: ServePlan, args: Namespace) -> None:
@@ -146,11 +148,17 @@ def apply(plan: ServePlan, args: Namespace) -> None:
     args.worker_cls = WORKER_CLASS
     args.scheduler_cls = SCHEDULER_CLASS
     given = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
+    most = plan.config.num_speculative_tokens
     args.speculative_config = given | {
         "method": "eagle3",
         "model": str(plan.draft.directory),
-        "num_speculative_tokens": plan.config.num_speculative_tokens,
+        "num_speculative_tokens": most,
     }
+    if plan.model_runner is not None and plan.model_runner.name == "V2":
+        # V2 captures CUDA graphs for the draft lengths that vLLM's own table of them names, and only for those. Our
+        # scheduler does not look into the table.
+        table = [[size, size, most + 1 - size] for size in range(1, most + 2)]
+        args.speculative_config.setdefault("num_speculative_tokens_per_batch_size", table)
 
 
 def show(plan: ServePlan, style: str) -> None:
@@ -173,6 +181,8 @@ def show(plan: ServePlan, style: str) -> None:
 def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
     config, target, draft = plan.config, plan.target, plan.draft
     yield "vLLM", plan.vllm_version
+    if plan.model_runner is not None:
+        yield "model runner", f"{plan.model_runner.name} ({plan.model_runner.reason})"
     yield (
         "model",
         f"{target.model} ({target.num_layers} layers, hidden {target.hidden_size}, vocabulary {target.vocab_size})",

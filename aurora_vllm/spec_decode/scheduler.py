@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from aurora_vllm.control.profit import Decision, DraftLengthController
@@ -50,29 +52,31 @@ class DraftLengthAdvisor:
         self._max_draft_length = max_draft_length
         self._version = 0
         self._proposed_by = 0
-        self._drafting = 0  # K the step in flight drafts with
-        self._started = 0.0
-        self._started_quiet = True
+        # When each step in flight was scheduled, and whether the learner rested then; two where steps overlap.
+        self._started: deque[tuple[float, bool]] = deque()
+        self._ended = 0.0
         self._learner_rests = config.learner_cpu_share <= 0.5  # mostly: else its work is how things are
         self._last = Decision(0, "")
         self._standing = (0, "")
         self._before = self._controller.acceptance  # what was known of the version before the live one
 
     def step_starts(self) -> None:
-        self._started_quiet = self._is_quiet()
-        self._started = time.perf_counter()
+        self._started.append((time.perf_counter(), self._is_quiet()))
 
     def draft_length(self, batch_size: int) -> int:
         """K for the step being scheduled; 0 if choosing fails."""
         decision = [Decision(0, "choosing the draft length failed")]
         self._breaker.run(lambda: decision.__setitem__(0, self._decide(batch_size)))
-        self._drafting = decision[0].draft_length
-        return self._drafting
+        return decision[0].draft_length
 
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
         """A step's results are in. sampled: the tokens each request gained."""
-        seconds = time.perf_counter() - self._started
-        self._breaker.run(lambda: self._observe_step(scheduler_output, sampled, seconds))
+        now = time.perf_counter()
+        started, quiet = self._started.popleft()
+        seconds = now - max(started, self._ended)  # a step waits until the one before it has ended
+        self._ended = now
+        quiet = quiet and self._is_quiet()
+        self._breaker.run(lambda: self._observe_step(scheduler_output, sampled, seconds, quiet))
 
     def drafts_arrived(self) -> None:
         """The drafts just taken from the worker were proposed by the version that is live now."""
@@ -105,7 +109,7 @@ class DraftLengthAdvisor:
         self._last = decision
         return decision
 
-    def _observe_step(self, scheduler_output: Any, sampled: list[list[int]], seconds: float) -> None:
+    def _observe_step(self, scheduler_output: Any, sampled: list[list[int]], seconds: float, quiet: bool) -> None:
         counts = scheduler_output.num_scheduled_tokens
         if not counts:
             return
@@ -117,9 +121,9 @@ class DraftLengthAdvisor:
             scheduler.spec_steps += 1
         # Only steps that verified as many drafts as they proposed, and held no prompt, tell what K costs. What a burst
         # of the learner's adds to a step is no property of K; of two draft lengths it would hit the one being probed.
-        quiet = self._started_quiet and self._is_quiet()
-        if quiet and all(counts[name] == 1 + self._drafting == 1 + len(drafts.get(name, ())) for name in counts):
-            self._controller.times.observe(len(counts), self._drafting, seconds)
+        proposed = scheduler_output.num_spec_tokens_to_schedule
+        if quiet and all(counts[name] == 1 + proposed == 1 + len(drafts.get(name, ())) for name in counts):
+            self._controller.times.observe(len(counts), proposed, seconds)
 
     def _is_quiet(self) -> bool:
         return not (self._learner_rests and self._control.learner.working)
@@ -145,7 +149,15 @@ class DraftLengthAdvisor:
 
 
 class AuroraScheduler(Scheduler):
-    """Plain vLLM scheduling; only K is chosen step by step."""
+    """Plain vLLM scheduling; only K is chosen step by step.
+
+    vLLM takes a scheduler class by name and does not say which of its two kinds the configuration needs. Where steps
+    overlap (async scheduling, vLLM's default on a GPU) drafts never come back to the scheduler, so a synchronous one
+    would never verify any: there an :class:`AsyncAuroraScheduler` is made instead.
+    """
+
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> AuroraScheduler:
+        return super().__new__(AsyncAuroraScheduler if vllm_config.scheduler_config.async_scheduling else cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -175,3 +187,17 @@ class AuroraScheduler(Scheduler):
         if self._advisor is not None and kwargs.get("num_draft_tokens"):
             self._advisor.verified(kwargs["num_draft_tokens"], kwargs["num_accepted_tokens"])
         return super().make_spec_decoding_stats(*args, **kwargs)
+
+
+class AsyncAuroraScheduler(AuroraScheduler, AsyncScheduler):
+    """The same for overlapping steps.
+
+    The scheduler sees no drafts, only verdicts on them. When it looks at step N's, the worker may be in step N + 1
+    already, so a verdict on the first drafts of a new version may be booked on the version before it: one step's worth.
+    """
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if self._advisor is not None:
+            self._advisor.drafts_arrived()  # what the next results judge was proposed by now
+        return outputs

@@ -46,28 +46,55 @@ def engine(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[o
 def served_by_v1(engine: Engine, target: Path) -> Served:
     from tests.integration.served import Served
 
-    return Served.of(engine, target, tiny=False)
+    return Served.real(engine, target)
 
 
 @pytest.fixture(scope="session")
 def served_by_v2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from serve_by_v2(tmp_path_factory.mktemp("v2"))
+    """vLLM's V2 runner through Triton's interpreter."""
+    yield from serve_tiny(tmp_path_factory.mktemp("v2"), "v2")
 
 
-def serve_by_v2(directory: Path, **arguments: Any) -> Iterator[Served]:
-    """vLLM's V2 runner through Triton's interpreter. arguments: of Engine.start."""
+@pytest.fixture(scope="session")
+def served_by_v1_probabilistic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serve_tiny(tmp_path_factory.mktemp("v1"), "v1", draft_sample_method="probabilistic")
+
+
+@pytest.fixture(scope="session")
+def served_by_v2_probabilistic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serve_tiny(tmp_path_factory.mktemp("v2"), "v2", draft_sample_method="probabilistic")
+
+
+@pytest.fixture(scope="session")
+def served_by_v2_overlapping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    yield from serve_tiny(tmp_path_factory.mktemp("v2"), "v2", {"TEST_OVERLAPPING_STEPS": "1"})
+
+
+def serve_tiny(
+    directory: Path, runner: str, environment: dict[str, str] | None = None, **draft: str
+) -> Iterator[Served]:
+    """A tiny model in a process of its own.
+
+    Args:
+        directory: scratch space.
+        runner: "v1" or "v2".
+        environment: more of it.
+        draft: of vLLM's speculative_config.
+    """
     from tests.integration.remote import RemoteEngine
     from tests.integration.served import TINY_VOCABULARY, Served, write_tiny_target
 
+    environments = {"v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": interpreter.environment(directory)}
     target = write_tiny_target(directory / "target")
-    sizes = {"draft_vocab_size": TINY_VOCABULARY - 32, "kv_cache_memory_bytes": 1 << 20}
     made = RemoteEngine.launch(
         target,
         directory,
-        interpreter.environment(directory),
+        environments[runner] | (environment or {}),
         worker_cls="tests.integration.worker.InspectableWorker",
         skip_tokenizer_init=True,
-        **(sizes | arguments),
+        draft_vocab_size=TINY_VOCABULARY - 32,
+        kv_cache_memory_bytes=1 << 20,
+        speculative=draft,
     )
-    yield Served.of(made, target, tiny=True)
+    yield Served.tiny(made, target, runner)
     made.close()

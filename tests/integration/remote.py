@@ -72,6 +72,7 @@ class RemoteEngine(Engine):
             self.run(Engine.close)
         finally:
             self.connection.close()
+            self.process.kill()  # nothing of it is left but Python's own taking down, which takes seconds
             self.process.wait(timeout=30)
 
 
@@ -102,8 +103,24 @@ def serve(connection: Connection) -> None:
             connection.send((False, traceback.format_exc()))
 
 
-if __name__ == "__main__":
-    from tests.integration.interpreter.repairs import repair
+def let_steps_overlap() -> None:
+    """vLLM's async scheduling on a CPU, where the platform switches it off."""
+    from vllm.platforms.cpu import CpuPlatform
 
-    repair()
+    decide = CpuPlatform.check_and_update_config
+
+    def decide_otherwise(config: Any) -> None:
+        decide(config)
+        config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = decide_otherwise
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET"):
+        from tests.integration.interpreter.repairs import repair
+
+        repair()
+    if os.environ.get("TEST_OVERLAPPING_STEPS"):
+        let_steps_overlap()
     serve(Connection(int(sys.argv[1])))

@@ -22,7 +22,7 @@ import torch
 
 from aurora_vllm.transport.rows import RowLayout
 from benchmarks.engine import Engine
-from tests.integration.reference import Reference
+from tests.integration.reference import Reference, count_verdicts
 
 TEXTS = [
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
@@ -31,8 +31,10 @@ TEXTS = [
     "Once upon a time there was a",
 ]
 SOURCES = [textwrap, heapq, bisect, shlex, fnmatch, calendar]
-V1_RUNNER = "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
-V2_RUNNER = "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
+RUNNERS = {
+    "v1": "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+    "v2": "vllm.v1.worker.cpu.model_runner.CPUModelRunner",
+}
 TINY_VOCABULARY = 128
 
 
@@ -48,17 +50,19 @@ class Served:
     until_preempted: int  # tokens that eight requests of 60 tokens cannot all generate at the same time
 
     @classmethod
-    def of(cls, engine: Engine, target: Path, tiny: bool) -> Served:
-        draft = json.loads((engine.session.draft / "config.json").read_text())
-        reference = Reference(target, tuple(draft["eagle_aux_hidden_state_layer_ids"]))
-        if tiny:
-            generator = torch.Generator().manual_seed(7)
-            sources = torch.randint(TINY_VOCABULARY, (6, 2000), generator=generator).tolist()
-            short = torch.randint(TINY_VOCABULARY, (4, 9), generator=generator).tolist()
-            return cls(engine, V2_RUNNER, reference, sources, short, 20)
+    def real(cls, engine: Engine, target: Path) -> Served:
+        """The demo's model, by V1."""
         encode = engine.llm.get_tokenizer().encode
         sources = [list(encode(inspect.getsource(source))) for source in SOURCES]
-        return cls(engine, V1_RUNNER, reference, sources, [list(encode(text)) for text in TEXTS], 60)
+        return cls(engine, RUNNERS["v1"], _reference(engine, target), sources, [list(encode(x)) for x in TEXTS], 60)
+
+    @classmethod
+    def tiny(cls, engine: Engine, target: Path, runner: str) -> Served:
+        """What write_tiny_target wrote, by "v1" or "v2"."""
+        generator = torch.Generator().manual_seed(7)
+        sources = torch.randint(TINY_VOCABULARY, (6, 2000), generator=generator).tolist()
+        short = torch.randint(TINY_VOCABULARY, (4, 9), generator=generator).tolist()
+        return cls(engine, RUNNERS[runner], _reference(engine, target), sources, short, 20)
 
     @property
     def layout(self) -> RowLayout:
@@ -77,6 +81,22 @@ class Served:
         """All rows so far; one more request flushes the end rows of those before it."""
         self.generate([[11]], max_tokens=1, extra_args={"aurora_learn": False})
         return self.engine.drain()
+
+    def assert_vllm_counted_the_same(self, rows: torch.Tensor, before: dict[str, Any]) -> dict[str, Any]:
+        """The verdicts in the rows are vllm:spec_decode_* since ``before``, at every position. Returns them."""
+        after = self.engine.spec_decode_counters()
+        counted = count_verdicts(rows, self.layout)
+        for name in ("drafts", "draft_tokens", "accepted_tokens"):
+            assert counted[name] == after[name] - before.get(name, 0), name
+        earlier = before.get("accepted_tokens_per_pos", [0, 0, 0])
+        per_position = [a - b for a, b in zip(after["accepted_tokens_per_pos"], earlier, strict=True)]
+        assert counted["accepted_tokens_per_pos"] == per_position
+        return counted
+
+
+def _reference(engine: Engine, target: Path) -> Reference:
+    draft = json.loads((engine.session.draft / "config.json").read_text())
+    return Reference(target, tuple(draft["eagle_aux_hidden_state_layer_ids"]))
 
 
 def write_tiny_target(directory: Path) -> Path:

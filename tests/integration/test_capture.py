@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -11,17 +10,8 @@ import torch
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.rows import Field, RowFlag
 from benchmarks.engine import Engine
-from tests.integration.reference import Reference, RequestRows, count_verdicts, sort_rows
+from tests.integration.reference import assert_states_agree, sort_rows
 from tests.integration.served import Served
-
-TOLERANCE = 1e-3
-# SmolLM2 has massive activations: two or three channels of its residual stream reach 2e4 at attention sinks, and
-# transformers in float32 differs from itself in float64 by 0.2 there (everywhere else by less than 1e-3). Such a
-# channel is held to 1e-5 of its own largest value in the sequence; all others, and the last hidden state, to 1e-3.
-OF_MASSIVE = 1e-5
-# A rejected branch is text nobody would write ("to to to"); there float32 is off its float64 self by several 1e-3.
-BRANCH_TOLERANCE = 1e-2
-BRANCHES_COMPARED = 6  # of each request; every one costs a forward pass of transformers
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -33,41 +23,6 @@ def served(request: pytest.FixtureRequest) -> Served:
 def _empty_ring(served: Served) -> Iterator[None]:
     served.finish()
     yield
-
-
-def assert_states_agree(reference: Reference, requests: list[RequestRows], full_prefixes: dict[int, list[int]]) -> int:
-    """Compare every row with transformers. full_prefixes: tokens before the first captured position, by request."""
-    compared = 0
-    for index, request in enumerate(requests):
-        first = min(request.path)
-        tokens = full_prefixes.get(index, [])[:first] + request.tokens
-        assert sorted(request.path) == list(range(first, len(tokens)))
-        aux, last = reference.states(tokens)
-        allowed = (aux.abs().amax(0) * OF_MASSIVE).clamp(min=TOLERANCE)  # [3H]
-        for position, (_, got_aux, got_last) in request.path.items():
-            assert ((got_aux - aux[position]).abs() <= allowed).all()
-            assert (got_last - last[position]).abs().max() <= TOLERANCE
-            compared += 1
-        for branch in request.branches[:BRANCHES_COMPARED]:
-            start = branch[0][0]
-            aux, last = reference.states(tokens[:start] + [token for _, token, _, _ in branch])
-            for position, _, got_aux, got_last in branch:
-                assert ((got_aux - aux[position]).abs() <= allowed.clamp(min=BRANCH_TOLERANCE)).all()
-                assert (got_last - last[position]).abs().max() <= BRANCH_TOLERANCE
-                compared += 1
-    return compared
-
-
-def assert_vllm_counted_the_same(served: Served, rows: torch.Tensor, before: dict[str, Any]) -> dict[str, Any]:
-    """The verdicts in the rows are vllm:spec_decode_* since ``before``, at every position. Returns them."""
-    after = served.engine.spec_decode_counters()
-    counted = count_verdicts(rows, served.layout)
-    for name in ("drafts", "draft_tokens", "accepted_tokens"):
-        assert counted[name] == after[name] - before.get(name, 0), name
-    earlier = before.get("accepted_tokens_per_pos", [0, 0, 0])
-    per_position = [a - b for a, b in zip(after["accepted_tokens_per_pos"], earlier, strict=True)]
-    assert counted["accepted_tokens_per_pos"] == per_position
-    return counted
 
 
 def test_the_runner_is_the_one_meant(served: Served) -> None:
@@ -95,7 +50,7 @@ def test_mixed_batch_with_chunked_prefill_agrees_with_transformers(served: Serve
     compared = assert_states_agree(served.reference, requests, {})
     assert compared > 400
     assert sum(len(request.branches) for request in requests) > 20
-    counted = assert_vllm_counted_the_same(served, rows, before)
+    counted = served.assert_vllm_counted_the_same(rows, before)
     assert 0 < counted["accepted_tokens"] < counted["draft_tokens"]
 
 
@@ -124,7 +79,7 @@ def test_preempted_requests_are_logged_right(served: Served) -> None:
     requests = list(sort_rows(rows, served.layout).values())
     assert len(requests) == 8
     assert_states_agree(served.reference, requests[:3], {})
-    assert_vllm_counted_the_same(served, rows, counters)
+    served.assert_vllm_counted_the_same(rows, counters)
 
 
 def test_finish_at_prefill_and_length_limit(served: Served) -> None:
@@ -136,7 +91,7 @@ def test_finish_at_prefill_and_length_limit(served: Served) -> None:
     assert len(requests[0].path) == 40
     assert all(request.ended for request in requests)
     assert_states_agree(served.reference, requests, {})
-    assert_vllm_counted_the_same(served, rows, counters)
+    served.assert_vllm_counted_the_same(rows, counters)
 
 
 def begin_and_abort(engine: Engine, prompt: list[int]) -> None:
@@ -175,7 +130,7 @@ def test_sampled_and_greedy_requests_are_told_apart(served: Served) -> None:
     *sampled, greedy = sort_rows(rows, served.layout).values()
     assert [request.temperature_milli for request in (*sampled, greedy)] == [700] * 4 + [0]
     assert_states_agree(served.reference, [*sampled, greedy], {})
-    assert_vllm_counted_the_same(served, rows, before)
+    served.assert_vllm_counted_the_same(rows, before)
 
 
 def test_rows_carry_the_version_that_proposed(served: Served) -> None:

@@ -1,0 +1,65 @@
+"""Capture where vLLM drafts in another way than by default: sampled drafts, and steps that overlap."""
+
+from __future__ import annotations
+
+import pytest
+
+from aurora_vllm.spec_decode.scheduler import AsyncAuroraScheduler
+from benchmarks.engine import Engine
+from tests.integration.reference import assert_states_agree, count_verdicts, sort_rows
+from tests.integration.served import Served
+
+
+@pytest.fixture(params=["v1", "v2"])
+def served(request: pytest.FixtureRequest) -> Served:
+    return request.getfixturevalue(f"served_by_{request.param}_probabilistic")
+
+
+def test_probabilistic_drafts_are_logged_right(served: Served) -> None:
+    """Drafts drawn from the draft's distribution and verified against it; where a request is greedy, its best guesses."""
+    assert served.engine.call("runner_class") == served.runner
+    served.finish()
+    before = served.engine.spec_decode_counters()
+    prompts = [*served.short, served.text(120, 1)]
+    served.generate(prompts, max_tokens=12, temperature=0.2)
+    served.generate(prompts[:2], max_tokens=12)
+    rows = served.finish()
+    requests = list(sort_rows(rows, served.layout).values())
+    assert len(requests) == len(prompts) + 2
+    assert_states_agree(served.reference, requests, {})
+    counted = served.assert_vllm_counted_the_same(rows, before)
+    assert 0 < counted["accepted_tokens"] < counted["draft_tokens"]
+
+
+def uses_the_scheduler_for_overlapping_steps(engine: Engine) -> bool:
+    return isinstance(engine.scheduler, AsyncAuroraScheduler)
+
+
+def test_overlapping_steps_are_logged_right(served_by_v2_overlapping: Served) -> None:
+    """vLLM's default on a GPU: a step is scheduled before the verdict of the one before it is known."""
+    served = served_by_v2_overlapping
+    assert served.engine.call("runner_class") == served.runner
+    assert served.engine.run(uses_the_scheduler_for_overlapping_steps)
+    served.finish()
+    before = served.engine.spec_decode_counters()
+    outputs = served.generate([*served.short, served.text(150, 1)], max_tokens=16)
+    rows = served.finish()
+    requests = list(sort_rows(rows, served.layout).values())
+    assert len(requests) == len(outputs)
+    by_prompt = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in outputs}
+    for request in requests:
+        length = next(n for n in range(1, len(request.tokens)) if tuple(request.tokens[:n]) in by_prompt)
+        answer = list(by_prompt[tuple(request.tokens[:length])])
+        assert request.tokens[length : length + len(answer) - 1] == answer[:-1]
+        assert request.ended
+    assert_states_agree(served.reference, requests, {})
+    after, counted = served.engine.spec_decode_counters(), count_verdicts(rows, served.layout)
+    # When a request turns out to have ended, one more step of it is under way. vLLM ignores that step's verdict.
+    ignored = counted["drafts"] - (after["drafts"] - before.get("drafts", 0))
+    assert 0 <= ignored <= len(outputs)
+    assert 0 < counted["accepted_tokens"] < counted["draft_tokens"]
+    with served.engine.draft_length("never"):
+        served.generate(served.short, max_tokens=8)
+    requests = list(sort_rows(served.finish(), served.layout).values())
+    assert_states_agree(served.reference, requests, {})
+    assert served.engine.control.worker.capture_errors == 0
