@@ -10,7 +10,6 @@ import torch
 
 from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
 
-
 TOLERANCE = 1e-3
 # SmolLM2 has massive activations: two or three channels of its residual stream reach 2e4 at attention sinks, and
 # transformers in float32 differs from itself in float64 by 0.2 there (everywhere else by less than 1e-3). Such a

@@ -1,7 +1,7 @@
 """The same traffic for either of vLLM's runners: an engine, what to ask it, and who knows the right states.
 
-V1 serves the demo's model in the test's own process. V2's kernels are interpreted, so it serves a model small enough for
-that, in a process of its own.
+V1 serves the demo's model in the test's own process. V2's kernels are interpreted, so it serves a model small enough
+for that, in a process of its own.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.rows import Field, RowFlag
@@ -171,3 +172,55 @@ def test_without_speculation_every_token_is_still_logged(served: Served) -> None
     assert not (served.layout.meta(rows)[:, Field.FLAGS] & RowFlag.REJECTED).any()
     # The first step after the switch may still verify what was drafted before it.
     assert served.engine.spec_decode_counters()["drafts"] - counters["drafts"] <= len(served.short)
+
+
+def published(engine: Engine) -> int:
+    """Other weights of the same size, ready to go live at the next step. Their version."""
+    tensors = load_file(engine.session.draft / "model.safetensors")
+    noise = torch.Generator().manual_seed(4)
+    for spec in engine.bank.specs:
+        if tensors[spec.name].is_floating_point():
+            tensors[spec.name] += 0.3 * tensors[spec.name].std() * torch.randn(spec.shape, generator=noise)
+    version = max(engine.bank.published(), 1) + 1
+    engine.bank.publish(version, {spec.name: tensors[spec.name] for spec in engine.bank.specs}, {"why": "test"})
+    engine.wait_for(lambda: engine.control.worker.staged_version == version)
+    return version
+
+
+def answers_with_a_swap_on_the_way(engine: Engine, prompts: list[list[int]]) -> tuple[list[list[int]], int]:
+    """Greedy answers of 16 tokens, and the version that went live when each had a few of them."""
+    from vllm import SamplingParams
+
+    core = engine.llm.llm_engine
+    sampling = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    for index, prompt in enumerate(prompts):
+        core.add_request(str(index), {"prompt_token_ids": prompt}, sampling)
+    for _ in range(3):
+        core.step()
+    version, answers = published(engine), {}
+    while core.has_unfinished_requests():
+        answers |= {done.request_id: list(done.outputs[0].token_ids) for done in core.step() if done.finished}
+    return [answers[str(index)] for index in range(len(prompts))], version
+
+
+def roll_back(engine: Engine) -> bool:
+    stager = engine.attachment.stager
+    return stager is not None and stager.roll_back()
+
+
+def test_a_swap_changes_the_draft_and_no_answer(served: Served) -> None:
+    hidden = torch.randn(2, served.engine.session.hidden_size, generator=torch.Generator().manual_seed(3)).tolist()
+    drafts_before, target_before = (served.engine.call(f"{which}_logits", hidden) for which in ("draft", "target"))
+    version_before = served.engine.control.worker.live_version
+    expected = [list(o.outputs[0].token_ids) for o in served.generate(served.short, max_tokens=16)]
+    served.finish()
+    answers, version = served.engine.run(answers_with_a_swap_on_the_way, served.short)
+    assert answers == expected
+    meta = served.layout.meta(served.finish())
+    proposed_by = meta[meta[:, Field.NUM_DRAFTS] > 0, Field.DRAFT_VERSION]
+    assert set(proposed_by.tolist()) == {version_before, version}
+    assert served.engine.call("draft_logits", hidden) != drafts_before
+    assert served.engine.call("target_logits", hidden) == target_before
+    assert served.engine.run(roll_back)
+    assert served.engine.control.worker.live_version == version_before
+    assert served.engine.call("draft_logits", hidden) == drafts_before

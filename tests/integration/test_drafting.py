@@ -16,7 +16,7 @@ def served(request: pytest.FixtureRequest) -> Served:
 
 
 def test_probabilistic_drafts_are_logged_right(served: Served) -> None:
-    """Drafts drawn from the draft's distribution and verified against it; where a request is greedy, its best guesses."""
+    """Drafts drawn from the draft's distribution and verified against it; for a greedy request its best guesses."""
     assert served.engine.call("runner_class") == served.runner
     served.finish()
     before = served.engine.spec_decode_counters()

@@ -72,7 +72,7 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(vllm_server, "VllmServer", FakeServer)
     monkeypatch.setattr(entrypoint, "StopGuard", FakeGuard)  # the real one changes this process's signal handlers
     monkeypatch.setattr(entrypoint, "end_descendants", lambda: None)
-    monkeypatch.setattr(compat, "probe", lambda: [Probe("a:b", True, "the tested source")])
+    monkeypatch.setattr(compat, "probe", lambda hooks: [Probe("a:b", True, "the tested source")])
     yield
 
 
@@ -83,13 +83,26 @@ def test_off_is_vllm_with_its_own_arguments() -> None:
 
 
 def test_an_unknown_vllm_is_served_plain(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setattr(compat, "probe", lambda: [Probe("a:b", True, "fits"), Probe("c:d", False, "not in this vLLM")])
+    monkeypatch.setattr(
+        compat, "probe", lambda hooks: [Probe("a:b", True, "fits"), Probe("c:d", False, "not in this vLLM")]
+    )
     assert entrypoint.main(["M"]) == 0
     assert FakeServer.ran == ARGS
     error = capfd.readouterr().err
     assert error == (
         "aurora_vllm: vLLM 9.9.9 does not fit (c:d: not in this vLLM); serving it plain, without learning\n"
     )
+
+
+def test_a_choice_of_runner_that_vllm_would_end_on(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", False)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert entrypoint.main(["M"]) == 2
+    assert capfd.readouterr().err == (
+        "aurora_vllm: error: VLLM_USE_V2_MODEL_RUNNER=1, and there is no Triton for this device; "
+        "unset VLLM_USE_V2_MODEL_RUNNER: V1 needs none\n"
+    )
+    assert FakeServer.ran is None
 
 
 def test_a_vllm_of_another_layout_is_run_as_a_program(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

@@ -19,7 +19,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
 from aurora_vllm.semantics import aurora_yaml
-from aurora_vllm.spec_decode.compat import Probe
+from aurora_vllm.spec_decode.compat import ModelRunner, Probe
 from aurora_vllm.transport.bank import bank_bytes
 from aurora_vllm.transport.ring import ring_bytes
 
@@ -226,6 +226,26 @@ def test_vllms_arguments(serve_plan: plan.ServePlan) -> None:
             "num_speculative_tokens": 3,
         },
     }
+
+
+def test_v2_captures_graphs_for_every_draft_length(serve_plan: plan.ServePlan) -> None:
+    """The table says K = 3, 2, 1 and 0 somewhere; one of the user's stays."""
+    args = Namespace(worker_cls="auto", scheduler_cls=None, speculative_config=None)
+    for_v2 = replace(serve_plan, model_runner=ModelRunner("V2", "vLLM's default"))
+    plan.apply(for_v2, args)
+    table = [[1, 1, 3], [2, 2, 2], [3, 3, 1], [4, 4, 0]]
+    assert args.speculative_config["num_speculative_tokens_per_batch_size"] == table
+    args.speculative_config = {"num-speculative-tokens-per-batch-size": [[1, 8, 2]]}
+    plan.apply(for_v2, args)
+    assert args.speculative_config["num_speculative_tokens_per_batch_size"] == [[1, 8, 2]]
+
+
+def test_the_runner_is_shown(serve_plan: plan.ServePlan, capsys: Any) -> None:
+    for_v1 = replace(serve_plan, model_runner=ModelRunner("V1", "no Triton for this device"))
+    plan.show(for_v1, "text")
+    assert "model runner    V1 (no Triton for this device)\n" in capsys.readouterr().out
+    assert for_v1.as_dict()["model_runner"] == {"name": "V1", "reason": "no Triton for this device"}
+    assert plan.with_draft(for_v1, for_v1.draft).model_runner == for_v1.model_runner
 
 
 def test_shown_as_json(serve_plan: plan.ServePlan, capsys: Any) -> None:
