@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from aurora_vllm.spec_decode.trace import StepTrace
-
-OnStep = Callable[[Callable[[], StepTrace]], None]
+from aurora_vllm.spec_decode.wrap import OnStep, wrap
 
 
 class V1Adapter:
@@ -38,17 +37,9 @@ class V1Adapter:
         self._state: Any = None
         self._proposed_by = live_version()
         self._propose_signature = inspect.signature(runner.propose_draft_token_ids)
-        runner.sample_tokens = self._wrap(runner.sample_tokens, self._sample_tokens)
-        runner._sample = self._wrap(runner._sample, self._sample)
-        runner.propose_draft_token_ids = self._wrap(runner.propose_draft_token_ids, self._propose)
-
-    @staticmethod
-    def _wrap(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return replacement(original, *args, **kwargs)
-
-        return wrapped
+        runner.sample_tokens = wrap(runner.sample_tokens, self._sample_tokens)
+        runner._sample = wrap(runner._sample, self._sample)
+        runner.propose_draft_token_ids = wrap(runner.propose_draft_token_ids, self._propose)
 
     def _sample_tokens(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._state = self._runner.execute_model_state

@@ -1,6 +1,7 @@
 """vLLM's V2 runner (vllm/v1/worker/gpu/model_runner.py) -> StepTrace.
 
-Two attributes of *instances* are wrapped; the classes stay as they are, and every wrap passes the original's result on:
+Two attributes of *instances* are wrapped; the classes stay as they are. Both wraps pass the original's result on, but
+where K is 0 the draft model is done without:
 
 - ``runner.sample`` knows the batch, the last hidden states (what ``lm_head`` reads, also where a target feeds its draft
   something else) and the verdict,
@@ -18,8 +19,7 @@ from typing import Any
 import torch
 
 from aurora_vllm.spec_decode.trace import StepTrace
-
-OnStep = Callable[[Callable[[], StepTrace]], None]
+from aurora_vllm.spec_decode.wrap import OnStep, wrap
 
 
 class V2Adapter:
@@ -38,16 +38,8 @@ class V2Adapter:
         self._sampled: tuple[torch.Tensor, Any, Any] | None = None
         self._proposed_by = live_version()
         self._propose_signature = inspect.signature(runner.speculator.propose)
-        runner.sample = self._wrap(runner.sample, self._sample)
-        runner.speculator.propose = self._wrap(runner.speculator.propose, self._propose)
-
-    @staticmethod
-    def _wrap(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return replacement(original, *args, **kwargs)
-
-        return wrapped
+        runner.sample = wrap(runner.sample, self._sample)
+        runner.speculator.propose = wrap(runner.speculator.propose, self._propose)
 
     def _sample(self, original: Callable[..., Any], hidden_states: Any, input_batch: Any, *args: Any, **kw: Any) -> Any:
         result = original(hidden_states, input_batch, *args, **kw)
