@@ -113,7 +113,7 @@ def let_steps_overlap() -> None:
         decide(config)
         config.scheduler_config.async_scheduling = True
 
-    CpuPlatform.check_and_update_config = decide_otherwise
+    CpuPlatform.check_and_update_config = staticmethod(decide_otherwise)
 
 
 if __name__ == "__main__":
