@@ -51,8 +51,9 @@ def served_by_v1(engine: Engine, target: Path) -> Served:
 
 @pytest.fixture(scope="session")
 def served_by_v2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """vLLM's V2 runner through Triton's interpreter."""
-    yield from serve_tiny(tmp_path_factory.mktemp("v2"), "v2")
+    """vLLM's V2 runner through Triton's interpreter, with the table of draft lengths that the entrypoint gives it."""
+    table = [[1, 1, 3], [2, 2, 2], [3, 3, 1], [4, 4, 0]]
+    yield from serve_tiny(tmp_path_factory.mktemp("v2"), "v2", num_speculative_tokens_per_batch_size=table)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,7 @@ def served_by_v2_overlapping(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def serve_tiny(
-    directory: Path, runner: str, environment: dict[str, str] | None = None, **draft: str
+    directory: Path, runner: str, environment: dict[str, str] | None = None, **draft: Any
 ) -> Iterator[Served]:
     """A tiny model in a process of its own.
 
