@@ -217,8 +217,10 @@ def test_a_swap_changes_the_draft_and_no_answer(served: Served) -> None:
     answers, version = served.engine.run(answers_with_a_swap_on_the_way, served.short)
     assert answers == expected
     meta = served.layout.meta(served.finish())
-    proposed_by = meta[meta[:, Field.NUM_DRAFTS] > 0, Field.DRAFT_VERSION]
-    assert set(proposed_by.tolist()) == {version_before, version}
+    drafted = meta[meta[:, Field.NUM_DRAFTS] > 0]
+    assert set(drafted[:, Field.DRAFT_VERSION].tolist()) == {version_before, version}
+    # Of the three steps before the swap two verified drafts; what the third proposed was verified after it.
+    assert len(drafted[drafted[:, Field.DRAFT_VERSION] == version_before, Field.STEP].unique()) == 3
     assert served.engine.call("draft_logits", hidden) != drafts_before
     assert served.engine.call("target_logits", hidden) == target_before
     assert served.engine.run(roll_back)
