@@ -59,11 +59,11 @@ class _Ring(_Header):
         if (memory is not None) != bool(self._words[_ELSEWHERE]):
             where = "in other memory, which is to be given" if memory is None else "behind its header, nowhere else"
             raise ValueError(f"segment {segment.name} holds a ring whose rows lie {where}")
-        self._memory = HostMemory(segment, HEADER_BYTES) if memory is None else memory
+        self.memory: Memory = HostMemory(segment, HEADER_BYTES) if memory is None else memory
         size = ring_bytes(self.row_bytes, self.capacity) - HEADER_BYTES
-        if len(self._memory.bytes) < size:
+        if len(self.memory.bytes) < size:
             raise ValueError(f"segment {segment.name} is too small for its ring")
-        self._rows = self._memory.bytes[:size].view(self.capacity, self.row_bytes)
+        self._rows = self.memory.bytes[:size].view(self.capacity, self.row_bytes)
 
     def _views(self, start: int, count: int) -> list[torch.Tensor]:
         """Rows start .. start + count (ever-growing numbers) as one view, or two where they wrap."""
@@ -82,7 +82,7 @@ class RingProducer(_Ring):
         super().__init__(segment, memory)
         self._head: int = self._words[_HEAD]
         self._reserved = 0
-        self._hand_over = self._memory.hand_over
+        self._hand_over = self.memory.hand_over
 
     @classmethod
     def create(cls, segment: Segment, row_bytes: int, capacity: int, memory: Memory | None = None) -> RingProducer:
@@ -167,6 +167,11 @@ class RingConsumer(_Ring):
         """
         return cls(segment, memory)
 
+    @property
+    def taken(self) -> int:
+        """Rows ever consumed, by this consumer and those before it."""
+        return self._tail
+
     def available(self) -> int:
         """Rows that can be read now."""
         return int(self._words[_HEAD]) - self._tail
@@ -179,12 +184,12 @@ class RingConsumer(_Ring):
         count = max(0, min(max_rows, self.available()))
         rows = torch.empty((count, self.row_bytes), dtype=torch.uint8, device=self._rows.device)
         if count:
-            self._memory.take_over()
+            self.memory.take_over()
             done = 0
             for view in self._views(self._tail, count):
                 rows[done : done + len(view)].copy_(view)
                 done += len(view)
-            self._memory.settle()
+            self.memory.settle()
             self._tail += count
             self._words[_TAIL] = self._tail
         return rows
