@@ -106,7 +106,14 @@ def read_draft(directory: Path, target: Target) -> Draft:
         raise AuroraError(
             f"draft {directory} is no directory", "give one that holds config.json and *.safetensors, or none"
         )
-    config = flatten(read_config(directory))
+    raw = read_config(directory)
+    if quantised := raw.get("quantization_config") or raw.get("compression_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise AuroraError(
+            f"draft {directory} is quantised ({method}), and such weights cannot be updated while they serve",
+            "use one in the target's own dtype, or none: then one is made",
+        )
+    config = flatten(raw)
     misfit = f"draft {directory} does not fit {target.model}"
     remedy = "use a draft trained for this target, or none: then one is made"
     for key in ("target_hidden_size", "hidden_size"):

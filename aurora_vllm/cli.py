@@ -1,4 +1,5 @@
-"""The ``aurora-vllm`` command: ``serve`` is ``python -m aurora_vllm.entrypoint``, ``export`` takes a draft out.
+"""The ``aurora-vllm`` command: ``serve`` is ``python -m aurora_vllm.entrypoint``, ``export`` takes a draft out,
+``check-vllm`` says whether a vLLM is still the one that is wrapped.
 
 Kept light at import, as the entrypoint is: processes that vLLM spawns import it again.
 """
@@ -49,6 +50,34 @@ def export(
     except AuroraError as error:
         raise typer.Exit(report(error)) from None
     print(f"{source} -> {out} ({form})")
+
+
+@app.command()
+def check_vllm(
+    sources: Annotated[
+        Path | None, typer.Option(help="a wheel, or a directory with vllm in it [default: the installed vLLM]")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="the version to compare with [default: its own, else the tested one]")
+    ] = None,
+) -> None:
+    """Say of every vLLM symbol that Aurora wraps: same, changed or missing. Exit code 1 where one is missing."""
+    from aurora_vllm.spec_decode import compat
+    from aurora_vllm.spec_decode.vllm_sources import VllmSources
+
+    try:
+        vllm = VllmSources(sources) if sources else VllmSources.installed()
+        version = against or (vllm.version if compat.known_fingerprints(vllm.version) else compat.WAS_RUN[-1])
+        known = compat.known_fingerprints(version)
+        if not known:
+            raise AuroraError(f"there is no manifest of vLLM {version}", f"compare with {', '.join(compat.WAS_RUN)}")
+    except AuroraError as error:
+        raise typer.Exit(report(error)) from None
+    findings = compat.compare(vllm, known)
+    print(f"vLLM {vllm.version}, compared with {version} ({'run' if version in compat.WAS_RUN else 'only read'})")
+    for finding in findings:
+        print(f"{finding.state:8}{finding.symbol}{': ' * bool(finding.detail)}{finding.detail}")
+    raise typer.Exit(1 if any(finding.state == "missing" for finding in findings) else 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -102,6 +102,12 @@ def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: fro
         raise AuroraError(
             f"Aurora trains EAGLE-3 drafts, and --speculative-config says {what}", f"leave it out, or {PLAIN}"
         )
+    for key in ("quantization", "draft_lm_head_quantization"):  # the second from vLLM 0.33 on
+        if given.get(key):
+            raise AuroraError(
+                f"Aurora cannot update a quantised draft, and --speculative-config says {key} {given[key]}",
+                f"leave that out, or {PLAIN}",
+            )
     said = {"draft": str(model)}
     if "num_speculative_tokens" in given:
         said["num_speculative_tokens"] = given["num_speculative_tokens"]

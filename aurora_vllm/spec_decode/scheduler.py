@@ -25,7 +25,7 @@ WORDS_EVERY = 20  # verified drafts between two accounts of a probation
 TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a draft the user names or resumes, until measured
 
 
-class _ChosenDraftLength:
+class ChosenDraftLength:
     """Stands where vLLM keeps its table of K by batch size."""
 
     def __init__(self, advisor: DraftLengthAdvisor) -> None:
@@ -165,7 +165,7 @@ class AuroraScheduler(Scheduler):
         self._advisor = None
         if session is not None and self.num_spec_tokens:
             self._advisor = DraftLengthAdvisor(session, self.num_spec_tokens)
-            self.dynamic_sd_lookup = _ChosenDraftLength(self._advisor)
+            self.dynamic_sd_lookup = ChosenDraftLength(self._advisor)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         if self._advisor is not None:

@@ -1,9 +1,10 @@
 """The live draft's weights, exchanged with a published version between two steps.
 
 A swap is an *exchange*: every live tensor trades its content with a staged one. Addresses stay, so compiled code and
-CUDA graphs stay valid, and exchanging once more is the rollback. All that can fail (reading the bank, checksum, shape,
-dtype, finiteness, packing for the CPU) happens while staging, on another thread; the exchange itself cannot fail
-half-way.
+CUDA graphs stay valid, and exchanging once more is the rollback. On a GPU the copies are enqueued on the stream that is
+current, the model's, so they come between two steps there too, and the host waits for nothing. All that can fail
+(reading the bank, checksum, shape, dtype, finiteness, packing for the CPU) happens while staging, on another thread;
+the exchange itself cannot fail half-way.
 """
 
 from __future__ import annotations
@@ -36,6 +37,35 @@ class _TensorExchange:
         kept = self.live.clone()
         self.live.copy_(self.staged)
         self.staged.copy_(kept)
+
+
+@dataclass
+class Standing:
+    """Tensors outside the model that hold what is live now; shared by a draft's exchanges of one dtype."""
+
+    tensors: list[torch.Tensor]
+
+
+@dataclass
+class AcceleratorExchange:
+    """The parameters of one dtype on an accelerator in one go, by a fused copy on the current stream.
+
+    The content that leaves needs no copy: the tensors it once came from still hold it. So a swap reads and writes every
+    byte once and needs no memory of its own, which on a serving GPU there may not be. `staged` and the standing tensors
+    must stay as they are while they are one of the two.
+    """
+
+    live: list[torch.Tensor]
+    staged: list[torch.Tensor]  # of the same shapes and dtypes, on the same device
+    standing: Standing
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        torch._foreach_copy_(self.live, self.staged, non_blocking=True)
+        for tensor in self.staged:
+            if tensor.is_cuda:  # staged on another stream: its memory is not to be reused before this copy is done
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        self.staged, self.standing.tensors = self.standing.tensors, self.staged
 
 
 @dataclass
@@ -99,8 +129,10 @@ class LiveDraft:
             raise SwapRefused("the draft's lm_head is the target's own module; writing it would change the target")
         self._destinations = _destinations(draft)
         self._vocab_size = draft.config.vocab_size
-        for destination in self._destinations:
-            _kind(destination)  # raises where the weights cannot be reached
+        kinds = [_kind(destination) for destination in self._destinations]  # raises where weights cannot be reached
+        self._parameters = [d for d, kind in zip(self._destinations, kinds, strict=True) if kind == "parameter"]
+        self._addresses = [_live(destination).data_ptr() for destination in self._parameters]
+        self._standing: dict[torch.dtype, Standing] = {}  # on an accelerator, from the first staging on
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
         """Compare what a bank carries with what this draft has.
@@ -121,8 +153,12 @@ class LiveDraft:
         """Copy, check and pack a version, off the serving path. tensors: checkpoint names -> CPU or device tensors.
 
         Raises:
-            SwapRefused: a tensor is missing, has another shape or dtype, or is not finite.
+            SwapRefused: a tensor is missing, has another shape or dtype, or is not finite; or a live parameter is no
+                longer where it was, so that captured graphs read something else.
         """
+        for destination, address in zip(self._parameters, self._addresses, strict=True):
+            if _live(destination).data_ptr() != address:
+                raise SwapRefused(f"{destination.label}: the running draft's parameter has moved")
         exchanges: list[Exchange] = []
         for destination in self._destinations:
             missing = [name for name in destination.sources if name not in tensors]
@@ -136,7 +172,35 @@ class LiveDraft:
             if destination.sources == ("d2t",):
                 _check_vocabulary(weight, self._vocab_size)
             exchanges.append(_stage(destination, weight))
-        return StagedWeights(version, exchanges)
+        return StagedWeights(version, self._fuse(exchanges))
+
+    def _fuse(self, exchanges: list[Exchange]) -> list[Exchange]:
+        """Of the parameters on an accelerator make one exchange; returns when what was staged there is there."""
+        fused: list[Exchange] = []
+        there: dict[torch.dtype, list[_TensorExchange]] = {}  # a fused copy takes tensors of one dtype
+        for exchange in exchanges:
+            if isinstance(exchange, _TensorExchange) and _on_accelerator(exchange.live):
+                there.setdefault(exchange.live.dtype, []).append(exchange)
+            else:
+                fused.append(exchange)
+        for dtype, group in there.items():
+            live = [exchange.live for exchange in group]
+            if dtype not in self._standing:
+                self._standing[dtype] = Standing([tensor.clone() for tensor in live])
+            fused.append(AcceleratorExchange(live, [exchange.staged for exchange in group], self._standing[dtype]))
+            if live[0].is_cuda:
+                torch.cuda.current_stream(live[0].device).synchronize()  # this thread's stream, not the model's
+        return fused
+
+
+def _on_accelerator(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def _live(destination: _Destination) -> torch.Tensor:
+    """The live tensor of a destination that is a parameter."""
+    found: torch.Tensor = getattr(destination.module, destination.parameter).data
+    return found
 
 
 def _shares(module: Any, other: Any) -> bool:
@@ -251,5 +315,5 @@ def _stage(destination: _Destination, weight: torch.Tensor) -> Exchange:
         from vllm import _custom_ops
 
         return _HandlerExchange(_onednn_handler(destination.module), _custom_ops.create_onednn_mm(weight.t(), 32))
-    live = getattr(destination.module, destination.parameter)
-    return _TensorExchange(live.data, weight.to(live.device))
+    live = _live(destination)
+    return _TensorExchange(live, weight.to(live.device))

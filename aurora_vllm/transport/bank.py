@@ -16,6 +16,9 @@ How the worker takes version `new` while `live` is running, without ever using m
 
 The learner does the mirror image: it marks the slot as being written, then looks whether the worker has claimed it.
 Whichever comes second sees the first.
+
+The weights lie in the segment, each slot's before its evidence, or in another :class:`.memory.Memory`. There, too, the
+learner's copies are over before it says so, so the worker waits for nothing.
 """
 
 from __future__ import annotations
@@ -40,18 +43,20 @@ from aurora_vllm.transport.bank_layout import (
     decode,
     encode,
     sizes,
+    weights_bytes,
 )
 from aurora_vllm.transport.fence import fence
+from aurora_vllm.transport.memory import HostMemory, Memory
 from aurora_vllm.transport.segment import Segment
 
 MAGIC = int.from_bytes(b"AURORABK", "little")
 FORMAT = 1
 CRC_CHUNK = 8 << 20  # bytes; large, because the GIL is taken back between two chunks
 
-__all__ = ["Publication", "TensorSpec", "TornPublish", "WeightBank", "bank_bytes"]
+__all__ = ["Publication", "TensorSpec", "TornPublish", "WeightBank", "bank_bytes", "weights_bytes"]
 
 # Indices of int64 words in the header; slot i has its own cache line at _SLOT + 8 * i.
-_MAGIC, _FORMAT, _SPEC_BYTES, _PUBLISHED, _HELD, _SLOT = 0, 1, 2, 8, 16, 24
+_MAGIC, _FORMAT, _SPEC_BYTES, _ELSEWHERE, _PUBLISHED, _HELD, _SLOT = 0, 1, 2, 3, 8, 16, 24
 _SEQUENCE, _VERSION, _CHECKSUM, _EVIDENCE = 0, 1, 2, 3
 
 
@@ -80,41 +85,56 @@ class Publication:
 class WeightBank:
     """Use :meth:`create` or :meth:`attach`."""
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, memory: Memory | None = None) -> None:
         words = segment.buf[:PAGE].cast("q") if segment.size >= PAGE else None
         if words is None or words[_MAGIC] != MAGIC or words[_FORMAT] != FORMAT:
             raise ValueError(f"segment {segment.name} holds no weight bank of format {FORMAT}")
         encoded = bytes(segment.buf[SPECS_AT : SPECS_AT + words[_SPEC_BYTES]])
         self.specs = decode(encoded)
-        header, self._slot_bytes = sizes(self.specs, encoded)
-        if segment.size < header + SLOTS * self._slot_bytes:
+        if (memory is not None) != bool(words[_ELSEWHERE]):
+            where = "in other memory, which is to be given" if memory is None else "in it, nowhere else"
+            raise ValueError(f"segment {segment.name} holds a bank whose weights lie {where}")
+        header, self._weights_bytes = sizes(self.specs, encoded)
+        if memory is None:
+            memory = HostMemory(segment, header)
+            self._stride, evidence_at = self._weights_bytes + EVIDENCE_BYTES, header + self._weights_bytes
+            evidence_stride = self._stride
+        else:
+            self._stride, evidence_at, evidence_stride = self._weights_bytes, header, EVIDENCE_BYTES
+        enough = segment.size >= evidence_at + (SLOTS - 1) * evidence_stride + EVIDENCE_BYTES
+        if not enough or len(memory.bytes) < (SLOTS - 1) * self._stride + self._weights_bytes:
             raise ValueError(f"segment {segment.name} is too small for its weight bank")
-        self._words = words
-        self._slots = [segment.buf[header + i * self._slot_bytes :][: self._slot_bytes] for i in range(SLOTS)]
+        self._words, self._memory = words, memory
+        self._evidence = [segment.buf[evidence_at + i * evidence_stride :][:EVIDENCE_BYTES] for i in range(SLOTS)]
 
     @classmethod
-    def create(cls, segment: Segment, specs: Sequence[TensorSpec]) -> WeightBank:
+    def create(cls, segment: Segment, specs: Sequence[TensorSpec], memory: Memory | None = None) -> WeightBank:
         """Lay out an empty bank in a fresh segment of at least ``bank_bytes(specs)`` bytes.
 
+        Args:
+            memory: where the weights lie instead, of ``weights_bytes(specs)``; the segment then needs
+                ``bank_bytes(specs, weights_elsewhere=True)``.
+
         Raises:
-            ValueError: the segment is too small, or a name occurs twice.
+            ValueError: the segment or the memory is too small, or a name occurs twice.
         """
         if len({spec.name for spec in specs}) != len(specs):
             raise ValueError("a tensor's name occurs twice in the bank's specs")
-        if segment.size < bank_bytes(specs):
-            raise ValueError(f"a weight bank of {bank_bytes(specs)} bytes does not fit into {segment.size} bytes")
+        wanted = bank_bytes(specs, weights_elsewhere=memory is not None)
+        if segment.size < wanted:
+            raise ValueError(f"a weight bank of {wanted} bytes does not fit into {segment.size} bytes")
         encoded = encode(specs)
         words = segment.buf[:PAGE].cast("q")
-        words[_FORMAT], words[_SPEC_BYTES] = FORMAT, len(encoded)
+        words[_FORMAT], words[_SPEC_BYTES], words[_ELSEWHERE] = FORMAT, len(encoded), memory is not None
         segment.buf[SPECS_AT : SPECS_AT + len(encoded)] = encoded
         fence()
         words[_MAGIC] = MAGIC  # last: whoever finds it finds the rest
-        return cls(segment)
+        return cls(segment, memory)
 
     @classmethod
-    def attach(cls, segment: Segment) -> WeightBank:
-        """Raises ValueError where the segment holds no bank."""
-        return cls(segment)
+    def attach(cls, segment: Segment, memory: Memory | None = None) -> WeightBank:
+        """Raises ValueError where the segment holds no bank, or one whose weights lie elsewhere."""
+        return cls(segment, memory)
 
     # --- learner ---
 
@@ -142,7 +162,8 @@ class WeightBank:
         with torch.no_grad():
             for name, view in self._views(slot).items():
                 view.copy_(tensors[name])
-        self._slots[slot][-EVIDENCE_BYTES:][: len(encoded)] = encoded
+        self._memory.settle()
+        self._evidence[slot][: len(encoded)] = encoded
         self._set_slot_word(slot, _EVIDENCE, len(encoded))
         self._set_slot_word(slot, _CHECKSUM, self._checksum(slot, version, len(encoded)))
         self._set_slot_word(slot, _VERSION, version)
@@ -213,7 +234,7 @@ class WeightBank:
             raise TornPublish(f"version {version} is not in the bank, or its publish was not finished")
         stored, length = self._slot_word(slot, _CHECKSUM), self._slot_word(slot, _EVIDENCE)
         checksum = self._checksum(slot, version, length, sequence)
-        encoded = bytes(self._slots[slot][-EVIDENCE_BYTES:][:length])
+        encoded = bytes(self._evidence[slot][:length])
         fence()
         if self._slot_word(slot, _SEQUENCE) != sequence:
             raise TornPublish(f"version {version} was overwritten while it was read")
@@ -230,7 +251,7 @@ class WeightBank:
         self._words[_SLOT + 8 * slot + word] = value
 
     def _views(self, slot: int) -> dict[str, torch.Tensor]:
-        memory = torch.frombuffer(self._slots[slot], dtype=torch.uint8)
+        memory = self._memory.bytes[slot * self._stride :][: self._weights_bytes]
         views, start = {}, 0
         for spec in self.specs:
             views[spec.name] = memory[start : start + spec.nbytes].view(spec.dtype).view(spec.shape)
@@ -239,12 +260,11 @@ class WeightBank:
 
     def _checksum(self, slot: int, version: int, evidence_length: int, sequence: int | None = None) -> int:
         """CRC-32 of version, evidence and tensors. With `sequence` it stops once the slot is being overwritten."""
-        memory = self._slots[slot]
-        weights = len(memory) - EVIDENCE_BYTES
         crc = zlib.crc32(version.to_bytes(8, "little"))
-        crc = zlib.crc32(memory[weights:][: max(0, evidence_length)], crc)
-        for start in range(0, weights, CRC_CHUNK):
+        crc = zlib.crc32(self._evidence[slot][: max(0, evidence_length)], crc)
+        first = slot * self._stride
+        for start in range(first, first + self._weights_bytes, CRC_CHUNK):
             if sequence is not None and self._slot_word(slot, _SEQUENCE) != sequence:
                 break
-            crc = zlib.crc32(memory[start : min(start + CRC_CHUNK, weights)], crc)
+            crc = self._memory.crc32(start, min(start + CRC_CHUNK, first + self._weights_bytes), crc)
         return crc

@@ -29,10 +29,15 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def bank_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Size of the segment that holds a bank of these tensors."""
-    header, slot = sizes(specs, encode(specs))
-    return header + SLOTS * slot
+def bank_bytes(specs: Sequence[TensorSpec], weights_elsewhere: bool = False) -> int:
+    """Size of the segment that holds a bank of these tensors, or all but the weights."""
+    header, weights = sizes(specs, encode(specs))
+    return header + SLOTS * (EVIDENCE_BYTES if weights_elsewhere else weights + EVIDENCE_BYTES)
+
+
+def weights_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Size of other memory that holds the weights of all slots."""
+    return SLOTS * sizes(specs, b"")[1]
 
 
 def aligned(size: int, to: int) -> int:
@@ -40,9 +45,9 @@ def aligned(size: int, to: int) -> int:
 
 
 def sizes(specs: Sequence[TensorSpec], encoded: bytes) -> tuple[int, int]:
-    """Bytes of the header and of one slot: the tensors, each on a multiple of 64 bytes, then the evidence."""
+    """Bytes of the header and of a slot's weights: the tensors, each on a multiple of 64 bytes."""
     weights = sum(aligned(spec.nbytes, ALIGNMENT) for spec in specs)
-    return aligned(SPECS_AT + len(encoded), PAGE), aligned(weights, PAGE) + EVIDENCE_BYTES
+    return aligned(SPECS_AT + len(encoded), PAGE), aligned(weights, PAGE)
 
 
 def encode(specs: Sequence[TensorSpec]) -> bytes:

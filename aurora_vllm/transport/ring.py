@@ -6,8 +6,8 @@ line of its own. A row is published by storing ``head`` after its bytes, and giv
 were copied out, so a process that dies at any point leaves whole rows or none (see :func:`.fence.fence` for the order
 of these stores). A restarted side attaches and goes on at its own counter.
 
-The rows are one uint8 tensor next to the header: where it lives on a GPU, only the code that makes that tensor and the
-ordering in ``commit`` change.
+The rows are one uint8 tensor: behind the header, or in another :class:`.memory.Memory`, which then also orders what is
+enqueued on them (:mod:`.cuda`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from aurora_vllm.transport.fence import fence
+from aurora_vllm.transport.memory import HostMemory, Memory
 from aurora_vllm.transport.segment import Segment
 
 MAGIC = int.from_bytes(b"AURORING", "little")
@@ -23,11 +24,11 @@ HEADER_BYTES = 4096
 ALIGNMENT = 64
 
 # Indices of int64 words in the header.
-_MAGIC, _FORMAT, _ROW_BYTES, _CAPACITY, _HEAD, _TAIL = 0, 1, 2, 3, 8, 16
+_MAGIC, _FORMAT, _ROW_BYTES, _CAPACITY, _ELSEWHERE, _HEAD, _TAIL = 0, 1, 2, 3, 4, 8, 16
 
 
 def ring_bytes(row_bytes: int, capacity: int) -> int:
-    """Size of the segment that holds a ring of `capacity` rows.
+    """Size of the segment that holds a ring of `capacity` rows. Less HEADER_BYTES: of other memory that holds them.
 
     Raises:
         ValueError: row_bytes is no positive multiple of 64, or capacity is below 1.
@@ -39,21 +40,30 @@ def ring_bytes(row_bytes: int, capacity: int) -> int:
     return HEADER_BYTES + row_bytes * capacity
 
 
-class _Ring:
-    """Header words and rows of a ring that is laid out already."""
+class _Header:
+    """Header words of a ring that is laid out already."""
 
     def __init__(self, segment: Segment) -> None:
         words = segment.buf[:HEADER_BYTES].cast("q") if segment.size >= HEADER_BYTES else None
         if words is None or words[_MAGIC] != MAGIC or words[_FORMAT] != FORMAT:
             raise ValueError(f"segment {segment.name} holds no ring of format {FORMAT}")
         self.row_bytes, self.capacity = words[_ROW_BYTES], words[_CAPACITY]
-        if segment.size < ring_bytes(self.row_bytes, self.capacity):
-            raise ValueError(f"segment {segment.name} is too small for its ring")
         self._words = words
-        rows = torch.frombuffer(
-            segment.buf, dtype=torch.uint8, offset=HEADER_BYTES, count=self.capacity * self.row_bytes
-        )
-        self._rows = rows.view(self.capacity, self.row_bytes)
+
+
+class _Ring(_Header):
+    """Header words and rows."""
+
+    def __init__(self, segment: Segment, memory: Memory | None) -> None:
+        super().__init__(segment)
+        if (memory is not None) != bool(self._words[_ELSEWHERE]):
+            where = "in other memory, which is to be given" if memory is None else "behind its header, nowhere else"
+            raise ValueError(f"segment {segment.name} holds a ring whose rows lie {where}")
+        self.memory: Memory = HostMemory(segment, HEADER_BYTES) if memory is None else memory
+        size = ring_bytes(self.row_bytes, self.capacity) - HEADER_BYTES
+        if len(self.memory.bytes) < size:
+            raise ValueError(f"segment {segment.name} is too small for its ring")
+        self._rows = self.memory.bytes[:size].view(self.capacity, self.row_bytes)
 
     def _views(self, start: int, count: int) -> list[torch.Tensor]:
         """Rows start .. start + count (ever-growing numbers) as one view, or two where they wrap."""
@@ -68,35 +78,42 @@ class _Ring:
 class RingProducer(_Ring):
     """The worker's side."""
 
-    def __init__(self, segment: Segment) -> None:
-        super().__init__(segment)
+    def __init__(self, segment: Segment, memory: Memory | None = None) -> None:
+        super().__init__(segment, memory)
         self._head: int = self._words[_HEAD]
         self._reserved = 0
+        self._hand_over = self.memory.hand_over
 
     @classmethod
-    def create(cls, segment: Segment, row_bytes: int, capacity: int) -> RingProducer:
+    def create(cls, segment: Segment, row_bytes: int, capacity: int, memory: Memory | None = None) -> RingProducer:
         """Lay out an empty ring in a fresh segment of at least ``ring_bytes(row_bytes, capacity)`` bytes.
 
+        Args:
+            memory: where the rows lie instead; the segment then needs HEADER_BYTES.
+
         Raises:
-            ValueError: the segment is too small, or a size is bad (see :func:`ring_bytes`).
+            ValueError: the segment or the memory is too small, or a size is bad (see :func:`ring_bytes`).
         """
-        if segment.size < ring_bytes(row_bytes, capacity):
-            raise ValueError(f"{capacity} rows of {row_bytes} bytes do not fit into {segment.size} bytes")
+        size = ring_bytes(row_bytes, capacity)
+        room = segment.size if memory is None else min(HEADER_BYTES, segment.size) + len(memory.bytes)
+        if room < size:
+            raise ValueError(f"{capacity} rows of {row_bytes} bytes do not fit into {room} bytes")
         words = segment.buf[:HEADER_BYTES].cast("q")
         words[_FORMAT], words[_ROW_BYTES], words[_CAPACITY] = FORMAT, row_bytes, capacity
+        words[_ELSEWHERE] = memory is not None
         words[_HEAD] = words[_TAIL] = 0
         fence()
         words[_MAGIC] = MAGIC  # last: whoever finds it finds the rest
-        return cls(segment)
+        return cls(segment, memory)
 
     @classmethod
-    def attach(cls, segment: Segment) -> RingProducer:
+    def attach(cls, segment: Segment, memory: Memory | None = None) -> RingProducer:
         """Go on where the last producer stopped; what it had reserved and not committed is gone.
 
         Raises:
-            ValueError: the segment holds no ring.
+            ValueError: the segment holds no ring, or one whose rows lie elsewhere.
         """
-        return cls(segment)
+        return cls(segment, memory)
 
     @property
     def written(self) -> int:
@@ -128,7 +145,7 @@ class RingProducer(_Ring):
     def commit(self) -> None:
         """Publish the rows reserved last, all at once; nothing where nothing is reserved."""
         if self._reserved:
-            fence()
+            self._hand_over()
             head = self._head + self._reserved
             self._words[_HEAD] = head
             self._head, self._reserved = head, 0
@@ -137,37 +154,42 @@ class RingProducer(_Ring):
 class RingConsumer(_Ring):
     """The learner's side."""
 
-    def __init__(self, segment: Segment) -> None:
-        super().__init__(segment)
+    def __init__(self, segment: Segment, memory: Memory | None = None) -> None:
+        super().__init__(segment, memory)
         self._tail: int = self._words[_TAIL]
 
     @classmethod
-    def attach(cls, segment: Segment) -> RingConsumer:
+    def attach(cls, segment: Segment, memory: Memory | None = None) -> RingConsumer:
         """Go on where the last consumer stopped.
 
         Raises:
-            ValueError: the segment holds no ring.
+            ValueError: the segment holds no ring, or one whose rows lie elsewhere.
         """
-        return cls(segment)
+        return cls(segment, memory)
+
+    @property
+    def taken(self) -> int:
+        """Rows ever consumed, by this consumer and those before it."""
+        return self._tail
 
     def available(self) -> int:
         """Rows that can be read now."""
         return int(self._words[_HEAD]) - self._tail
 
     def read(self, max_rows: int) -> torch.Tensor:
-        """Take the oldest rows, at most max_rows: a private copy, uint8 [n, row_bytes], n = 0 where there are none.
+        """Take the oldest rows, at most max_rows: a private copy where the rows lie, uint8 [n, row_bytes], n >= 0.
 
         Their room is given back once they are copied: a consumer that dies before that leaves them to the next one.
         """
         count = max(0, min(max_rows, self.available()))
-        rows = torch.empty((count, self.row_bytes), dtype=torch.uint8)
+        rows = torch.empty((count, self.row_bytes), dtype=torch.uint8, device=self._rows.device)
         if count:
-            fence()
+            self.memory.take_over()
             done = 0
             for view in self._views(self._tail, count):
                 rows[done : done + len(view)].copy_(view)
                 done += len(view)
-            fence()
+            self.memory.settle()
             self._tail += count
             self._words[_TAIL] = self._tail
         return rows
@@ -177,9 +199,9 @@ class RingGauge:
     """How full a ring is, for those who neither write nor read it (status route, metrics)."""
 
     def __init__(self, segment: Segment) -> None:
-        ring = _Ring(segment)
-        self.capacity = ring.capacity  # rows
-        self._words = ring._words
+        header = _Header(segment)
+        self.capacity = header.capacity  # rows
+        self._words = header._words
 
     @classmethod
     def attach(cls, segment: Segment) -> RingGauge:

@@ -148,6 +148,14 @@ def sweep() -> list[str]:
     return removed
 
 
+def owner_is_alive(name: str) -> bool:
+    """Whether the process that made this segment still runs. Raises ValueError where it is no segment's name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"not the name of a segment: {name!r}")
+    return process_start_time(int(match["pid"])) == int(match["start"])
+
+
 def process_start_time(pid: int) -> int | None:
     """When a living process started, in clock ticks since boot (field 22 of /proc/pid/stat); None for a dead one."""
     try:

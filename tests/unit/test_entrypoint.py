@@ -260,6 +260,7 @@ def test_an_eagle3_draft_of_vllms_is_ours() -> None:
     [
         ({"method": "ngram"}, "--speculative-config says method 'ngram'"),
         ({"method": "eagle3"}, "--speculative-config says no model"),
+        ({"model": "/d", "quantization": "fp8"}, "cannot update a quantised draft, and --speculative-config says"),
         (
             {"model": "/d", "num_speculative_tokens": 9},
             "num_speculative_tokens: Input should be less than or equal to 8",

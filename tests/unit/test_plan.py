@@ -93,6 +93,13 @@ def test_a_draft_that_does_not_fit(target: Target, draft_dir: Path, changes: dic
     assert line in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantised_draft(target: Target, draft_dir: Path, key: str) -> None:
+    change_config(draft_dir, **{key: {"quant_method": "fp8"}})
+    with pytest.raises(AuroraError, match=r"is quantised \(fp8\), and such weights cannot be updated"):
+        checkpoint.read_draft(draft_dir, target)
+
+
 def test_a_draft_without_a_tensor(target: Target, draft_dir: Path) -> None:
     tensors = load_file(draft_dir / "model.safetensors")
     del tensors["midlayer.hidden_norm.weight"]

@@ -1,0 +1,51 @@
+"""What a vLLM with ``patches/vllm-VERSION.patch`` calls, for people who keep a fork of vLLM.
+
+On an unmodified vLLM the same is done from outside, by ``--worker-cls`` (:mod:`.worker`), ``--scheduler-cls``
+(:mod:`.scheduler`) and wrapped runner methods (:mod:`.runner_v1`). A patched vLLM under those classes is hooked once:
+its own calls then do nothing. Imports no vLLM, since vLLM's modules import this one.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from aurora_vllm.session import Session
+from aurora_vllm.spec_decode.attachment import Attachment
+from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling
+
+if TYPE_CHECKING:
+    from aurora_vllm.spec_decode.scheduler import DraftLengthAdvisor
+
+logger = logging.getLogger("vllm.aurora")
+
+
+def attach(worker: Any) -> Attachment | None:
+    """After ``Worker.load_model``. None where there is no session, nothing to attach to, or AuroraWorker does it."""
+    if _is_ours(worker) or Session.from_environment() is None:
+        return None
+    try:
+        if worker.device.type == "cpu" and mend_cpu_sampling():
+            logger.info("aurora: replaced vLLM's expand_batch_to_tokens on the CPU (vllm#55005)")
+        return Attachment.to_worker(worker)
+    except Exception:
+        logger.exception("aurora: could not attach; serving goes on as plain vLLM")
+        return None
+
+
+def advise(scheduler: Any) -> DraftLengthAdvisor | None:
+    """At the end of ``Scheduler.__init__``: who chooses K, put where vLLM looks K up. None as in :func:`attach`."""
+    if _is_ours(scheduler):
+        return None
+    session = Session.from_environment()
+    if session is None or not scheduler.num_spec_tokens:
+        return None
+    from aurora_vllm.spec_decode.scheduler import ChosenDraftLength, DraftLengthAdvisor
+
+    advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens)
+    scheduler.dynamic_sd_lookup = ChosenDraftLength(advisor)
+    return advisor
+
+
+def _is_ours(thing: object) -> bool:
+    return any(base.__module__.startswith("aurora_vllm.") for base in type(thing).__mro__)

@@ -1,0 +1,260 @@
+"""Memory on a GPU that two processes share by CUDA IPC. WRITTEN AND NEVER RUN: see docs/gpu.md.
+
+One allocation of the driver (``cuMemAlloc``, which is what cudaMalloc calls), exported by ``cuIpcGetMemHandle``. Of
+three ways to it:
+
+- torch.multiprocessing's reductions share blocks of torch's caching allocator. Each hand-over counts a reference that
+  a killed process never gives back, and what is shared depends on how the allocator is set up (``expandable_segments``,
+  vLLM's sleep mode). These allocations never pass through it, so that setting need not be refused.
+- cuda-python is one more dependency, whose version must fit the driver's.
+- ctypes on ``libcuda.so.1`` needs three functions of a stable interface, and its name has no version of CUDA in it.
+
+A page of POSIX shared memory describes the allocation, so it is opened by name, as a segment is. It belongs to the
+process that made it, and it alone may :meth:`CudaMemory.hand_over`: that is meant to be the worker, without which there
+is nothing to share. A learner that dies and comes back opens it again; where the worker died, it is gone.
+
+Ordering. The producer's copies are enqueued on its current stream, and behind them an inter-process event is recorded;
+then the host stores the counter. The consumer sees the counter, and makes its stream wait for the event as it was
+recorded last, which is that commit's or a later one's. Nobody's host waits for that. What a consumer gives back, and
+what a learner publishes, it has waited for (:meth:`CudaMemory.settle`), so the serving side never waits for an event of
+the learner's: a dead learner leaves none behind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from aurora_vllm.transport.fence import fence
+from aurora_vllm.transport.segment import Segment, owner_is_alive
+
+GRANULE = 2 << 20  # bytes; smaller allocations share such a block, and a handle would export their neighbours
+GRACE_S = 2.0  # after the owner's death, for work that was enqueued before it
+HANDLE_BYTES = 64  # of CUipcMemHandle and cudaIpcEventHandle_t
+_DESCRIPTION = struct.Struct(f"<8sQ40s{HANDLE_BYTES}s{HANDLE_BYTES}s")
+_MAGIC = b"AURORGPU"
+
+
+class NoDeviceMemory(RuntimeError):
+    """No such memory can be made or opened here. One line, fit to be shown to a user."""
+
+
+class OwnerGone(RuntimeError):
+    """The process that made the memory died, and work on it does not come to an end."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What another process needs in order to open the memory."""
+
+    size: int  # bytes
+    device: str  # UUID: two processes may number their GPUs differently (CUDA_VISIBLE_DEVICES)
+    memory_handle: bytes
+    event_handle: bytes
+
+    def write(self, segment: Segment) -> None:
+        packed = _DESCRIPTION.pack(_MAGIC, self.size, self.device.encode(), self.memory_handle, self.event_handle)
+        segment.buf[: len(packed)] = packed
+
+    @classmethod
+    def read(cls, segment: Segment) -> Description:
+        """Raises ValueError where the segment describes no device memory."""
+        if segment.size < _DESCRIPTION.size:
+            raise ValueError(f"segment {segment.name} describes no device memory")
+        magic, size, device, memory, event = _DESCRIPTION.unpack_from(segment.buf)
+        if magic != _MAGIC:
+            raise ValueError(f"segment {segment.name} describes no device memory")
+        return cls(size, device.rstrip(b"\0").decode(), memory, event)
+
+
+class CudaMemory:
+    """A :class:`.memory.Memory` on a GPU. Use :meth:`create` or :meth:`open`.
+
+    It stays mapped until the process ends: tensors over unmapped memory would crash it.
+    """
+
+    def __init__(
+        self, segment: Segment, device: torch.device, pointer: int, size: int, event: torch.cuda.Event, owned: bool
+    ) -> None:
+        self.name = segment.name
+        self.device = device
+        self.bytes = tensor_over(pointer, size, device)
+        self._segment = segment
+        self._event = event
+        self._owned = owned
+        self._stream: torch.cuda.Stream | None = None  # the one last handed over from
+
+    @classmethod
+    def create(cls, kind: str, size: int, device: torch.device) -> CudaMemory:
+        """Allocate at least `size` bytes on a device, not zeroed; `kind` ends the name of the page that describes it.
+
+        Raises:
+            NoDeviceMemory: there is no CUDA device, or no room on it.
+        """
+        device = _make_current(device)
+        size = -(-size // GRANULE) * GRANULE
+        with torch.cuda.device(device):
+            pointer, handle = _allocate(size)
+            event = torch.cuda.Event(interprocess=True)
+            event_handle = event.ipc_handle()
+        segment = Segment.create(kind, 4096)
+        Description(size, _uuid(device), handle, event_handle).write(segment)
+        return cls(segment, device, pointer, size, event, owned=True)
+
+    @classmethod
+    def open(cls, name: str) -> CudaMemory:
+        """Map what another living process made.
+
+        Raises:
+            NoDeviceMemory: its GPU is not visible here, or the driver refuses.
+            OwnerGone: that process is dead.
+            FileNotFoundError, PermissionError, ValueError: as Segment.attach; or it describes no device memory.
+        """
+        segment = Segment.attach(name)
+        description = Description.read(segment)
+        if not owner_is_alive(name):
+            raise OwnerGone(f"device memory {name}: its process is dead")
+        device = _make_current(_device_of(description.device))
+        with torch.cuda.device(device):
+            pointer = _open(description.memory_handle)
+            event = torch.cuda.Event.from_ipc_handle(device, description.event_handle)
+        return cls(segment, device, pointer, description.size, event, owned=False)
+
+    def hand_over(self) -> None:
+        if not self._owned:
+            raise ValueError("only the process that made device memory hands it over: it alone may record the event")
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._stream:
+            self._event.wait(stream)  # the one event stands for what was done on every stream so far
+            self._stream = stream
+        self._event.record(stream)
+        fence()
+
+    def take_over(self) -> None:
+        fence()
+        self._event.wait(torch.cuda.current_stream(self.device))
+
+    def settle(self) -> None:
+        """As :meth:`.memory.Memory.settle`, for this thread's current stream.
+
+        Polls, so that a stream that waits for a dead process does not take this one along.
+
+        Raises:
+            OwnerGone: the owner died, and the work is not done after GRACE_S.
+        """
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
+        wait_until(done.query, self._owner_lives)
+        fence()
+
+    def crc32(self, start: int, stop: int, crc: int) -> int:
+        """Through a copy on the host, so that a version has one checksum wherever it lies. Waits for the copy."""
+        buffer = bytearray(stop - start)
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(self.bytes[start:stop])
+        return zlib.crc32(buffer, crc)
+
+    def unlink(self) -> None:
+        """Take the name away; idempotent. Who has it open keeps the memory."""
+        self._segment.unlink()
+
+    def _owner_lives(self) -> bool:
+        return self._owned or owner_is_alive(self.name)
+
+
+def wait_until(done: Callable[[], bool], owner_lives: Callable[[], bool], grace_s: float = GRACE_S) -> None:
+    """Poll until it is done.
+
+    Raises:
+        OwnerGone: the owner is dead, and it was not done for `grace_s` after that was noticed.
+    """
+    patience: float | None = None
+    while not done():
+        now = time.monotonic()
+        if patience is None and not owner_lives():
+            patience = now + grace_s
+        if patience is not None and now > patience:
+            raise OwnerGone("the process that made the device memory died, and work that waits for it does not end")
+        time.sleep(50e-6)
+
+
+def tensor_over(pointer: int, size: int, device: torch.device) -> torch.Tensor:
+    """uint8 [size] over memory that is somebody else's to free.
+
+    By the function that torch's own CUDA graph trees use; ``__cuda_array_interface__`` would need numpy.
+    """
+    storage = torch._C._construct_storage_from_data_pointer(pointer, device, size)
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+# --- the driver ---
+
+
+class _MemHandle(ctypes.Structure):
+    """CUipcMemHandle, passed by value."""
+
+    _fields_ = [("reserved", ctypes.c_ubyte * HANDLE_BYTES)]
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NoDeviceMemory(f"no CUDA driver here: {error}") from None
+    pointer = ctypes.POINTER(ctypes.c_ulonglong)  # CUdeviceptr
+    library.cuMemAlloc_v2.argtypes = [pointer, ctypes.c_size_t]
+    library.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_MemHandle), ctypes.c_ulonglong]
+    library.cuIpcOpenMemHandle_v2.argtypes = [pointer, _MemHandle, ctypes.c_uint]
+    library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+    return library
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(result, ctypes.byref(name))
+        raise NoDeviceMemory(f"{what}: {(name.value or b'an unknown error').decode()} ({result})")
+
+
+def _allocate(size: int) -> tuple[int, bytes]:
+    """Address and IPC handle of a new allocation in the current context."""
+    driver, address, handle = _driver(), ctypes.c_ulonglong(), _MemHandle()
+    _check(driver.cuMemAlloc_v2(ctypes.byref(address), size), f"cannot allocate {size / 2**20:.1f} MiB on the GPU")
+    _check(driver.cuIpcGetMemHandle(ctypes.byref(handle), address), "cannot share memory of the GPU")
+    return address.value, bytes(handle.reserved)
+
+
+def _open(handle: bytes) -> int:
+    """Address in this process of another process's allocation."""
+    address, lazy_peer_access = ctypes.c_ulonglong(), 1
+    given = _MemHandle.from_buffer_copy(handle)
+    _check(
+        _driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), given, lazy_peer_access), "cannot open memory of the GPU"
+    )
+    return address.value
+
+
+def _make_current(device: torch.device) -> torch.device:
+    """See that the driver's calls in this thread find torch's context of the device. Returns it with its index."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        raise NoDeviceMemory("no CUDA device here")
+    torch.cuda.synchronize(device)
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _device_of(uuid: str) -> torch.device:
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if _uuid(torch.device("cuda", index)) == uuid:
+            return torch.device("cuda", index)
+    raise NoDeviceMemory(f"the GPU {uuid} is not visible in this process; see CUDA_VISIBLE_DEVICES")

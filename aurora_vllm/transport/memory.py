@@ -1,0 +1,49 @@
+"""Where the rows of a ring or the weights of a bank lie, and how two processes' work on them is ordered.
+
+Counters, sequence words and evidence always lie in POSIX shared memory. The bytes they speak of may lie beside them, or
+on a GPU (:mod:`.cuda`), where work is only enqueued when a call returns. So a ring and a bank say at three points what
+must have happened, and the memory knows what that takes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Protocol
+
+import torch
+
+from aurora_vllm.transport.fence import fence
+from aurora_vllm.transport.segment import Segment
+
+
+class Memory(Protocol):
+    """Bytes that two processes share."""
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """All of it. uint8 [size]"""
+
+    def hand_over(self) -> None:
+        """What this process wrote is there for whoever sees a word that is stored after this call. Never waits."""
+
+    def take_over(self) -> None:
+        """What was handed over before a word that was just seen is what is read from now on. Never waits."""
+
+    def settle(self) -> None:
+        """All this process has done with it so far is done when this returns. May wait: not for the serving side."""
+
+    def crc32(self, start: int, stop: int, crc: int) -> int:
+        """CRC-32 of the bytes start .. stop, going on from `crc`."""
+
+
+class HostMemory:
+    """The part of a segment from an offset on. Work is done when a call returns, so a fence orders it."""
+
+    def __init__(self, segment: Segment, offset: int) -> None:
+        self._buf = segment.buf[offset:]
+        self.bytes = torch.frombuffer(self._buf, dtype=torch.uint8)
+
+    hand_over = take_over = settle = staticmethod(fence)
+
+    def crc32(self, start: int, stop: int, crc: int) -> int:
+        return zlib.crc32(self._buf[start:stop], crc)

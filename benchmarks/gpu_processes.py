@@ -1,0 +1,142 @@
+"""The two sides of the self-check, each in a process of its own; `device` "cpu" is the same over POSIX shared memory.
+
+Nothing here imports vLLM. Rows say in each of their words which row they are, so a torn, lost or repeated one shows.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+
+from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes, weights_bytes
+from aurora_vllm.transport.cuda import CudaMemory, OwnerGone
+from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingProducer, ring_bytes
+from aurora_vllm.transport.segment import Segment
+
+Names = tuple[str, str | None]  # of the segment, and of the device memory where there is some
+STRIDE = 1_000_003  # between the words of two rows
+
+
+def start(target: Callable[..., None], *args: Any) -> tuple[SpawnProcess, Connection]:
+    """Run a function here in another process, its last argument one end of a pipe; the other end."""
+    context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(*args, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def make_ring(device: str, row_bytes: int, capacity: int) -> tuple[RingProducer, Names]:
+    if device == "cpu":
+        segment = Segment.create("ring", ring_bytes(row_bytes, capacity))
+        return RingProducer.create(segment, row_bytes, capacity), (segment.name, None)
+    memory = CudaMemory.create("ring_memory", row_bytes * capacity, torch.device(device))
+    segment = Segment.create("ring", HEADER_BYTES)
+    return RingProducer.create(segment, row_bytes, capacity, memory), (segment.name, memory.name)
+
+
+def open_ring(names: Names) -> RingConsumer:
+    segment, memory = names
+    return RingConsumer.attach(Segment.attach(segment), CudaMemory.open(memory) if memory else None)
+
+
+def make_bank(device: str, specs: list[TensorSpec]) -> tuple[WeightBank, Names]:
+    if device == "cpu":
+        segment = Segment.create("bank", bank_bytes(specs))
+        return WeightBank.create(segment, specs), (segment.name, None)
+    memory = CudaMemory.create("bank_memory", weights_bytes(specs), torch.device(device))
+    segment = Segment.create("bank", bank_bytes(specs, weights_elsewhere=True))
+    return WeightBank.create(segment, specs, memory), (segment.name, memory.name)
+
+
+def remove(names: Names) -> None:
+    """Take the names away; also those of a process that was killed."""
+    for name in names:
+        if name is not None:
+            try:
+                Segment.attach(name).unlink()
+            except FileNotFoundError:
+                continue
+
+
+def words(rows: torch.Tensor, first: int) -> torch.Tensor:
+    """What rows first, first + 1, … hold. uint8 [n, row_bytes] -> int64 [n, row_bytes / 8]"""
+    count, row_bytes = rows.shape
+    columns = torch.arange(row_bytes // 8, device=rows.device)
+    return columns + ((torch.arange(count, device=rows.device) + first) * STRIDE).unsqueeze(1)
+
+
+def write_rows(producer: RingProducer, count: int) -> bool:
+    """Enqueue and publish the next rows; False where they do not fit now. Waits for no device."""
+    views = producer.reserve(count)
+    if views is None:
+        return False
+    first = producer.written
+    for view in views:
+        view.view(torch.int64).copy_(words(view, first), non_blocking=True)
+        first += len(view)
+    producer.commit()
+    return True
+
+
+def wrong_rows(rows: torch.Tensor, first: int) -> int:
+    """How many of these rows are not rows first, first + 1, …"""
+    return int((rows.view(torch.int64) != words(rows, first)).any(dim=1).sum())
+
+
+def produce(device: str, row_bytes: int, capacity: int, batch: int, records: int, pipe: Connection) -> None:
+    """The worker: make a ring, send its names, write so many rows (0: for ever), and live until told to end."""
+    producer, names = make_ring(device, row_bytes, capacity)
+    if device != "cpu":
+        torch.cuda.set_sync_debug_mode("error")  # no host synchronisation in what follows, or this process ends
+    pipe.send(names)
+    while not records or producer.written < records:
+        if not write_rows(producer, min(batch, records - producer.written) if records else batch):
+            time.sleep(0)
+    pipe.recv()
+
+
+def consume(names: Names, read: int, pipe: Connection) -> None:
+    """The learner: read for ever; send (first row, rows, wrong rows) after each read, and "gone" with the worker."""
+    ring = open_ring(names)
+    try:
+        while True:
+            first = ring.taken
+            rows = ring.read(read)
+            if len(rows):
+                pipe.send((first, len(rows), wrong_rows(rows, first)))
+    except OwnerGone:
+        pipe.send("gone")
+
+
+def publish(names: Names, versions: list[int], pipe: Connection) -> None:
+    """The learner: publish these versions, then send the seconds each took."""
+    segment, memory = names
+    opened = CudaMemory.open(memory) if memory else None
+    bank = WeightBank.attach(Segment.attach(segment), opened)
+    device = torch.device("cpu") if opened is None else opened.device
+    seconds = []
+    for version in versions:
+        tensors = weights(bank.specs, version, device)
+        started = time.perf_counter()
+        bank.publish(version, tensors, {"why": "self-check"})
+        seconds.append(time.perf_counter() - started)
+    pipe.send(seconds)
+
+
+def weights(specs: list[TensorSpec], version: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A version's tensors, the same in every process on this device: small random numbers."""
+    generator = torch.Generator(device=device).manual_seed(version)
+    return {
+        spec.name: torch.randn(spec.shape, generator=generator, device=device, dtype=torch.float32)
+        .mul_(spec.shape[-1] ** -0.5)
+        .to(spec.dtype)
+        for spec in specs
+    }

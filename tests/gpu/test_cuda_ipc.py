@@ -1,0 +1,64 @@
+"""The ring and the bank between two processes over CUDA IPC. Written without a GPU: see docs/gpu.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from aurora_vllm.spec_decode.swap import AcceleratorExchange, Standing
+from aurora_vllm.transport.bank import TensorSpec
+from benchmarks import gpu_processes as processes
+from benchmarks import gpu_selfcheck as selfcheck
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICE = "cuda:0"
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_every_row_arrives_whole() -> None:
+    """The producer runs under set_sync_debug_mode("error") and would end at a synchronisation."""
+    found = selfcheck.ring_integrity(DEVICE, records=20_000, row_bytes=8256, capacity=512, batch=33)
+    assert (found["rows"], found["wrong_rows"]) == (20_000, 0)
+
+
+def test_capture_and_commit_never_synchronise(no_synchronisation: None) -> None:
+    producer, names = processes.make_ring(DEVICE, 8256, 64)
+    for _ in range(4):
+        assert processes.write_rows(producer, 16)
+    assert not processes.write_rows(producer, 1)
+    processes.remove(names)
+
+
+def test_a_published_version_goes_live_without_synchronising() -> None:
+    specs = [TensorSpec("a", (64, 32), torch.bfloat16), TensorSpec("b", (7,), torch.bfloat16)]
+    bank, names = processes.make_bank(DEVICE, specs)
+    process, pipe = processes.start(processes.publish, names, [1])
+    pipe.recv()
+    process.join()
+    publication = bank.read(1)
+    live = [torch.zeros(spec.shape, dtype=spec.dtype, device=DEVICE) for spec in specs]
+    exchange = AcceleratorExchange(
+        live, list(publication.tensors.values()), Standing([tensor.clone() for tensor in live])
+    )
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        exchange()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wanted = processes.weights(specs, 1, torch.device(DEVICE))
+    assert all(torch.equal(tensor, wanted[spec.name]) for tensor, spec in zip(live, specs, strict=True))
+    processes.remove(names)
+
+
+def test_kill_of_either_side() -> None:
+    assert all(selfcheck.kill_recovery(DEVICE, 8256, 64).values())

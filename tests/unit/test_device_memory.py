@@ -1,0 +1,192 @@
+"""The ring and the bank over memory where work is only enqueued; and what of the CUDA memory needs no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora_vllm.transport import cuda
+from aurora_vllm.transport.bank import TensorSpec, TornPublish, WeightBank, bank_bytes, weights_bytes
+from aurora_vllm.transport.cuda import CudaMemory, Description, NoDeviceMemory, OwnerGone, tensor_over, wait_until
+from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingGauge, RingProducer, ring_bytes
+from aurora_vllm.transport.segment import Segment
+from tests.unit.transport_children import pattern, write_rows
+
+ROW = 192
+SPECS = [TensorSpec("a", (3, 5), torch.float32), TensorSpec("d2t", (7,), torch.int64)]
+
+
+class Device:
+    """Memory of a device that does nothing before somebody waits for it."""
+
+    def __init__(self, size: int) -> None:
+        self.memory = torch.zeros(size, dtype=torch.uint8)
+        self.enqueued: deque[torch.Tensor] = deque()
+
+    def run(self) -> None:
+        while self.enqueued:
+            self.memory.copy_(self.enqueued.popleft())
+
+
+class Side:
+    """One process's view: what it writes reaches the device when it has been handed over and somebody waited."""
+
+    def __init__(self, device: Device, look: Callable[[], object] = lambda: None) -> None:
+        self.device = device
+        self.bytes = device.memory.clone()
+        self.calls: list[tuple[str, object]] = []
+        self.look = look  # what others can see at the time of the call
+
+    def hand_over(self) -> None:
+        self.calls.append(("hand_over", self.look()))
+        self.device.enqueued.append(self.bytes.clone())
+
+    def take_over(self) -> None:
+        self.calls.append(("take_over", self.look()))
+        self.device.run()
+        self.bytes.copy_(self.device.memory)
+
+    def settle(self) -> None:
+        self.calls.append(("settle", self.look()))
+
+    def crc32(self, start: int, stop: int, crc: int) -> int:
+        return zlib.crc32(bytes(self.bytes[start:stop].tolist()), crc)
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=1, max_size=40))
+def test_rows_are_whole_where_writes_are_only_enqueued(steps: list[tuple[bool, int]]) -> None:
+    capacity = 5
+    device = Device(ROW * capacity)
+    with Segment.create("ring", HEADER_BYTES) as segment:
+        producer = RingProducer.create(segment, ROW, capacity, Side(device))
+        consumer = RingConsumer.attach(segment, Side(device))
+        index = 0
+        for write, n in steps:
+            if write:
+                write_rows(producer, n)
+            else:
+                for row in consumer.read(n):
+                    assert torch.equal(row, pattern(index, ROW))
+                    index += 1
+
+
+def test_the_order_of_words_and_waits() -> None:
+    device = Device(ROW * 4)
+    with Segment.create("ring", HEADER_BYTES) as segment:
+        gauge: list[RingGauge] = []
+        sides = [Side(device, lambda: (gauge[0].written, gauge[0].used)) for _ in range(2)]
+        producer = RingProducer.create(segment, ROW, 4, sides[0])
+        consumer = RingConsumer.attach(segment, sides[1])
+        gauge.append(RingGauge.attach(segment))
+        write_rows(producer, 3)
+        assert sides[0].calls == [("hand_over", (0, 0))]  # before anybody can see the rows
+        assert gauge[0].used == 3
+        assert len(consumer.read(9)) == 3
+        assert sides[1].calls == [("take_over", (3, 3)), ("settle", (3, 3))]  # before their room is free again
+        assert producer.free() == 4
+        assert sides[0].calls == [("hand_over", (0, 0))]  # the producer waits for nothing
+
+
+def test_a_bank_waits_before_it_publishes_and_the_reader_never() -> None:
+    device = Device(weights_bytes(SPECS))
+    with Segment.create("bank", bank_bytes(SPECS, weights_elsewhere=True)) as segment:
+        shared = Side(device)
+        learner = WeightBank.create(segment, SPECS, shared)
+        reader = Side(device)
+        reader.bytes = shared.bytes  # what was settled is there for all
+        worker = WeightBank.attach(segment, reader)
+        shared.look = worker.published
+        for version in (4, 9, 11, 12):
+            tensors = {"a": torch.full((3, 5), float(version)), "d2t": torch.arange(7) * version}
+            learner.publish(version, tensors, {"why": version})
+            publication = worker.read(version)
+            assert publication.evidence == {"why": version}
+            assert all(torch.equal(publication.tensors[name], tensor) for name, tensor in tensors.items())
+            assert publication.still_valid()
+        assert shared.calls == [("settle", seen) for seen in (0, 4, 9, 11)]
+        assert reader.calls == []
+        shared.bytes[0] ^= 1
+        torn = [version for version in (9, 11, 12) if _torn(worker, version)]
+        assert len(torn) == 1
+
+
+def _torn(bank: WeightBank, version: int) -> bool:
+    try:
+        bank.read(version)
+    except TornPublish:
+        return True
+    return False
+
+
+def test_memory_that_is_not_given_or_too_small() -> None:
+    device = Device(ROW * 4)
+    with Segment.create("ring", HEADER_BYTES) as segment:
+        with pytest.raises(ValueError, match="5 rows of 192 bytes do not fit"):
+            RingProducer.create(segment, ROW, 5, Side(device))
+        RingProducer.create(segment, ROW, 4, Side(device))
+        assert RingGauge.attach(segment).capacity == 4
+        with pytest.raises(ValueError, match="rows lie in other memory, which is to be given"):
+            RingConsumer.attach(segment)
+        with pytest.raises(ValueError, match="too small"):
+            RingConsumer.attach(segment, Side(Device(ROW)))
+    with Segment.create("ring", ring_bytes(ROW, 4)) as segment:
+        RingProducer.create(segment, ROW, 4)
+        with pytest.raises(ValueError, match="behind its header, nowhere else"):
+            RingConsumer.attach(segment, Side(device))
+    with Segment.create("bank", bank_bytes(SPECS, weights_elsewhere=True)) as segment:
+        with pytest.raises(ValueError, match="too small"):
+            WeightBank.create(segment, SPECS, Side(Device(64)))
+        with pytest.raises(ValueError, match="weights lie in other memory, which is to be given"):
+            WeightBank.attach(segment)
+
+
+def test_a_description_comes_back() -> None:
+    given = Description(3 << 20, "a" * 36, b"\0m" * 32, b"e\0" * 32)
+    with Segment.create("device", 4096) as segment:
+        with pytest.raises(ValueError, match="describes no device memory"):
+            Description.read(segment)
+        given.write(segment)
+        assert Description.read(segment) == given
+
+
+def test_memory_of_a_dead_process_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "owner_is_alive", lambda name: False)
+    with Segment.create("device", 4096) as segment:
+        Description(64, "a" * 36, b"m" * 64, b"e" * 64).write(segment)
+        with pytest.raises(OwnerGone, match="its process is dead"):
+            CudaMemory.open(segment.name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(NoDeviceMemory, match="no CUDA device here"):
+        CudaMemory.create("device", 64, torch.device("cuda"))
+    with Segment.create("device", 4096) as segment:
+        Description(64, "a" * 36, b"m" * 64, b"e" * 64).write(segment)
+        with pytest.raises(NoDeviceMemory, match=r"the GPU a+ is not visible"):
+            CudaMemory.open(segment.name)
+
+
+def test_a_tensor_over_given_memory() -> None:
+    buffer = ctypes.create_string_buffer(64)
+    tensor = tensor_over(ctypes.addressof(buffer), 64, torch.device("cpu"))
+    tensor[:3] = torch.tensor([7, 8, 9])
+    assert (tensor.shape, tensor.dtype) == ((64,), torch.uint8)
+    assert buffer.raw[:4] == b"\x07\x08\x09\x00"
+
+
+def test_waiting_ends_with_the_work_or_with_the_owner() -> None:
+    answers = iter([False, False, True])
+    wait_until(lambda: next(answers), lambda: True)
+    late = iter([False] * 3 + [True])
+    wait_until(lambda: next(late), lambda: False, grace_s=5)  # done after the owner's death is done
+    with pytest.raises(OwnerGone):
+        wait_until(lambda: False, lambda: False, grace_s=0.01)

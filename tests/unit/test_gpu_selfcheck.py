@@ -1,0 +1,101 @@
+"""The GPU's self-check: its arithmetic, its skip, and its pieces with the CPU as the device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_processes as processes
+from benchmarks import gpu_selfcheck as selfcheck
+
+
+def test_percentiles() -> None:
+    samples = [float(i) for i in range(100, 0, -1)]
+    assert [selfcheck.percentile(samples, share) for share in (0.0, 0.01, 0.5, 0.99, 1.0)] == [1, 1, 50, 99, 100]
+    assert selfcheck.percentile([7.0], 0.99) == 7
+
+
+GOOD: dict[str, Any] = {
+    "ring": {"wrong_rows": 0, "rows": 10, "expected_rows": 10, "ratio": {"128": 0.8, "2048": 0.95}},
+    "swap": {"wrong_outputs": 0, "addresses_unchanged": True, "p99_ms": 1.9},
+    "capture": {"32": {"host_us": 90.0, "device_us": 100.0}},
+    "kill": {"a": True, "b": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "missed"),
+    [
+        ("ring", {}, None),
+        ("ring", {"wrong_rows": 1}, "ring_integrity"),
+        ("ring", {"rows": 9}, "ring_integrity"),
+        ("ring", {"ratio": {"128": 0.79, "2048": 0.95}}, "ring_bandwidth"),
+        ("swap", {"wrong_outputs": 1}, "swap_outputs"),
+        ("swap", {"addresses_unchanged": False}, "swap_outputs"),
+        ("swap", {"p99_ms": 2.0}, "swap_latency"),
+        ("capture", {"32": {"host_us": 101.0, "device_us": 1.0}}, "capture_cost"),
+        ("kill", {"b": False}, "kill_recovery"),
+    ],
+)
+def test_verdicts(section: str, change: dict[str, Any], missed: str | None) -> None:
+    met = selfcheck.verdicts(GOOD | {section: GOOD[section] | change})
+    assert [name for name, good in met.items() if not good] == ([missed] if missed else [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_needs_no_vllm(tmp_path: Path) -> None:
+    program = (
+        "import sys; from benchmarks import gpu_selfcheck; code = gpu_selfcheck.main(sys.argv[1:]);"
+        "print([m for m in ('vllm', 'pydantic', 'transformers', 'typer') if m in sys.modules], code, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[] 0"
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written == json.loads(done.stdout)
+    assert written["skipped"] is True
+    assert written["why"] == "no CUDA device here"
+
+
+def test_integrity_between_two_processes() -> None:
+    found = selfcheck.ring_integrity("cpu", records=3000, row_bytes=192, capacity=64, batch=7)
+    assert (found["rows"], found["wrong_rows"]) == (3000, 0)
+
+
+def test_a_wrong_row_is_counted() -> None:
+    rows = processes.words(torch.empty((5, 192), dtype=torch.uint8), 10).view(torch.uint8)
+    assert processes.wrong_rows(rows, 10) == 0
+    assert processes.wrong_rows(rows, 11) == 5
+    rows[3, 100] ^= 1
+    assert processes.wrong_rows(rows, 10) == 1
+
+
+def test_versions_of_another_process_go_live_in_turn() -> None:
+    found = selfcheck.swap_under_a_graph("cpu", selfcheck.head_specs(16, 24, 40, torch.float32), swaps=7)
+    assert (found["swaps"], found["wrong_outputs"], found["addresses_unchanged"]) == (7, 0, True)
+    assert found["largest_relative_difference"] == 0
+    assert found["p99_ms"] >= found["p50_ms"] > 0
+
+
+def test_a_swap_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "AcceleratorExchange", lambda *tensors: lambda: None)
+    found = selfcheck.swap_under_a_graph("cpu", selfcheck.head_specs(16, 24, 40, torch.float32), swaps=4)
+    assert found["wrong_outputs"] == 2  # every second time the other version was expected
+
+
+def test_bandwidth_and_capture_are_of_what_was_written() -> None:
+    bandwidth = selfcheck.ring_bandwidth("cpu", 192, (2, 8), rounds=3)
+    assert set(bandwidth["ratio"]) == {"2", "8"}
+    assert all(ratio > 0 for ratio in bandwidth["ratio"].values())
+    capture = selfcheck.capture_cost("cpu", 16, (1, 4), steps=3)
+    assert {batch: found["rows_written"] for batch, found in capture.items()} == {"1": 8 * 4, "4": 8 * 16}
+
+
+def test_kill_of_either_side() -> None:
+    assert all(selfcheck.kill_recovery("cpu", 192, 16).values())
