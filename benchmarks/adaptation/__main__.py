@@ -68,11 +68,10 @@ def main(
     try:
         names = _names("arm", arms, ARMS)
         if prompts is not None:
-            found, absent, wanted = {FILE: from_file(prompts)}, {}, [FILE]
+            found, absent, wanted = {FILE: from_file(prompts)}, missing(), [FILE]
         else:
-            found, absent = domains(seed)
-            wanted = _names("workload", workloads, WORKLOADS)
-        absent |= missing()
+            found, without = domains(seed)
+            absent, wanted = missing() | without, _names("workload", workloads, WORKLOADS)
         slots = make_plan(wanted, sizes, found, [name for name in names if name not in absent], seed)
         if static_draft is not None and not static_draft.is_dir():
             raise AuroraError(f"--static-draft {static_draft} is no directory", "give an EAGLE-3 draft")

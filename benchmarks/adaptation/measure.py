@@ -55,6 +55,7 @@ def measure(
     if not result["completed"]:
         error = next((text for text in result["errors"] if text), "no reason given").strip().splitlines()[-1]
         raise ServerFailed(f"server {arm} answered none of {len(slot.prompts)} requests: {error}")
+    summaries = latencies(result)
     return Window(
         slot=number,
         workload=slot.workload,
@@ -68,7 +69,9 @@ def measure(
         failed=result["failed"],
         tokens=result["total_output_tokens"],
         seconds=result["duration"],
-        **latencies(result),
+        ttft_ms=summaries["ttft_ms"],
+        tpot_ms=summaries["tpot_ms"],
+        itl_ms=summaries["itl_ms"],
         acceptance_length=result.get("spec_decode_acceptance_length"),
         **account(before, after, samples, result["duration"], _cpu_seconds(after) - cpu_before),
     )

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.export import export
 from benchmarks.adaptation.arms import Arm
+from benchmarks.adaptation.client import load
 from benchmarks.adaptation.figures import Window
 from benchmarks.adaptation.measure import measure
 from benchmarks.adaptation.plan import CROWD, LEARN_CONCURRENCY, Sizes, Slot, order
@@ -63,6 +64,7 @@ class Run:
         try:
             with shown as progress:
                 bar = progress.add_task("starting", total=turns)
+                load()
                 for number, slot in enumerate(self._slots):
                     self._take(number, slot, lambda text, done=0: progress.update(bar, description=text, advance=done))
         finally:
@@ -98,18 +100,15 @@ class Run:
                     continue
                 self._fleet.start(name, [*self._command, *self._arms[name].arguments])
             started = [name for name in names if name in self._fleet]
+            say(f"starting {', '.join(self._arms[name].label for name in started)}")
             for name in started:
-                label = f"starting {', '.join(self._arms[other].label for other in started)}"
                 try:
-                    self._fleet.wait_up(
-                        [name], START_S * len(started), lambda s, label=label: say(f"{label}, {s:.0f} s"),
-                        warm_up=LEARN_CONCURRENCY,
-                    )  # fmt: skip
+                    self._fleet.wait_up([name], START_S * len(started), lambda _: None, warm_up=LEARN_CONCURRENCY)
                 except ServerFailed as error:
                     if not self._arms[name].optional:
                         raise
                     self._fleet.stop([name])
-                    self._leave_out(name, str(error).strip().splitlines()[-1])
+                    self._leave_out(name, reason(str(error)))
         if LEARNING in names:
             self._await_learner(say)
 
@@ -138,6 +137,12 @@ class Run:
         self._console.print(f"without {self._arms[name].label}: {reason}", style="yellow", highlight=False)
 
 
+def reason(text: str) -> str:
+    """The line of a failed server's last words that says what happened."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])
+
+
 def describe(slot: Slot) -> str:
     """A slot in a few words."""
     domain = "" if slot.domain == slot.workload else f", {slot.domain}"
@@ -153,10 +158,10 @@ def line(number: int, slot: Slot, taken: Mapping[str, Window]) -> str:
         if "plain" in taken and arm != "plain":
             part += f" ({window.rate / taken['plain'].rate:.2f}x)"
         parts.append(part)
-    if (window := taken.get(LEARNING)) is not None and window.learner:
-        newest = f", draft v{window.versions[-1]['version']}" if window.versions else ""
-        parts.append(
-            f"K={window.draft_lengths[-1][1] if window.draft_lengths else '?'}{newest}, "
-            f"{len(window.swaps)} swaps, learner {window.learner['cpu_share']:.0%} of a CPU"
-        )
+    ours = taken.get(LEARNING)
+    if ours is not None and ours.learner:
+        newest = f", draft v{ours.versions[-1]['version']}" if ours.versions else ""
+        length = f"{ours.draft_lengths[-1][1]:.0f}" if ours.draft_lengths else "?"
+        share = ours.learner["cpu_share"]
+        parts.append(f"K={length}{newest}, {len(ours.swaps)} swaps, learner {share:.0%} of a CPU")
     return " | ".join(parts)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from aurora_vllm.errors import AuroraError
+from benchmarks.adaptation import __main__ as program
 from benchmarks.adaptation import run as running
 from benchmarks.adaptation.arms import Arm
 from benchmarks.adaptation.figures import Window, by_version, figures, pairs, table
@@ -233,6 +234,43 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path) -> None:
         from_file(tmp_path / "latin.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prompts": Path("p.jsonl")}, "line 1: "),
+        ({"arms": "plain,aurorra"}, "the nearest is aurora"),
+        ({"workloads": "shift"}, "name both"),
+        ({"static_draft": Path("none")}, "no directory"),
+        ({"learn_windows": 99}, "too few prompts"),
+        ({"arms": "k0", "workloads": "mixed"}, "nothing is left to measure"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wrong: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "end_on_signals", lambda: None)
+    monkeypatch.setattr(program, "_measure", lambda *_: pytest.fail("it went on"))
+    Path("p.jsonl").write_text("Hello!\n")
+    with pytest.raises(SystemExit) as ended:
+        program.main(**wrong)
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and said in err
+
+
+def test_a_failed_server_is_quoted_where_it_says_why() -> None:
+    assert (
+        running.reason("server x ended:\nValueError: no such method\n  warnings.warn(1)")
+        == "ValueError: no such method"
+    )
+    assert running.reason("it is\nnot up") == "not up"
+
+
 def test_function_calls_are_asked_with_their_functions(tmp_path: Path) -> None:
     row = {"id": "s0", "question": [[{"role": "user", "content": "How far?"}]], "function": [{"name": "distance"}]}
     long = row | {"id": "s1", "function": [{"name": "x" * 3000}]}
@@ -284,6 +322,7 @@ def turns(slots: list[Slot], fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) 
         return window(number, arm, 1, 1.0, first_request=first)
 
     monkeypatch.setattr(running, "measure", fake)
+    monkeypatch.setattr(running, "load", lambda: None)
     absent: dict[str, str] = {}
     arms = {name: Arm(name, (), optional=name not in ("plain", "aurora")) for name in ARMS}
     written: list[int] = []
