@@ -88,12 +88,13 @@ def _measure(
 ) -> None:  # fmt: skip
     console = Console()
     complete = False
+    described = all_arms(Path("CHECKPOINTS"), static_draft or Path("DRAFT"))  # without names of temporary directories
 
     def write(windows: list[Window]) -> None:
         values, spread = figures(windows)
         extra: dict[str, Any] = {
             "complete": complete, "absent": absent, "sizes": asdict(sizes), "eager": eager,
-            "arms": {name: arm.label for name, arm in available.items() if name in names},
+            "arms": {name: asdict(arm) for name, arm in described.items() if name in names},
             "table": table(windows), "windows": [asdict(window) for window in windows],
         }  # fmt: skip
         write_report(json, values, spread, seed, extra)

@@ -77,12 +77,13 @@ def figures(windows: Sequence[Window]) -> tuple[dict[str, float], dict[str, Any]
 def pairs(
     windows: Iterable[Window], arm: str, base: str, where: Callable[[Window], bool] = lambda window: True
 ) -> list[Pair]:
-    """The two arms' windows of every slot that both ran, in order."""
+    """The two arms' windows of every slot in which both answered as many requests, in order."""
     by_slot: dict[int, dict[str, Window]] = {}
     for window in windows:
         if where(window):
             by_slot.setdefault(window.slot, {})[window.arm] = window
-    return [(found[arm], found[base]) for _, found in sorted(by_slot.items()) if arm in found and base in found]
+    both = [(found[arm], found[base]) for _, found in sorted(by_slot.items()) if arm in found and base in found]
+    return [(one, other) for one, other in both if one.failed == other.failed]
 
 
 def ratio(pair: Pair) -> float:

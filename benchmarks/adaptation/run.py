@@ -157,6 +157,8 @@ def line(number: int, slot: Slot, taken: Mapping[str, Window]) -> str:
         part = f"{arm} {window.rate:.1f} tok/s"
         if "plain" in taken and arm != "plain":
             part += f" ({window.rate / taken['plain'].rate:.2f}x)"
+        if window.failed:
+            part += f", {window.failed} requests failed"
         parts.append(part)
     ours = taken.get(LEARNING)
     if ours is not None and ours.learner:

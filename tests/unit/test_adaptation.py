@@ -77,6 +77,8 @@ def test_a_figure_whose_windows_were_not_run_is_absent() -> None:
     assert set(values) == {"shift_speedup", "shift_speedup_function_calling", "over_suffix"}
     apart = [window(1, "aurora", 9, 1.0), window(2, "plain", 9, 1.0)]  # not the same prompts
     assert figures(apart)[0] == {}
+    failed = [window(1, "aurora", 9, 1.0, failed=1), window(1, "plain", 9, 1.0)]  # not the same requests answered
+    assert figures(failed)[0] == {}
 
 
 @given(st.lists(st.tuples(st.integers(1, 999), st.floats(0.1, 99), st.floats(0.1, 99)), min_size=1, max_size=9))
@@ -379,7 +381,8 @@ def report(windows: list[Window]) -> dict[str, Any]:
         "figures": values, "spread": spread, "seed": 0, "date": "today", "command": "python -m benchmarks.adaptation",
         "machine": {"cores": 2, "cpu": "a processor", "memory_gib": 8.0}, "versions": {"commit": "abc", "torch": "2"},
         "complete": False, "absent": {"suffix": "not installed"}, "sizes": {"window": 50, "answer_tokens": 64},
-        "eager": False, "table": table(windows), "windows": [vars(one) for one in windows],
+        "eager": False, "arms": {"k0": {"label": "off", "arguments": ["--a", "b c"]}}, "table": table(windows),
+        "windows": [vars(one) for one in windows],
     }  # fmt: skip
 
 
@@ -390,7 +393,7 @@ def test_the_page_says_what_the_report_says() -> None:
     )
     assert "`over_ngram` | aurora over n-gram, same windows | not run |" in text
     assert "suffix: not installed" in text and "cut short" in text
-    assert "2 cores of a processor" in text
+    assert "2 cores of a processor" in text and "- `k0`: off, `--a 'b c'`" in text
 
 
 def test_the_committed_page_is_that_of_the_committed_report() -> None:
