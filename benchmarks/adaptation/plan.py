@@ -27,7 +27,7 @@ class Sizes:
     """How much of everything. Windows are counted, requests follow."""
 
     window: int = 50  # requests
-    answer_tokens: int = 64  # longest answer
+    answer_tokens: int = 56  # longest answer
     learn_windows: int = 6  # of day 0, before anything is measured
     measure_windows: int = 2  # of day 0, at each concurrency
     domain_windows: int = 3  # of each domain after a shift; the last third is measured at concurrency 1
