@@ -112,7 +112,9 @@ class _Planner:
         return slots
 
     def mixed(self) -> list[Slot]:
-        """All domains at once."""
+        """All domains at once, where there are several."""
+        if len(self._learn) == 1:
+            return []
         arms = ("plain", "suffix", "static", "aurora")
         return [self._mix("mixed", LEARN_CONCURRENCY, arms) for _ in range(self._sizes.other_windows)]
 

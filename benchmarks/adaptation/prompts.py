@@ -1,6 +1,6 @@
 """What is asked: coding, function calling, mathematics, or a file of prompts. Prompts only: the target answers.
 
-Coding is HumanEval (OpenAI, MIT) in the demo's three wordings and one more: so many prompts are needed that none is
+Coding is HumanEval (OpenAI, MIT) in the demo's three wordings and two more: so many prompts are needed that none is
 sent twice. Function calling is the Berkeley Function Calling Leaderboard (Apache-2.0, package ``bfcl-eval``), its
 functions as JSON in the prompt. Mathematics is GSM8K (OpenAI, MIT) where the file lies beside the project.
 """
@@ -18,7 +18,11 @@ from demo.workload import GSM8K, TASKS, Prompt, Workload, gsm8k, humaneval, spli
 
 CODING, FUNCTIONS, MATHEMATICS = "coding", "function calling", "mathematics"
 FILE = "file"
-WORDINGS = (*TASKS, "Write a docstring test and the body for this Python function:\n\n```python\n{code}\n```")
+WORDINGS = (
+    *TASKS,
+    "Write the body of this Python function, and tests for it:\n\n```python\n{code}\n```",
+    "Implement this step by step, with a comment for each step.\n\n```python\n{code}\n```",
+)
 BFCL_FILES = ("BFCL_v4_simple_python.json", "BFCL_v4_multiple.json")
 BFCL_TASK = "You can call these functions:\n\n{functions}\n\n{question}\n\nAnswer with the function call as JSON."
 LONGEST = 2000  # characters of a function-calling prompt: about 600 tokens, which the servers' context holds
@@ -26,7 +30,7 @@ UNSEEN_SHARE = 1 / 3  # of the problems, kept for the windows that are measured
 
 
 def domains(seed: int) -> tuple[dict[str, Workload], dict[str, str]]:
-    """The domains whose prompts are here, and by name why others are not."""
+    """The domains whose prompts are here, and by name what that leaves out and why."""
     found = {CODING: split(humaneval(WORDINGS), seed, UNSEEN_SHARE)}
     absent = {}
     if (bfcl := bfcl_data()) is not None:
@@ -37,6 +41,8 @@ def domains(seed: int) -> tuple[dict[str, Workload], dict[str, str]]:
         found[MATHEMATICS] = split(gsm8k(), seed, UNSEEN_SHARE)
     else:
         absent[MATHEMATICS] = f"{GSM8K.name} is not in ../shared/data"
+    if len(found) == 1:
+        absent["mixed"] = "there is only one domain"
     return found, absent
 
 

@@ -20,10 +20,19 @@ from benchmarks.adaptation.figures import Window, by_version, figures, pairs, ta
 from benchmarks.adaptation.measure import account, latencies, versions
 from benchmarks.adaptation.plan import ARMS, LEARN, MEASURE, WORKLOADS, Sizes, Slot, make_plan, order
 from benchmarks.adaptation.plot import plot
-from benchmarks.adaptation.prompts import CODING, FILE, FUNCTIONS, MATHEMATICS, from_file, function_calling
+from benchmarks.adaptation.prompts import (
+    CODING,
+    FILE,
+    FUNCTIONS,
+    MATHEMATICS,
+    UNSEEN_SHARE,
+    WORDINGS,
+    from_file,
+    function_calling,
+)
 from benchmarks.results_page import PAGE, SOURCE, page
 from demo.servers import ServerFailed
-from demo.workload import Prompt, Workload
+from demo.workload import Prompt, Workload, humaneval, split
 
 MS = {"mean": 20.0, "p50": 20.0, "p99": 40.0}
 
@@ -195,6 +204,17 @@ def test_no_prompt_is_sent_twice_and_windows_are_whole(sizes: Sizes, seed: int) 
     assert all({"aurora", "static"} <= set(slot.arms) for slot in shifted)
 
 
+def test_coding_alone_is_enough_for_the_default_plan() -> None:
+    coding = split(humaneval(WORDINGS), 0, UNSEEN_SHARE)
+    slots = make_plan(WORKLOADS, Sizes(), {CODING: coding}, ARMS, 0)
+    assert {slot.workload for slot in slots} == {"day0", "sampled", "crowd"}
+    learned = {prompt.problem for slot in slots if slot.part == LEARN for prompt in slot.prompts}
+    measured = {
+        prompt.problem for slot in slots if slot.workload == "day0" and slot.part == MEASURE for prompt in slot.prompts
+    }
+    assert not learned & measured
+
+
 def test_a_plan_that_cannot_be_says_so() -> None:
     with pytest.raises(AuroraError, match="domain coding has too few prompts"):
         make_plan(["day0"], Sizes(), world(coding=299), ARMS, 0)
@@ -244,7 +264,7 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path) -> None:
         ({"workloads": "shift"}, "name both"),
         ({"static_draft": Path("none")}, "no directory"),
         ({"learn_windows": 99}, "too few prompts"),
-        ({"arms": "k0", "workloads": "mixed"}, "nothing is left to measure"),
+        ({"arms": "k0", "workloads": "crowd"}, "nothing is left to measure"),
     ],
 )
 def test_bad_input_is_one_line_and_2(
