@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DRAFT_TOKENS = 3  # aurora's default K; n-gram gets as many
-CHECKPOINT_EVERY_S = 30.0  # the static draft is the newest checkpoint there is when it is first needed
+CHECKPOINT_EVERY_S = 30.0  # the static draft comes out of one
 
 
 @dataclass(frozen=True)

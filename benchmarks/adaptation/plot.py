@@ -93,7 +93,7 @@ def _speedups(windows: Sequence[Window], labels: Mapping[str, str], path: Path) 
     axes.set(ylabel="tokens/s over plain vLLM", title="speed over plain vLLM, the learner running")
     axes.margins(y=0.12)
     if named:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

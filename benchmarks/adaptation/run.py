@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.export import export
-from benchmarks.adaptation.arms import Arm
+from aurora_vllm.learner import checkpoints
+from benchmarks.adaptation.arms import CHECKPOINT_EVERY_S, Arm
 from benchmarks.adaptation.client import load
 from benchmarks.adaptation.figures import Window
 from benchmarks.adaptation.measure import measure
@@ -27,6 +28,7 @@ from demo.serving import START_S, flags
 
 LEARNING = "aurora"
 LEARNER_START_S = 120.0
+SAVE_S = 5.0  # longest to wait for a checkpoint: the learner has the machine to itself meanwhile
 
 
 class Run:
@@ -35,19 +37,20 @@ class Run:
     Args:
         arms: by name; ``absent`` takes the reasons of those that turn out not to run.
         model: the target's directory.
-        exported: where the static draft is exported to, from ``checkpoints``; None where one was given.
+        kept: the learning arm's checkpoints.
+        exported: where the static draft is exported to from them; None where one was given.
         written: called after every window, with all there are.
     """
 
     def __init__(
         self, slots: Sequence[Slot], sizes: Sizes, seed: int, arms: Mapping[str, Arm], absent: dict[str, str],
-        fleet: Fleet, model: Path, more_flags: Sequence[str], checkpoints: Path, exported: Path | None,
+        fleet: Fleet, model: Path, more_flags: Sequence[str], kept: Path, exported: Path | None,
         console: Console, written: Callable[[list[Window]], None],
     ) -> None:  # fmt: skip
         self._slots, self._sizes, self._seed, self._arms, self._absent = slots, sizes, seed, arms, absent
         self._fleet, self._console, self._written = fleet, console, written
         self._command = [str(model), *flags(max_num_seqs=CROWD), *more_flags]
-        self._checkpoints, self._exported = checkpoints, exported
+        self._checkpoints, self._exported = kept, exported
         self.windows: list[Window] = []
         self._asked = 0  # requests sent to the learning arm
 
@@ -94,10 +97,10 @@ class Run:
 
     def _start(self, names: Sequence[str], say: Callable[..., None]) -> None:
         """Start what is needed now; an optional arm that does not come up is left out from here on."""
+        if "static" in names and not self._export(say):
+            names = [name for name in names if name != "static"]
         with self._fleet.learner_paused(LEARNING):
             for name in names:
-                if name == "static" and not self._export():
-                    continue
                 self._fleet.start(name, [*self._command, *self._arms[name].arguments])
             started = [name for name in names if name in self._fleet]
             say(f"starting {', '.join(self._arms[name].label for name in started)}")
@@ -121,10 +124,17 @@ class Run:
             say("starting the learner")
             time.sleep(0.5)
 
-    def _export(self) -> bool:
-        """The newest checkpoint of what was learned until now, as the static arm's draft."""
+    def _export(self, say: Callable[..., None]) -> bool:
+        """What is served now, as the static arm's draft: an older one would be too easy to be faster than."""
         if self._exported is None:
             return True
+        if LEARNING in self._fleet:
+            say("exporting the static draft")
+            with self._fleet.learner_paused(LEARNING):
+                time.sleep(CHECKPOINT_EVERY_S)  # by the clock one is due now, with nothing learned meanwhile
+            before, deadline = checkpoints.newest(self._checkpoints), time.monotonic() + SAVE_S
+            while checkpoints.newest(self._checkpoints) == before and time.monotonic() < deadline:
+                time.sleep(0.05)  # none comes where nothing was learned since the last
         try:
             export(self._checkpoints, self._exported, "eagle3")
         except AuroraError as error:

@@ -338,7 +338,9 @@ class FakeFleet(dict):
         self.stop(list(self))
 
 
-def turns(slots: list[Slot], fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Window], dict[str, str]]:
+def turns(
+    slots: list[Slot], fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch, exported: Path | None = None
+) -> tuple[list[Window], dict[str, str]]:
     def fake(server: FakeServer, arm: str, slot: Slot, number: int, first: int, *_: Any) -> Window:
         fleet.events.append(arm)
         return window(number, arm, 1, 1.0, first_request=first)
@@ -349,7 +351,7 @@ def turns(slots: list[Slot], fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) 
     arms = {name: Arm(name, (), optional=name not in ("plain", "aurora")) for name in ARMS}
     written: list[int] = []
     run = running.Run(
-        slots, Sizes(), 0, arms, absent, fleet, Path("m"), (), Path("c"), None, Console(quiet=True),  # type: ignore[arg-type]
+        slots, Sizes(), 0, arms, absent, fleet, Path("m"), (), Path("c"), exported, Console(quiet=True),  # type: ignore[arg-type]
         lambda windows: written.append(len(windows)),
     )  # fmt: skip
     run.run()
@@ -393,6 +395,24 @@ def test_the_run_goes_on_without_an_arm_that_does_not_start(monkeypatch: pytest.
     with pytest.raises(ServerFailed):
         turns([slot("plain")], broken, monkeypatch)
     assert not broken  # and nothing is left running
+
+
+def test_the_static_draft_is_what_is_served_when_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter(["old", "old", "old", "new"])
+    looked: list[str] = []
+    fleet = FakeFleet()
+    monkeypatch.setattr(running, "CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(running.checkpoints, "newest", lambda kept: looked.append(next(looks)) or looked[-1])
+    monkeypatch.setattr(running, "export", lambda kept, out, form: fleet.events.append(f"export {looked[-1]}"))
+    turns([slot("aurora"), slot("static", "aurora")], fleet, monkeypatch, Path("s"))
+    assert fleet.events[:4] == ["+aurora", "aurora", "export new", "+static"]
+
+    def nothing(*_: Any) -> None:
+        raise AuroraError("there is no checkpoint")
+
+    monkeypatch.setattr(running, "export", nothing)
+    windows, absent = turns([slot("static", "plain")], FakeFleet(), monkeypatch, Path("s"))
+    assert [w.arm for w in windows] == ["plain"] and "nothing was learned" in absent["static"]
 
 
 def report(windows: list[Window]) -> dict[str, Any]:
