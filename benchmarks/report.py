@@ -84,7 +84,7 @@ def command() -> str:
     """The command line, as one would type it again from the project's root."""
     program = Path(sys.argv[0])
     if program.is_absolute() and program.is_relative_to(ROOT):
-        module = ".".join(program.relative_to(ROOT).with_suffix("").parts)
+        module = ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
         return shlex.join(["python", "-m", module, *sys.argv[1:]])
     return shlex.join([program.name, *sys.argv[1:]])
 

@@ -3,6 +3,7 @@
 vLLM's processes talk through ``multiprocessing.shared_memory`` and semaphores. A worker that ends by SIGKILL, which
 vLLM itself uses when an engine does not end in time, leaves them in /dev/shm. Aurora's own segments carry their owner
 in their name and are swept by ``aurora_vllm.transport.segment``; these do not, so they are told by what nobody maps.
+Intel's OpenMP keeps a note of a kilobyte there, under its process's id, which a process that ends at once leaves.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from contextlib import suppress
 from pathlib import Path
 
 SHM = Path("/dev/shm")
-PATTERN = re.compile(r"(psm_[0-9a-f]{8}|sem\.mp-[a-z0-9_]{8})")
+PATTERN = re.compile(r"(psm_[0-9a-f]{8}|sem\.mp-[a-z0-9_]{8}|__KMP_REGISTERED_LIB_[0-9]+_[0-9]+)")
+OPENMP = re.compile(r"__KMP_REGISTERED_LIB_([0-9]+)_")
 
 
 def names() -> set[str]:
-    """What lies there now, of the kinds Python's multiprocessing makes."""
+    """What lies there now, of the kinds that Python's multiprocessing and Intel's OpenMP make."""
     return {path.name for path in SHM.iterdir() if PATTERN.fullmatch(path.name)}
 
 
 def remove(before: set[str]) -> list[str]:
     """Remove what came since ``before``, is ours, and is mapped by no process. Returns the names."""
-    ours = {name for name in names() - before if _is_ours(SHM / name)}
+    ours = {name for name in names() - before if _is_ours(SHM / name) and not _owner_lives(name)}
     removed = sorted(ours - _mapped(ours)) if ours else []
     for name in removed:
         (SHM / name).unlink(missing_ok=True)
@@ -34,6 +36,12 @@ def _is_ours(path: Path) -> bool:
     with suppress(OSError):
         return path.stat().st_uid == os.getuid()
     return False
+
+
+def _owner_lives(name: str) -> bool:
+    """OpenMP's notes are mapped only for a moment, but say whose they are."""
+    owner = OPENMP.match(name)
+    return owner is not None and Path("/proc", owner[1]).exists()
 
 
 def _mapped(candidates: set[str]) -> set[str]:

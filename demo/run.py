@@ -8,10 +8,10 @@ part of what is measured.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import itertools
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,35 +21,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.openmp import intel_openmp
 from benchmarks.report import write_report
 from demo import figures
 from demo.client import Block, drive
 from demo.figures import Pair
+from demo.fleet import Fleet
 from demo.model import ensure_model
 from demo.plot import plot
-from demo.servers import Server, ServerFailed, end_trees, paused, wait_up
-from demo.signals import end_on_signals, held
+from demo.servers import ServerFailed
+from demo.serving import ENVIRONMENT, MODEL_NAME, START_S, flags
+from demo.signals import end_on_signals
 from demo.view import shown
 from demo.watch import Progress, Watcher
 from demo.workload import Kind, Prompt, Workload, load
 
-MODEL_NAME = "smollm2-135m"
-FLAGS = (
-    *("--served-model-name", MODEL_NAME, "--dtype", "float32", "--max-model-len", "1024"),
-    *("--max-num-seqs", "8", "--kv-cache-memory-bytes", str(512 << 20)),
-)
-ENVIRONMENT = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # on few cores vLLM would bind its worker to one of them
-    # vLLM 0.32 saves ahead-of-time artefacts on a CPU that it then cannot load ("no attribute finalize_loading") and
-    # compiles at every start; its older cache works.
-    "VLLM_USE_AOT_COMPILE": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    **intel_openmp(),
-    "HF_HUB_OFFLINE": "1",
-}
+FLAGS = flags(max_num_seqs=8)
 MAX_DRAFT_LENGTH = 3  # aurora's default K, which nothing here changes
-START_S = 420.0  # longest a start may take, compilation included
 LEARN_CONCURRENCY = 4
 
 
@@ -76,13 +63,13 @@ class Demo:
     """One run, from starting the servers to the measured blocks."""
 
     def __init__(self, plan: Plan, workload: Workload, console: Console, out: Path) -> None:
-        self.plan, self._workload, self._console, self._out = plan, workload, console, out
+        self.plan, self._workload, self._console = plan, workload, console
         self.progress = Progress()
         self.day0: list[Pair] = []
         self.measured: dict[int, list[Pair]] = {1: [], 4: []}
         self.learned = 0  # requests of the learning phase
         self.learning_samples = 0  # of progress.samples, how many belong to it
-        self._servers: dict[str, Server] = {}
+        self._fleet = Fleet(ENVIRONMENT, out)
         self._deadline = time.monotonic() + plan.minutes * 60
 
     def run(self, model: Path) -> None:
@@ -94,7 +81,7 @@ class Demo:
         try:
             with shown(self.progress, self._console, self._deadline):
                 self._start(model)
-                watcher = Watcher(self._servers["aurora"], self.progress)
+                watcher = Watcher(self._fleet["aurora"], self.progress.seen)
                 watcher.start()
                 try:
                     self._day0()
@@ -103,26 +90,17 @@ class Demo:
                 finally:
                     watcher.stop()
         finally:
-            with held():
-                end_trees(list(self._servers.values()))
+            self._fleet.close()
 
     def _start(self, model: Path) -> None:
-        atexit.register(lambda: end_trees(list(self._servers.values())))  # whatever happens in between
         for name, arguments in (("aurora", ()), ("plain", ("--aurora-off",))):
-            log = self._out / f"{name}.log"
-            with held() as came:  # a server that runs and is not yet in the list would stay behind
-                self._servers[name] = Server(name, [str(model), *FLAGS, *arguments], log, ENVIRONMENT)
-            if came:
-                raise SystemExit(128 + came[0])
+            self._fleet.start(name, [str(model), *FLAGS, *arguments])
 
         def tick(waited: float) -> None:
             self.progress.detail = f"two servers, {waited:.0f} s (the first start compiles, about two minutes)"
 
-        wait_up(list(self._servers.values()), START_S, tick)
+        self._fleet.wait_up(("aurora", "plain"), START_S, tick, warm_up=LEARN_CONCURRENCY)
         self.progress.detail = ""
-        hello = [Prompt("hello", "Say hello.")] * LEARN_CONCURRENCY
-        for name in self._servers:  # kernels and allocators get warm
-            asyncio.run(drive(name, self._servers[name].url, MODEL_NAME, hello, LEARN_CONCURRENCY, 8))
 
     def _day0(self) -> None:
         """The first requests, through both servers in turn: what does it cost to start without a draft?"""
@@ -161,13 +139,12 @@ class Demo:
         return Pair(**{arm: self._block(arm, prompts, concurrency) for arm in order})
 
     def _block(self, arm: str, prompts: Iterable[Prompt], concurrency: int, until: float = float("inf")) -> Block:
-        pid = self._servers["aurora"].status().get("learner", {}).get("pid", 0) if arm == "plain" else 0
         self.progress.block_begins(arm)
-        with paused(pid):
+        with self._fleet.learner_paused("aurora") if arm == "plain" else nullcontext():
             return asyncio.run(
                 drive(
                     arm,
-                    self._servers[arm].url,
+                    self._fleet[arm].url,
                     MODEL_NAME,
                     prompts,
                     concurrency,

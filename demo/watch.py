@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,26 +89,29 @@ class Progress:
         if arm == "aurora" and self.phase in ("day 0", "learning"):
             self.points.append(Point(self.requests[arm], self.rates.get(arm, 0.0)))
 
+    def seen(self, status: dict[str, Any]) -> None:
+        """A status of the learning server."""
+        self.samples.append(Sample.of(status, self.requests["aurora"]))
+        self.status = status
+
 
 class Watcher(threading.Thread):
-    """Asks the learning server for its status once a second."""
+    """Asks a server for its status once a second."""
 
-    def __init__(self, server: Server, progress: Progress, every_s: float = 1.0) -> None:
+    def __init__(self, server: Server, seen: Callable[[dict[str, Any]], None], every_s: float = 1.0) -> None:
+        """
+        Args:
+            seen: called for each status, from this thread.
+        """
         super().__init__(name="watcher", daemon=True)
-        self._server, self._progress, self._every_s = server, progress, every_s
+        self._server, self._seen, self._every_s = server, seen, every_s
         self._stopping = threading.Event()
 
     def run(self) -> None:
         while not self._stopping.wait(self._every_s):
-            self.look()
-
-    def look(self) -> None:
-        """One look; nothing where the server does not answer."""
-        status = self._server.status()
-        if "versions" in status:
-            status["seen_at"] = time.monotonic()
-            self._progress.samples.append(Sample.of(status, self._progress.requests["aurora"]))
-            self._progress.status = status
+            status = self._server.status()
+            if "versions" in status:  # nothing where the server does not answer
+                self._seen(status)
 
     def stop(self) -> None:
         self._stopping.set()

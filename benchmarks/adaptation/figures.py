@@ -1,0 +1,152 @@
+"""From windows to figures. Pure functions; a figure whose windows were not run is absent.
+
+A ratio of two arms is always over slots that both ran, the same prompts one arm after the other: all tokens over all
+seconds of the one, over the same of the other. The spread of a figure holds the ratio of every single slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.adaptation.plan import MEASURE
+
+Pair = tuple["Window", "Window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One arm's turn at a slot."""
+
+    slot: int  # running number; the arms of a slot share it
+    workload: str
+    part: str
+    domain: str
+    concurrency: int
+    temperature: float
+    arm: str
+    first_request: int  # requests the learning arm had been sent before this slot
+    requests: int
+    failed: int
+    tokens: int  # generated
+    seconds: float
+    ttft_ms: dict[str, float]  # mean, p50, p99
+    tpot_ms: dict[str, float]  # of requests: time after the first token over the tokens after it
+    itl_ms: dict[str, float]  # of gaps between two pieces of an answer
+    acceptance_length: float | None = None  # bonus token included; None where nothing was drafted
+    versions: list[dict[str, Any]] = field(default_factory=list)  # {"version", "drafts", "acceptance_length"}
+    draft_lengths: list[list[float]] = field(default_factory=list)  # [seconds, K], where it changed
+    drafting_share: float | None = None  # of the engine's steps, how many verified a draft
+    swaps: list[float] = field(default_factory=list)  # seconds
+    learner: dict[str, Any] = field(default_factory=dict)  # {"cpu_share", "steps", "state", ...}
+
+    @property
+    def rate(self) -> float:
+        """Generated tokens per second."""
+        return self.tokens / self.seconds
+
+
+def figures(windows: Sequence[Window]) -> tuple[dict[str, float], dict[str, Any]]:
+    """All figures that these windows give, and the ratios behind each."""
+    values: dict[str, float] = {}
+    spread: dict[str, Any] = {}
+
+    def add(name: str, some: Sequence[Pair]) -> None:
+        if some:
+            values[name] = pooled(some)
+            spread[name] = [ratio(pair) for pair in some]
+
+    everything = pairs(windows, "aurora", "plain")
+    if everything:
+        spread["worst_window_ratio"] = [ratio(pair) for pair in everything]
+        values["worst_window_ratio"] = min(spread["worst_window_ratio"])
+    for concurrency in (1, 4):
+        measured = pairs(windows, "aurora", "plain", lambda w, c=concurrency: _measured(w, "day0", c))  # type: ignore[misc]
+        add(f"day0_speedup_c{concurrency}", measured)
+    shifted = pairs(windows, "aurora", "static", lambda w: _measured(w, "shift"))
+    add("shift_speedup", shifted)
+    for domain in dict.fromkeys(window.domain for window, _ in shifted):
+        add(f"shift_speedup_{domain.replace(' ', '_')}", [pair for pair in shifted if pair[0].domain == domain])
+    add("k0_ratio", pairs(windows, "k0", "plain"))
+    for other in ("suffix", "ngram"):
+        add(f"over_{other}", pairs(windows, "aurora", other))
+    return values, spread
+
+
+def pairs(
+    windows: Iterable[Window], arm: str, base: str, where: Callable[[Window], bool] = lambda window: True
+) -> list[Pair]:
+    """The two arms' windows of every slot in which both answered as many requests, in order."""
+    by_slot: dict[int, dict[str, Window]] = {}
+    for window in windows:
+        if where(window):
+            by_slot.setdefault(window.slot, {})[window.arm] = window
+    both = [(found[arm], found[base]) for _, found in sorted(by_slot.items()) if arm in found and base in found]
+    return [(one, other) for one, other in both if one.failed == other.failed]
+
+
+def ratio(pair: Pair) -> float:
+    """Tokens per second of one over the other."""
+    return pair[0].rate / pair[1].rate
+
+
+def pooled(some: Sequence[Pair]) -> float:
+    """The ratio of the rates over all these slots together."""
+    ours, theirs = ([pair[i] for pair in some] for i in (0, 1))
+    rates = [sum(w.tokens for w in windows) / sum(w.seconds for w in windows) for windows in (ours, theirs)]
+    return rates[0] / rates[1]
+
+
+def table(windows: Sequence[Window]) -> list[dict[str, Any]]:
+    """A row for each kind of window and arm: its rate, its latencies, and its speed over plain vLLM where that ran too.
+
+    Latencies are means over the windows of each window's percentile.
+    """
+    kinds: dict[tuple[Any, ...], list[Window]] = {}
+    for window in windows:
+        key = (window.workload, window.domain, window.part, window.concurrency, window.temperature)
+        kinds.setdefault(key, []).append(window)
+    rows = []
+    for (workload, domain, part, concurrency, temperature), some in kinds.items():
+        for arm in dict.fromkeys(window.arm for window in some):
+            own = [window for window in some if window.arm == arm]
+            against = pairs(some, arm, "plain")
+            lengths = [window.acceptance_length for window in own if window.acceptance_length is not None]
+            rows.append(
+                {
+                    "workload": workload, "domain": domain, "part": part, "concurrency": concurrency,
+                    "temperature": temperature, "arm": arm, "windows": len(own),
+                    "tokens_per_s": sum(w.tokens for w in own) / sum(w.seconds for w in own),
+                    "over_plain": pooled(against) if against else None,
+                    "acceptance_length": _mean(lengths) if lengths else None,
+                    "ttft_p50_ms": _mean([w.ttft_ms["p50"] for w in own]),
+                    "ttft_p99_ms": _mean([w.ttft_ms["p99"] for w in own]),
+                    "tpot_p50_ms": _mean([w.tpot_ms["p50"] for w in own]),
+                    "tpot_p99_ms": _mean([w.tpot_ms["p99"] for w in own]),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def by_version(windows: Sequence[Window], arm: str) -> list[dict[str, Any]]:
+    """What was accepted of each draft version of an arm, over the whole run: version, drafts, acceptance_length."""
+    drafts: dict[int, int] = {}
+    tokens: dict[int, float] = {}
+    for window in windows:
+        for row in window.versions if window.arm == arm else ():
+            drafts[row["version"]] = drafts.get(row["version"], 0) + row["drafts"]
+            tokens[row["version"]] = tokens.get(row["version"], 0.0) + row["drafts"] * row["acceptance_length"]
+    return [
+        {"version": version, "drafts": count, "acceptance_length": tokens[version] / count}
+        for version, count in sorted(drafts.items())
+    ]
+
+
+def _measured(window: Window, workload: str, concurrency: int | None = None) -> bool:
+    right = window.workload == workload and window.part == MEASURE
+    return right and (concurrency is None or window.concurrency == concurrency)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

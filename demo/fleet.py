@@ -1,0 +1,75 @@
+"""Servers that run side by side and are asked in turn: started on demand, none left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from demo.client import drive
+from demo.servers import Server, end_trees, paused, wait_up
+from demo.serving import MODEL_NAME
+from demo.signals import held
+from demo.workload import Prompt
+
+
+class Fleet:
+    """Servers by name. ``close`` ends them all; so does the interpreter's end, whatever happens before.
+
+    Args:
+        environment: of every server, over this process's.
+        logs: directory of their logs, one ``NAME.log`` each.
+    """
+
+    def __init__(self, environment: Mapping[str, str], logs: Path) -> None:
+        self._environment, self._logs = environment, logs
+        self._servers: dict[str, Server] = {}
+        atexit.register(self.close)
+
+    def __getitem__(self, name: str) -> Server:
+        return self._servers[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._servers
+
+    def start(self, name: str, arguments: Sequence[str]) -> None:
+        """Start one; it is not up yet.
+
+        Raises:
+            SystemExit: an ending signal came meanwhile.
+        """
+        with held() as came:  # a server that runs and is not yet in the list would stay behind
+            self._servers[name] = Server(name, arguments, self._logs / f"{name}.log", self._environment)
+        if came:
+            raise SystemExit(128 + came[0])
+
+    def wait_up(self, names: Sequence[str], timeout_s: float, tick: Callable[[float], None], warm_up: int) -> None:
+        """Wait until these answer, then send each ``warm_up`` short requests at once: kernels and allocators get warm.
+
+        Raises:
+            ServerFailed, httpx.HTTPError: one ended, is not up in time, or refused a request.
+        """
+        wait_up([self._servers[name] for name in names], timeout_s, tick)
+        hello = [Prompt("hello", "Say hello.")] * warm_up
+        for name in names:
+            asyncio.run(drive(name, self._servers[name].url, MODEL_NAME, hello, warm_up, 8))
+
+    def learner_paused(self, name: str) -> AbstractContextManager[None]:
+        """Stop the learner of a server for the length of a block; nothing where there is none."""
+        status = self._servers[name].status() if name in self._servers else {}
+        return paused(status.get("learner", {}).get("pid", 0))
+
+    def stop(self, names: Sequence[str]) -> None:
+        """End these and all they started."""
+        with held() as came:
+            end_trees([self._servers.pop(name) for name in names])
+        if came:
+            raise SystemExit(128 + came[0])
+
+    def close(self) -> None:
+        """End all; idempotent."""
+        with held():
+            end_trees(list(self._servers.values()))
+            self._servers.clear()
