@@ -47,6 +47,9 @@ class AuroraConfig(BaseModel):
         10, ge=0, le=19, description="niceness of the learner: how far it steps back behind serving"
     )
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
+    learner_sleep: bool = Field(
+        True, description="stop learning while it no longer helps, until acceptance or vocabulary coverage drops"
+    )
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")
     batch_tokens: int = Field(128, ge=16, description="about how many positions one optimizer step trains on")

@@ -93,6 +93,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("aurora_learner_tokens_trained_total", "learner.tokens_trained", "Tokens trained on"),
     Metric("aurora_learner_cpu_seconds_total", "learner.cpu_seconds", "CPU time of the learner"),
     Metric("aurora_learner_publishes_total", "learner.publishes", "Versions published"),
+    Metric("aurora_learner_asleep", "learner.asleep", "1 while the learner sleeps because training no longer helps"),
+    Metric("aurora_learner_sleeps_total", "learner.sleeps", "Times the learner fell asleep"),
+    Metric(
+        "aurora_learner_trial_gain",
+        "learner.trial_gain",
+        "Acceptance length won by training, over its newest trial; below 0.03 it sleeps",
+    ),
     Metric("aurora_learner_loss", "learner.loss", "Loss of the last optimizer step"),
     Metric("aurora_replay_bytes", "learner.replay_bytes", "Bytes in the replay buffer"),
     Metric("aurora_replay_tokens", "learner.replay_tokens", "Tokens in the replay buffer"),

@@ -95,6 +95,10 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "incumbent_acceptance_length": FLOAT,
         "vocabulary_coverage": FLOAT,
         "vocabulary_changes": INT,
+        "asleep": BOOL,
+        "sleep": TEXT,  # why it sleeps, why it woke, or what its trial is at
+        "sleeps": INT,
+        "trial_gain": FLOAT,  # acceptance length won by training, control/drift.py
         "update_answer": ANSWER,
         "checkpoints": INT,
         "checkpoint": TEXT,  # the newest, what was resumed, or why none was saved
