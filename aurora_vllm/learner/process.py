@@ -247,7 +247,9 @@ def main() -> int:
         learner.control.learner.working = True
         worked = learner.turn()
         learner.keeper.save()
-        pause = learner.budget.debt(learner.control.scheduler.steps) if worked else learner.sleep.idle_s
+        scheduler = learner.control.scheduler
+        factor = scheduler.learner_share or 1.0
+        pause = learner.budget.debt(scheduler.steps, factor) if worked else learner.sleep.idle_s
         learner.control.learner.working = not pause
         stop.wait(pause)
     learner.keeper.save(at_once=True)

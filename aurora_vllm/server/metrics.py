@@ -93,6 +93,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("aurora_learner_tokens_trained_total", "learner.tokens_trained", "Tokens trained on"),
     Metric("aurora_learner_cpu_seconds_total", "learner.cpu_seconds", "CPU time of the learner"),
     Metric("aurora_learner_publishes_total", "learner.publishes", "Versions published"),
+    Metric("aurora_learner_share", "guard.learner_share", "Factor on learner_cpu_share; below 1 the learner yields"),
+    Metric(
+        "aurora_learner_slowdown",
+        "guard.learner_slowdown",
+        "What learning adds to the time per output token, as a share of it",
+    ),
     Metric("aurora_learner_asleep", "learner.asleep", "1 while the learner sleeps because training no longer helps"),
     Metric("aurora_learner_sleeps_total", "learner.sleeps", "Times the learner fell asleep"),
     Metric(

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from aurora_vllm.control.guard import LearnerGuard
 from aurora_vllm.control.profit import Decision, DraftLengthController
 from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.session import Session
@@ -45,6 +46,10 @@ class DraftLengthAdvisor:
             prior=TRUST_IN_A_GIVEN_DRAFT if config.draft or session.resume else 0.0,
         )
         self._breaker = CircuitBreaker("choosing the draft length")
+        self._guard = LearnerGuard(config.learner_slowdown) if config.learner_slowdown else None
+        self._control.scheduler.learner_share = 1.0
+        self._control.scheduler.learner_guard = self._guard.reason if self._guard else "off by the settings"
+        self._cost = CircuitBreaker("watching what the learner costs")
         self._rollout = Rollout(max_draft_length, config.rollback_confidence)
         self._watch = CircuitBreaker("watching a new version")
         self._max_draft_length = max_draft_length
@@ -52,14 +57,14 @@ class DraftLengthAdvisor:
         self._proposed_by = 0
         self._drafting = 0  # K the step in flight drafts with
         self._started = 0.0
-        self._started_quiet = True
+        self._learner_worked = False  # when the step began
         self._learner_rests = config.learner_cpu_share <= 0.5  # mostly: else its work is how things are
         self._last = Decision(0, "")
         self._standing = (0, "")
         self._before = self._controller.acceptance  # what was known of the version before the live one
 
     def step_starts(self) -> None:
-        self._started_quiet = self._is_quiet()
+        self._learner_worked = self._control.learner.working
         self._started = time.perf_counter()
 
     def draft_length(self, batch_size: int) -> int:
@@ -117,12 +122,19 @@ class DraftLengthAdvisor:
             scheduler.spec_steps += 1
         # Only steps that verified as many drafts as they proposed, and held no prompt, tell what K costs. What a burst
         # of the learner's adds to a step is no property of K; of two draft lengths it would hit the one being probed.
-        quiet = self._started_quiet and self._is_quiet()
-        if quiet and all(counts[name] == 1 + self._drafting == 1 + len(drafts.get(name, ())) for name in counts):
+        if not all(counts[name] == 1 + self._drafting == 1 + len(drafts.get(name, ())) for name in counts):
+            return
+        beside_learner = self._learner_worked or self._control.learner.working
+        if not (self._learner_rests and beside_learner):
             self._controller.times.observe(len(counts), self._drafting, seconds)
+        self._cost.run(lambda: self._judge_learner(len(counts), seconds, beside_learner))
 
-    def _is_quiet(self) -> bool:
-        return not (self._learner_rests and self._control.learner.working)
+    def _judge_learner(self, batch_size: int, seconds: float, beside_learner: bool) -> None:
+        """Does the learner slow serving too much? It reads its share from here."""
+        guard, scheduler = self._guard, self._control.scheduler
+        if guard is not None and guard.observe(batch_size, self._drafting, seconds, beside_learner):
+            scheduler.learner_share, scheduler.learner_slowdown = guard.share, guard.slowdown
+            scheduler.learner_guard = guard.reason
 
     def _observe_verdict(self, num_drafts: int, num_accepted: int) -> None:
         self._controller.acceptance.observe(num_drafts, num_accepted)

@@ -64,6 +64,9 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "steps": INT,
         "generated_tokens": INT,
         "spec_steps": INT,
+        "learner_share": FLOAT,  # factor on the share the learner may take: control/guard.py
+        "learner_slowdown": FLOAT,  # what it adds to the time per output token, as a share of it
+        "learner_guard": TEXT,
         "probation_version": INT,  # the newest that drafted
         "probation_drafts": INT,
         "probation_evidence": FLOAT,  # that it is worse: control/rollout.py
