@@ -43,10 +43,16 @@ class AuroraConfig(BaseModel):
     learner_cpu_share: float = Field(
         0.15, gt=0, le=1, description="largest share of one CPU the learner takes while something is served"
     )
+    learner_slowdown: float = Field(
+        0.05, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"
+    )
     learner_nice: int = Field(
         10, ge=0, le=19, description="niceness of the learner: how far it steps back behind serving"
     )
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
+    learner_sleep: bool = Field(
+        True, description="stop learning while it no longer helps, until acceptance or vocabulary coverage drops"
+    )
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")
     batch_tokens: int = Field(128, ge=16, description="about how many positions one optimizer step trains on")

@@ -30,17 +30,18 @@ class CpuBudget:
         self._cpu, self._wall = self.cpu_clock(), self.wall_clock()
         self._engine_steps = 0
 
-    def debt(self, engine_steps: int) -> float:
+    def debt(self, engine_steps: int, factor: float = 1.0) -> float:
         """Seconds to sleep now, so that the CPU taken since the last call stays within the share.
 
         Waiting counts as rest: at low priority some of the rest happens by itself, where serving needs the CPU.
 
         Args:
             engine_steps: of the server, ever; where it is what it was at the last call, nothing is being served.
+            factor: on the share while something is served: less than 1 where the learner slows serving too much.
         """
         cpu, wall = self.cpu_clock(), self.wall_clock()
         used, passed = cpu - self._cpu, wall - self._wall
-        share = self.share if engine_steps != self._engine_steps else 1.0
+        share = self.share * factor if engine_steps != self._engine_steps else 1.0
         pause = min(max(used / share - passed, 0.0), LONGEST_SLEEP_S)
         self._cpu, self._wall, self._engine_steps = cpu, wall + pause, engine_steps
         return pause

@@ -71,6 +71,9 @@ class Curriculum:
         if worth_keeping:
             self.refine()
         self.tokens_seen = self.tokens_trained = self.vocabulary_changes = self.dropped = 0
+        self._not_owed = (
+            0  # tokens that came while nobody trained: they are in the replay, and need not be caught up on
+        )
         self.fault = ""
         self.loss = 0.0
 
@@ -78,6 +81,11 @@ class Curriculum:
     def awaits_first_lesson(self) -> bool:
         """Whether gradient steps wait for the first lesson."""
         return len(self._lessons_due) == len(LESSON_ROWS)
+
+    @property
+    def has_lessons_to_learn(self) -> bool:
+        """Whether a lesson is still to come, or under way."""
+        return bool(self._lessons_due) or self._lesson is not None
 
     def refine(self) -> None:
         """The candidate is a trained one now, whoever trained it: no lessons, gentle steps."""
@@ -88,10 +96,15 @@ class Curriculum:
         """Go on with gradient steps alone; a lesson under way is given up."""
         self._lessons_due, self._lesson = [], None
 
-    def add(self, trajectory: Trajectory) -> bool:
-        """Take a trajectory that may be learned from. Returns whether the candidate got another vocabulary."""
+    def add(self, trajectory: Trajectory, owed: bool = True) -> bool:
+        """Take a trajectory that may be learned from. Returns whether the candidate got another vocabulary.
+
+        Args:
+            owed: whether training has to keep up with it.
+        """
         self.replay.add(trajectory)
         self.tokens_seen += len(trajectory.token_ids)
+        self._not_owed += 0 if owed else len(trajectory.token_ids)
         self.coverage.observe(trajectory.token_ids[max(0, trajectory.prompt_length - trajectory.start) :])
         chosen = self._reselection.propose(self.coverage, self.candidate.target_ids)
         if chosen is None:
@@ -100,13 +113,18 @@ class Curriculum:
         self.vocabulary_changes += 1
         return True
 
+    def owe(self, tokens: int) -> None:
+        """Of what training need not keep up with, it has to keep up with so many tokens after all."""
+        self._not_owed = max(0, self._not_owed - tokens)
+
     def next(self) -> Work:
         """What the next piece of work is; empty where there is none."""
         if self._lesson is not None or self._lesson_is_due():
             return "first lesson" if self.awaits_first_lesson else "second lesson"
         if self.awaits_first_lesson or not len(self.replay):
             return ""
-        return "training" if self.tokens_trained < self.tokens_seen * self._config.replay_passes else ""
+        owed = (self.tokens_seen - self._not_owed) * self._config.replay_passes
+        return "training" if self.tokens_trained < owed else ""
 
     def work(self) -> bool:
         """Do that piece. Returns whether the candidate is another one now, so that older scores say nothing of it."""

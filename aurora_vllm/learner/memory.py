@@ -3,14 +3,16 @@
 The peak is in a training step on the longest trajectory, with the replay full, while the loss holds the logits of a
 chunk of rows: all of the unroll's activations are alive then, and so are the gradients of the step before. In bytes:
 
-    weights    5 P floats: incumbent, candidate, two moments, gradients; an embedding of the draft's own is there twice
+    weights    6 P floats: incumbent, candidate, the draft that a trial set aside, two moments, gradients; an embedding
+               of the draft's own is there three times
     target     embedding and lm_head as stored (mapped from the file, and touched all over)
     rows       the target's lm_head on the draft vocabulary, in float32
     replay     its budget
     step       R rows x (inputs + K x what a step keeps for the backward pass) + D x (gradient and logits of a chunk),
                and the allocator's slack; or what a lesson takes, where that is more: three matrices of its normal
                equations
-    process    Python and torch with what an optimizer imports: measured
+    process    Python and torch with what an optimizer imports, and river, which is there once the learner has slept:
+               measured
 
 R is the longest trajectory or the wanted batch, whatever is more. Shared memory (ring, bank) is not counted: it is the
 server's. Nor is what comes on top when traffic comes faster than it is looked at (open requests, and a few
@@ -29,7 +31,7 @@ from aurora_vllm.learner.divergence import CHUNK
 MIB = 2**20
 # Measured with SmolLM2-135M (torch 2.13, CPU build; D 4608 and 8192, R 128 to 2048, replay 96 to 192 MiB): with these
 # two the prediction is within 5 % of VmHWM less shared memory. 390 MiB of the first are there after one optimizer step.
-PROCESS_BYTES = 460 * MIB
+PROCESS_BYTES = (460 + 65) * MIB  # the latter for river and the scipy it brings
 SLACK = 1.25  # of a step: pieces differ in size from those freed before, and seldom fit where they were
 
 
@@ -108,7 +110,7 @@ def predict(
     return LearnerMemory(
         process=PROCESS_BYTES,
         target=target_bytes,
-        weights=4 * (5 * draft.parameters + 2 * draft.embedding),
+        weights=4 * (6 * draft.parameters + 3 * draft.embedding),
         rows=4 * draft.vocabulary * draft.target_hidden,
         replay=replay_bytes,
         step=max(

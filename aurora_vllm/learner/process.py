@@ -27,6 +27,7 @@ from aurora_vllm.learner.evaluate import Recent, Score, simulate
 from aurora_vllm.learner.from_disk import publish_from_disk
 from aurora_vllm.learner.publish import Evidence, Sync, publish
 from aurora_vllm.learner.resume import Keeper
+from aurora_vllm.learner.sleep import Sleep
 from aurora_vllm.learner.standing import follow_rollback, take_standing
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
@@ -39,7 +40,6 @@ from aurora_vllm.transport.segment import Segment
 from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
-IDLE_S = 0.05
 SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
 SCORE_SHARE = 0.25  # of the learner's CPU time goes into scoring, where there is something else to do
 
@@ -71,6 +71,7 @@ class Learner:
         self.candidate_is_ahead = False  # it differs from the incumbent, so it has scores of its own
         self.requests_seen = 0
         self.keeper = Keeper(self, session)
+        self.sleep = Sleep(self)
         self.sync.published(self.curriculum.trainer.steps, 0)
         self._show_shadow()
         update_request.refuse_open(self.control)
@@ -84,6 +85,9 @@ class Learner:
             update_request.answer(self.control, request, self._update(Path(request.directory)))
         for trajectory in self.assembler.feed(self.ring.read(READ_ROWS)):
             self._arrived(trajectory)
+        if self.sleep.asleep:
+            self._say("sleeping")
+            return self.sleep.turn()
         work = self.curriculum.next()
         may_score = not work or self.score_seconds <= SCORE_SHARE * time.process_time()
         if self.unscored and may_score:
@@ -104,7 +108,7 @@ class Learner:
         self._show_discarded()
         self.unscored.append(trajectory)
         if len(self.unscored) > SCORE_BACKLOG:
-            self._remember(self.unscored.popleft())
+            self.remember(self.unscored.popleft())
 
     def _score(self, trajectory: Trajectory) -> None:
         """Both drafts on a trajectory that neither has trained on; then it may be trained on."""
@@ -112,16 +116,22 @@ class Learner:
         incumbent = simulate(self.incumbent, self.head, trajectory, length)
         candidate = simulate(self.candidate, self.head, trajectory, length) if self.candidate_is_ahead else incumbent
         self.evidence.add(candidate, incumbent)
-        self.shadow.add(incumbent)
+        self.sleep.scored(trajectory, candidate, incumbent)
         self.score_seconds += time.process_time() - began
-        self._show_shadow()
-        self._remember(trajectory)
+        self.show_live(incumbent)
+        self.remember(trajectory)
 
-    def _remember(self, trajectory: Trajectory) -> None:
+    def show_live(self, score: Score) -> None:
+        """The incumbent's score on a trajectory, for the serving side."""
+        self.shadow.add(score)
+        self._show_shadow()
+
+    def remember(self, trajectory: Trajectory) -> None:
+        """A trajectory may be learned from."""
         end = trajectory.start + len(trajectory.token_ids)
         self.requests_seen += trajectory.start < trajectory.prompt_length <= end  # of a cut one, one piece counts
-        if self.curriculum.add(trajectory):
-            self._candidate_is_another()
+        if self.curriculum.add(trajectory, owed=not self.sleep.asleep):
+            self._candidate_is_another("the draft vocabulary was chosen anew")
         block, curriculum = self.control.learner, self.curriculum
         block.vocabulary_coverage = curriculum.coverage.share(self.incumbent.target_ids)
         block.vocabulary_changes = curriculum.vocabulary_changes
@@ -132,7 +142,7 @@ class Learner:
         curriculum, block = self.curriculum, self.control.learner
         dropped, steps = curriculum.dropped, curriculum.trainer.steps
         if curriculum.work():
-            self._candidate_is_another()
+            self._candidate_is_another("a lesson was learnt")
         if curriculum.dropped > dropped:
             block.message = curriculum.fault
             self._show_discarded()
@@ -143,9 +153,10 @@ class Learner:
             if self.config.sync != "evidence":
                 self._maybe_publish()
 
-    def _candidate_is_another(self) -> None:
+    def _candidate_is_another(self, why: str) -> None:
         """A lesson or another vocabulary: what was scored before says nothing of it."""
         self.evidence.restart()
+        self.sleep.restart(why)
         self.candidate_is_ahead = True
 
     def _show_discarded(self) -> None:
@@ -184,6 +195,7 @@ class Learner:
         self.candidate.load_state_dict(draft.state_dict())
         self.curriculum.refine()
         self.evidence.restart()  # it speaks of other drafts
+        self.sleep.restart("another draft was loaded")
         self._published(version, None)
         return Answer(version, f"published as version {version}")
 
@@ -235,7 +247,9 @@ def main() -> int:
         learner.control.learner.working = True
         worked = learner.turn()
         learner.keeper.save()
-        pause = learner.budget.debt(learner.control.scheduler.steps) if worked else IDLE_S
+        scheduler = learner.control.scheduler
+        factor = scheduler.learner_share or 1.0
+        pause = learner.budget.debt(scheduler.steps, factor) if worked else learner.sleep.idle_s
         learner.control.learner.working = not pause
         stop.wait(pause)
     learner.keeper.save(at_once=True)

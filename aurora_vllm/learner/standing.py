@@ -48,6 +48,7 @@ def follow_rollback(learner: Learner) -> None:
     learner.candidate.load_state_dict(learner.incumbent.state_dict())
     learner.curriculum.refine()
     learner.evidence.restart()
+    learner.sleep.restart(f"version {gone} was rolled back")
     learner.shadow = Recent(learner.shadow.length)
     learner.candidate_is_ahead = False
     block = learner.control.learner

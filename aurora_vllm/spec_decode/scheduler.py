@@ -14,6 +14,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from aurora_vllm.control.guard import LearnerGuard
 from aurora_vllm.control.profit import Decision, DraftLengthController
 from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.session import Session
@@ -47,12 +48,16 @@ class DraftLengthAdvisor:
             prior=TRUST_IN_A_GIVEN_DRAFT if config.draft or session.resume else 0.0,
         )
         self._breaker = CircuitBreaker("choosing the draft length")
+        self._guard = LearnerGuard(config.learner_slowdown) if config.learner_slowdown else None
+        self._control.scheduler.learner_share = 1.0
+        self._control.scheduler.learner_guard = self._guard.reason if self._guard else "off by the settings"
+        self._cost = CircuitBreaker("watching what the learner costs")
         self._rollout = Rollout(max_draft_length, config.rollback_confidence)
         self._watch = CircuitBreaker("watching a new version")
         self._max_draft_length = max_draft_length
         self._version = 0
         self._proposed_by = 0
-        # When each step in flight was scheduled, and whether the learner rested then; two where steps overlap.
+        # When each step in flight was scheduled, and whether the learner worked then; two where steps overlap.
         self._started: deque[tuple[float, bool]] = deque()
         self._ended = 0.0
         self._learner_rests = config.learner_cpu_share <= 0.5  # mostly: else its work is how things are
@@ -61,7 +66,7 @@ class DraftLengthAdvisor:
         self._before = self._controller.acceptance  # what was known of the version before the live one
 
     def step_starts(self) -> None:
-        self._started.append((time.perf_counter(), self._is_quiet()))
+        self._started.append((time.perf_counter(), self._control.learner.working))
 
     def draft_length(self, batch_size: int) -> int:
         """K for the step being scheduled; 0 if choosing fails."""
@@ -72,11 +77,13 @@ class DraftLengthAdvisor:
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
         """A step's results are in. sampled: the tokens each request gained."""
         now = time.perf_counter()
-        started, quiet = self._started.popleft()
+        if not self._started:
+            return
+        started, worked = self._started.popleft()
         seconds = now - max(started, self._ended)  # a step waits until the one before it has ended
         self._ended = now
-        quiet = quiet and self._is_quiet()
-        self._breaker.run(lambda: self._observe_step(scheduler_output, sampled, seconds, quiet))
+        beside_learner = worked or self._control.learner.working
+        self._breaker.run(lambda: self._observe_step(scheduler_output, sampled, seconds, beside_learner))
 
     def drafts_arrived(self) -> None:
         """The drafts just taken from the worker were proposed by the version that is live now."""
@@ -109,7 +116,9 @@ class DraftLengthAdvisor:
         self._last = decision
         return decision
 
-    def _observe_step(self, scheduler_output: Any, sampled: list[list[int]], seconds: float, quiet: bool) -> None:
+    def _observe_step(
+        self, scheduler_output: Any, sampled: list[list[int]], seconds: float, beside_learner: bool
+    ) -> None:
         counts = scheduler_output.num_scheduled_tokens
         if not counts:
             return
@@ -122,11 +131,18 @@ class DraftLengthAdvisor:
         # Only steps that verified as many drafts as they proposed, and held no prompt, tell what K costs. What a burst
         # of the learner's adds to a step is no property of K; of two draft lengths it would hit the one being probed.
         proposed = scheduler_output.num_spec_tokens_to_schedule
-        if quiet and all(counts[name] == 1 + proposed == 1 + len(drafts.get(name, ())) for name in counts):
+        if not all(counts[name] == 1 + proposed == 1 + len(drafts.get(name, ())) for name in counts):
+            return
+        if not (self._learner_rests and beside_learner):
             self._controller.times.observe(len(counts), proposed, seconds)
+        self._cost.run(lambda: self._judge_learner(len(counts), proposed, seconds, beside_learner))
 
-    def _is_quiet(self) -> bool:
-        return not (self._learner_rests and self._control.learner.working)
+    def _judge_learner(self, batch_size: int, drafts: int, seconds: float, beside_learner: bool) -> None:
+        """Does the learner slow serving too much? It reads its share from here."""
+        guard, scheduler = self._guard, self._control.scheduler
+        if guard is not None and guard.observe(batch_size, drafts, seconds, beside_learner):
+            scheduler.learner_share, scheduler.learner_slowdown = guard.share, guard.slowdown
+            scheduler.learner_guard = guard.reason
 
     def _observe_verdict(self, num_drafts: int, num_accepted: int) -> None:
         self._controller.acceptance.observe(num_drafts, num_accepted)

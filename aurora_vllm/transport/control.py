@@ -64,6 +64,9 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "steps": INT,
         "generated_tokens": INT,
         "spec_steps": INT,
+        "learner_share": FLOAT,  # factor on the share the learner may take: control/guard.py
+        "learner_slowdown": FLOAT,  # what it adds to the time per output token, as a share of it
+        "learner_guard": TEXT,
         "probation_version": INT,  # the newest that drafted
         "probation_drafts": INT,
         "probation_evidence": FLOAT,  # that it is worse: control/rollout.py
@@ -95,6 +98,10 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "incumbent_acceptance_length": FLOAT,
         "vocabulary_coverage": FLOAT,
         "vocabulary_changes": INT,
+        "asleep": BOOL,
+        "sleep": TEXT,  # why it sleeps, why it woke, or what its trial is at
+        "sleeps": INT,
+        "trial_gain": FLOAT,  # acceptance length won by training, control/drift.py
         "update_answer": ANSWER,
         "checkpoints": INT,
         "checkpoint": TEXT,  # the newest, what was resumed, or why none was saved

@@ -39,6 +39,13 @@ def test_waiting_counts_as_rest() -> None:
     assert budget.debt(2) == 1.0
 
 
+def test_a_learner_that_yields_takes_a_part_of_its_share() -> None:
+    clocks = Clocks()
+    budget = CpuBudget(0.5, lambda: clocks.cpu, lambda: clocks.wall)
+    clocks.cpu = clocks.wall = 1.0
+    assert budget.debt(1, factor=0.5) == 3.0
+
+
 def test_nothing_served_nothing_to_step_back_for() -> None:
     clocks = Clocks()
     budget = CpuBudget(0.25, lambda: clocks.cpu, lambda: clocks.wall)

@@ -22,6 +22,7 @@ OTHER: dict[str, str] = {
     "objective": "reverse",
     "cache_dir": "/some/cache",
     "learn": "false",
+    "learner_sleep": "false",
     "draft_vocab_size": "500",
     "semantics": "aurora-release",
     "sglang_api": "true",

@@ -31,8 +31,10 @@ SMOLLM2 = Path("~/.cache/aurora_vllm/models/smollm2-135m").expanduser()
 TOLERANCE = 0.15
 LENGTH = 512  # tokens of every request
 # The body is trained, and has gradients and moments, from this many steps after a lesson on. The peak comes after that.
+# So has a learner that slept once, and river then.
 LEARNER = """
 import sys
+import river.drift
 from aurora_vllm.learner import process, train
 train.HEAD_STEPS = 1
 sys.exit(process.main())
@@ -46,8 +48,8 @@ def test_every_term_counts_what_it_names() -> None:
 
     base = of()
     assert base["target"] == 100 and base["replay"] == 200
-    assert base["weights"] == 200_000_000  # five times, in float32
-    assert of(replace(SIZES, embedding=1000))["weights"] == 200_008_000
+    assert base["weights"] == 240_000_000  # six times, in float32
+    assert of(replace(SIZES, embedding=1000))["weights"] == 240_012_000
     assert base["rows"] == 8192 * 576 * 4
     assert predict(SIZES, 100, 200, 512, 3, True).total == sum(base.values())
     one, two, four = (of(rows=rows)["step"] for rows in (512, 1024, 2048))
