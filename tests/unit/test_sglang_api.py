@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
+from aurora_vllm.learner.lesson import Lesson
 from aurora_vllm.learner.process import Learner
 from aurora_vllm.semantics import sglang_api
 from aurora_vllm.semantics.endpoints import ENDPOINTS, Endpoint
@@ -199,7 +200,8 @@ def test_without_a_learner_the_server_publishes(world: World) -> None:
 @LEARN
 def test_with_a_learner_the_learner_publishes_and_learns_on_from_there(world: World, learner: Learner) -> None:
     learner.curriculum.trainer.optimizer.state[learner.curriculum.trainer.parameters[0]] = {"exp_avg": torch.ones(1)}
-    # a lesson of the draft before is due, and one is under way
+    # A lesson of the draft before is due, and one is under way; the learner's thread may go on with it at any moment.
+    learner.curriculum._teacher = Lesson(learner.candidate, learner.head)
     learner.curriculum._lessons_due, learner.curriculum._lesson = [0], itertools.repeat(None)
     assert_updated(world, world.update(world.new), 2)
     assert learner.curriculum.next() == ""
