@@ -54,10 +54,11 @@ class VllmSources:
         return "".join(text.splitlines(keepends=True)[first - 1 : definition.end_lineno])
 
     def parameters(self, symbol: str) -> set[str]:
-        """Names of a function's parameters. Raises NoSuchSymbol."""
+        """Names of a function's parameters, or of a class's annotated fields. Raises NoSuchSymbol."""
         _, definition = self._find(symbol)
         if isinstance(definition, ast.ClassDef):
-            return set()
+            fields = (node.target for node in definition.body if isinstance(node, ast.AnnAssign))
+            return {target.id for target in fields if isinstance(target, ast.Name)}
         arguments = definition.args
         return {argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_vllm.learner.budget import CpuBudget
+from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget
 
 
 class Clocks:
@@ -26,8 +26,9 @@ def test_never_more_than_the_share(share: float, work: list[tuple[float, float]]
         pause = budget.debt(step)
         assert pause >= 0
         clocks.wall += pause
-        if used / share <= 5.0:
-            assert clocks.cpu <= clocks.wall * share + 1e-6
+        if pause == LONGEST_SLEEP_S:  # the piece of work was too long to be rested from in one sleep
+            return
+        assert clocks.cpu <= clocks.wall * share + 1e-6
 
 
 def test_waiting_counts_as_rest() -> None:

@@ -183,6 +183,6 @@ def test_the_command(directory: Path, capsys: Any) -> None:
 
 
 def test_a_fork_under_our_own_classes_is_hooked_once() -> None:
-    assert fork.advise(AuroraScheduler.__new__(AuroraScheduler)) is None
+    assert fork.advise(object.__new__(AuroraScheduler)) is None
     assert fork.attach(object()) is None  # no session
     assert fork.advise(object()) is None

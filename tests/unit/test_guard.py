@@ -94,8 +94,10 @@ def test_the_scheduler_measures_and_says_so(tmp_path: Path, monkeypatch: pytest.
 
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(scheduler.time, "perf_counter", lambda: clock.now)
-    step = SimpleNamespace(num_scheduled_tokens={"a": 1}, scheduled_spec_decode_tokens={})
-    prompt = SimpleNamespace(num_scheduled_tokens={"a": 9}, scheduled_spec_decode_tokens={})
+    step = SimpleNamespace(
+        num_scheduled_tokens={"a": 1}, scheduled_spec_decode_tokens={}, num_spec_tokens_to_schedule=0
+    )
+    prompt = SimpleNamespace(**(vars(step) | {"num_scheduled_tokens": {"a": 9}}))
 
     def run(limit: float) -> DraftLengthAdvisor:
         with session(World(), tmp_path, learner_slowdown=limit, speculate="never") as (current, _):

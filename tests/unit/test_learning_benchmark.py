@@ -51,9 +51,7 @@ def test_an_arm_that_never_gets_there_counts_with_the_length_of_its_run() -> Non
 
 def test_arms_by_name() -> None:
     assert _names("") == list(ARMS)
-    assert {"ours", "discard_0.1_3", "discard_1_8"} <= set(_names("ours,discard")) and "discard" not in _names(
-        "discard"
-    )
+    assert {"ours", "discard_0.1_3", "discard_1_8"} <= set(_names("ours,discard"))
     with pytest.raises(typer.BadParameter, match="no arm nonsense"):
         _names("ours, nonsense")
 
