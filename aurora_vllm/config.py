@@ -44,7 +44,7 @@ class AuroraConfig(BaseModel):
         0.15, gt=0, le=1, description="largest share of one CPU the learner takes while something is served"
     )
     learner_slowdown: float = Field(
-        0.05, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"
+        0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"
     )
     learner_nice: int = Field(
         10, ge=0, le=19, description="niceness of the learner: how far it steps back behind serving"
