@@ -49,15 +49,17 @@ MAX_UNKNOWNS = 12_288  # of one column of the regression: its normal equations a
 
 
 def heads_for(hidden_size: int, head_dim: int, key_value_heads: int, num_aux: int) -> int | None:
-    """Heads a draft needs to hold the solution; None where it could not be solved for.
+    """Heads a draft needs to hold the solution; None where it could not be solved for, or no number of heads is right.
 
     A multiple of the target's key-value heads, because vLLM wants the pages of one layer's KV cache to be a multiple of
-    another's.
+    another's; and a divisor of the hidden size, because transformers reads no other Llama configuration.
     """
     if (num_aux + 3) * hidden_size > MAX_UNKNOWNS:
         return None
     own = -(-hidden_size // head_dim)
-    return (-(-own // key_value_heads) + 1) * key_value_heads
+    least = (-(-own // key_value_heads) + 1) * key_value_heads
+    allowed = range(least, 2 * max(own, key_value_heads) + 1, key_value_heads)
+    return next((heads for heads in allowed if hidden_size % heads == 0), None)
 
 
 def is_due(draft: Eagle3Draft) -> bool:

@@ -168,7 +168,7 @@ def test_wide_targets_keep_their_key_value_heads_and_the_vocabulary_grows_with_t
     wide = draft_config(llama | {"hidden_size": 4096, "num_key_value_heads": 8})
     assert (wide["num_key_value_heads"], wide["draft_vocab_size"]) == (8, 32_768)
     narrow = draft_config(llama | {"hidden_size": 1024, "num_key_value_heads": 8})
-    assert (narrow["num_key_value_heads"], narrow["draft_vocab_size"]) == (40, 8192)
+    assert (narrow["num_key_value_heads"], narrow["draft_vocab_size"]) == (64, 8192)
     assert draft_config(llama | {"hidden_size": 1024}, 500)["draft_vocab_size"] == 500
     with pytest.raises(ValueError, match="no num_attention_heads"):
         draft_config({"hidden_size": 1024, "num_hidden_layers": 4, "rms_norm_eps": 1e-5, "vocab_size": 10})

@@ -183,8 +183,9 @@ def test_pieces_hold_everything_once_in_order(lengths: list[int]) -> None:
 
 def test_heads_the_lesson_needs() -> None:
     assert lesson.heads_for(576, 64, 3, 3) == 12  # SmolLM2-135M: nine hold a value per channel
-    assert lesson.heads_for(2048, 128, 8, 3) == 24
-    assert lesson.heads_for(100, 64, 3, 3) == 6  # a multiple of the target's key-value heads
+    assert lesson.heads_for(1024, 128, 8, 3) == 16
+    assert lesson.heads_for(2048, 128, 8, 3) == 32  # 24 do not divide the hidden size
+    assert lesson.heads_for(100, 64, 3, 3) is None  # no multiple of the target's key-value heads does
     assert lesson.heads_for(4096, 128, 8, 3) is None  # normal equations of 24,576 unknowns
 
 
