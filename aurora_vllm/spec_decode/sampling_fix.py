@@ -51,9 +51,15 @@ def mend_cpu_sampling() -> bool:
     """Replace vLLM's function where it is broken. Returns whether it was."""
     from vllm.v1.sample import rejection_sampler
 
-    if not loses_its_output(rejection_sampler.expand_batch_to_tokens):
+    original = rejection_sampler.expand_batch_to_tokens
+    if not loses_its_output(original):
         return False
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+    @functools.wraps(original)  # so that a probe still finds vLLM's source behind it
+    def mended(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return expand_batch_to_tokens(*args, **kwargs)
+
+    rejection_sampler.expand_batch_to_tokens = mended
     return True
 
 
