@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from aurora_vllm.control.acceptance import Acceptance
+
 UNTRIED_COST_PER_DRAFT = 0.08  # optimistic guess, of a plain step, so that a promising K is tried and then measured
 STEPS_TO_KNOW = 5  # measurements of a (batch, K) pair before its time counts as known
 PROBE_STEPS = 8
@@ -20,7 +22,6 @@ HOPEFUL = 0.9  # of plain decoding's rate; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
 SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
-WINDOW = 600.0  # live verifications remembered
 WEIGHT_OF_OLDER_VERSION = 0.25
 
 
@@ -48,28 +49,20 @@ class AcceptanceEstimate:
 
     positions: int
     prior: float = 0.0
-    _trials: list[float] = field(init=False)
-    _hits: list[float] = field(init=False)
+    _live: Acceptance = field(init=False)
     _shadow: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._trials = [0.0] * self.positions
-        self._hits = [0.0] * self.positions
+        self._live = Acceptance(self.positions)
         self._shadow = [self.prior] * self.positions
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """One verified request of one step."""
-        keep = 1.0 - 1.0 / WINDOW
-        for i in range(min(num_drafts, self.positions)):
-            if num_accepted < i:
-                break
-            self._trials[i] = self._trials[i] * keep + 1.0
-            self._hits[i] = self._hits[i] * keep + (1.0 if num_accepted > i else 0.0)
+        self._live.observe(num_drafts, num_accepted)
 
     def new_version(self) -> None:
         """Other weights are live: what the older ones did says less."""
-        self._trials = [x * WEIGHT_OF_OLDER_VERSION for x in self._trials]
-        self._hits = [x * WEIGHT_OF_OLDER_VERSION for x in self._hits]
+        self._live.fade(WEIGHT_OF_OLDER_VERSION)
 
     def shadow(self, accepted_per_position: Sequence[float]) -> None:
         """The learner's simulation of the live weights: share of steps in which drafts 0..i were all accepted."""
@@ -82,8 +75,8 @@ class AcceptanceEstimate:
         """Mean tokens gained per verification with K drafts, the bonus token included (vLLM's acceptance length)."""
         length, chain = 1.0, 1.0
         for i in range(draft_length):
-            hits = self._hits[i] + SHADOW_WEIGHT * self._shadow[i]
-            chain *= hits / (self._trials[i] + SHADOW_WEIGHT)
+            hits = self._live.hits[i] + SHADOW_WEIGHT * self._shadow[i]
+            chain *= hits / (self._live.trials[i] + SHADOW_WEIGHT)
             length += chain
         return length
 

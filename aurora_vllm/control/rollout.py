@@ -21,58 +21,17 @@ change of traffic is nobody's fault. A regression smaller than the margin is lef
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Literal
+
+from aurora_vllm.control.acceptance import Acceptance
 
 PROBATION_DRAFTS = 400  # verified drafts after which a version that was not found worse stays
 LEAST_DRAFTS = 60  # verified drafts before a decision: they have to be of more than one or two requests
 MARGIN = 0.15  # share of the older version's accepted drafts that a new one may lose
 STAKES = (0.25, 0.5, 0.9)  # of the boldest; wealth is the mean of three gamblers', who are sure of different things
-WINDOW = 600.0  # verified drafts remembered of a version: its newest say most about the traffic of now
 
 Decision = Literal["undecided", "keep", "rollback"]
-
-
-@dataclass
-class Acceptance:
-    """Live verdicts of one version: how often draft i was accepted where those before it were, older ones for less."""
-
-    positions: int
-    trials: list[float] = field(init=False)
-    hits: list[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.trials, self.hits = [0.0] * self.positions, [0.0] * self.positions
-
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """One request's verdict in one step."""
-        for i in range(min(num_drafts, num_accepted + 1, self.positions)):
-            keep = 1.0 - 1.0 / WINDOW
-            self.trials[i] = self.trials[i] * keep + 1.0
-            self.hits[i] = self.hits[i] * keep + (num_accepted > i)
-
-    def accepted(self, deviations: float = 0.0) -> list[float]:
-        """Mean accepted drafts of a verification with K drafts, for K = 0..positions.
-
-        Args:
-            deviations: standard deviations by which each chance is taken lower (Wilson's score bound); 0 without
-                verdicts.
-        """
-        means, chain = [0.0], 1.0
-        for trials, hits in zip(self.trials, self.hits, strict=True):
-            chain *= _lower(hits, trials, deviations)
-            means.append(means[-1] + chain)
-        return means
-
-
-def _lower(hits: float, trials: float, z: float) -> float:
-    if not trials:
-        return 0.0
-    share, zz = hits / trials, z * z / trials
-    spread = z * math.sqrt(share * (1.0 - share) / trials + zz / (4.0 * trials))
-    return max(0.0, (share + zz / 2.0 - spread) / (1.0 + zz))
 
 
 class Probation:

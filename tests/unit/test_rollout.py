@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_vllm.control.rollout import LEAST_DRAFTS, PROBATION_DRAFTS, Acceptance, Probation, Rollout
+from aurora_vllm.control.acceptance import Acceptance
+from aurora_vllm.control.rollout import LEAST_DRAFTS, PROBATION_DRAFTS, Probation, Rollout
 
 LONG_ENOUGH = 2 * PROBATION_DRAFTS
 
