@@ -25,8 +25,8 @@ def attach(worker: Any) -> Attachment | None:
     if _is_ours(worker) or Session.from_environment() is None:
         return None
     try:
-        if worker.device.type == "cpu" and mend_cpu_sampling():
-            logger.info("aurora: replaced vLLM's expand_batch_to_tokens on the CPU (vllm#55005)")
+        if worker.device.type == "cpu":
+            mend_cpu_sampling()
         return Attachment.to_worker(worker)
     except Exception:
         logger.exception("aurora: could not attach; serving goes on as plain vLLM")
@@ -35,16 +35,11 @@ def attach(worker: Any) -> Attachment | None:
 
 def advise(scheduler: Any) -> DraftLengthAdvisor | None:
     """At the end of ``Scheduler.__init__``: who chooses K, put where vLLM looks K up. None as in :func:`attach`."""
-    if _is_ours(scheduler):
+    if _is_ours(scheduler) or Session.from_environment() is None:
         return None
-    session = Session.from_environment()
-    if session is None or not scheduler.num_spec_tokens:
-        return None
-    from aurora_vllm.spec_decode.scheduler import ChosenDraftLength, DraftLengthAdvisor
+    from aurora_vllm.spec_decode import scheduler as ours
 
-    advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens)
-    scheduler.dynamic_sd_lookup = ChosenDraftLength(advisor)
-    return advisor
+    return ours.advise(scheduler)
 
 
 def _is_ours(thing: object) -> bool:

@@ -12,9 +12,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
+
+logger = logging.getLogger("vllm.aurora")
 
 
 def expand_batch_to_tokens(
@@ -60,6 +63,7 @@ def mend_cpu_sampling() -> bool:
         return expand_batch_to_tokens(*args, **kwargs)
 
     rejection_sampler.expand_batch_to_tokens = mended
+    logger.info("aurora: replaced vLLM's expand_batch_to_tokens on the CPU, which loses its output (vllm#55005)")
     return True
 
 

@@ -26,7 +26,7 @@ WORDS_EVERY = 20  # verified drafts between two accounts of a probation
 TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a draft the user names or resumes, until measured
 
 
-class ChosenDraftLength:
+class _ChosenDraftLength:
     """Stands where vLLM keeps its table of K by batch size."""
 
     def __init__(self, advisor: DraftLengthAdvisor) -> None:
@@ -135,12 +135,15 @@ class DraftLengthAdvisor:
             return
         if not (self._learner_rests and beside_learner):
             self._controller.times.observe(len(counts), proposed, seconds)
-        self._cost.run(lambda: self._judge_learner(len(counts), proposed, seconds, beside_learner))
+        if (guard := self._guard) is not None:
+            self._cost.run(lambda: self._judge_learner(guard, len(counts), proposed, seconds, beside_learner))
 
-    def _judge_learner(self, batch_size: int, drafts: int, seconds: float, beside_learner: bool) -> None:
+    def _judge_learner(
+        self, guard: LearnerGuard, batch_size: int, drafts: int, seconds: float, beside_learner: bool
+    ) -> None:
         """Does the learner slow serving too much? It reads its share from here."""
-        guard, scheduler = self._guard, self._control.scheduler
-        if guard is not None and guard.observe(batch_size, drafts, seconds, beside_learner):
+        scheduler = self._control.scheduler
+        if guard.observe(batch_size, drafts, seconds, beside_learner):
             scheduler.learner_share, scheduler.learner_slowdown = guard.share, guard.slowdown
             scheduler.learner_guard = guard.reason
 
@@ -164,6 +167,16 @@ class DraftLengthAdvisor:
             scheduler.roll_back_version = rollout.version  # last: whoever finds it finds the reason
 
 
+def advise(scheduler: Any) -> DraftLengthAdvisor | None:
+    """Who chooses K for a vLLM scheduler, put where it looks K up; None where there is no session or no drafts."""
+    session = Session.from_environment()
+    if session is None or not scheduler.num_spec_tokens:
+        return None
+    advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens)
+    scheduler.dynamic_sd_lookup = _ChosenDraftLength(advisor)
+    return advisor
+
+
 class AuroraScheduler(Scheduler):
     """Plain vLLM scheduling; only K is chosen step by step.
 
@@ -177,11 +190,7 @@ class AuroraScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        session = Session.from_environment()
-        self._advisor = None
-        if session is not None and self.num_spec_tokens:
-            self._advisor = DraftLengthAdvisor(session, self.num_spec_tokens)
-            self.dynamic_sd_lookup = ChosenDraftLength(self._advisor)
+        self._advisor = advise(self)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         if self._advisor is not None:

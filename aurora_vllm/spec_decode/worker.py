@@ -30,10 +30,8 @@ class AuroraWorker(PlatformWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         if hasattr(self.model_runner, "drafter"):  # V1; V2 samples by other code, which has neither fault
-            if current_platform.is_cpu() and mend_cpu_sampling():
-                logger.info(
-                    "aurora: replaced vLLM's expand_batch_to_tokens on the CPU, which loses its output (vllm#55005)"
-                )
+            if current_platform.is_cpu():
+                mend_cpu_sampling()
             sample_plainly_without_drafts(self.model_runner)
         try:
             self._aurora = Attachment.to_worker(self)
