@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from aurora_vllm.spec_decode.swap import AcceleratorExchange, Standing
+from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Standing
 from aurora_vllm.transport.bank import TensorSpec
 from benchmarks import gpu_processes as processes
-from benchmarks import gpu_selfcheck as selfcheck
+from benchmarks import gpu_ring
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda:0"
@@ -26,7 +26,7 @@ def no_synchronisation() -> Iterator[None]:
 
 def test_every_row_arrives_whole() -> None:
     """The producer runs under set_sync_debug_mode("error") and would end at a synchronisation."""
-    found = selfcheck.ring_integrity(DEVICE, records=20_000, row_bytes=8256, capacity=512, batch=33)
+    found = gpu_ring.ring_integrity(DEVICE, records=20_000, row_bytes=8256, capacity=512, batch=33)
     assert (found["rows"], found["wrong_rows"]) == (20_000, 0)
 
 
@@ -61,4 +61,4 @@ def test_a_published_version_goes_live_without_synchronising() -> None:
 
 
 def test_kill_of_either_side() -> None:
-    assert all(selfcheck.kill_recovery(DEVICE, 8256, 64).values())
+    assert all(gpu_ring.kill_recovery(DEVICE, 8256, 64).values())

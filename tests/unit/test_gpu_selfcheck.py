@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_processes as processes
+from benchmarks import gpu_ring
 from benchmarks import gpu_selfcheck as selfcheck
 
 
@@ -64,7 +65,7 @@ def test_without_a_gpu_it_says_so_and_needs_no_vllm(tmp_path: Path) -> None:
 
 
 def test_integrity_between_two_processes() -> None:
-    found = selfcheck.ring_integrity("cpu", records=3000, row_bytes=192, capacity=64, batch=7)
+    found = gpu_ring.ring_integrity("cpu", records=3000, row_bytes=192, capacity=64, batch=7)
     assert (found["rows"], found["wrong_rows"]) == (3000, 0)
 
 
@@ -98,4 +99,4 @@ def test_bandwidth_and_capture_are_of_what_was_written() -> None:
 
 
 def test_kill_of_either_side() -> None:
-    assert all(selfcheck.kill_recovery("cpu", 192, 16).values())
+    assert all(gpu_ring.kill_recovery("cpu", 192, 16).values())

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from aurora_vllm.spec_decode import swap
-from aurora_vllm.spec_decode.swap import AcceleratorExchange, LiveDraft, StagedWeights, SwapRefused
+from aurora_vllm.spec_decode.exchange import AcceleratorExchange
+from aurora_vllm.spec_decode.swap import LiveDraft, StagedWeights, SwapRefused
 from aurora_vllm.transport.bank import TensorSpec
 
 H, MLP, VOCABULARY, PADDED = 8, 12, 10, 16
