@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import httpx
+from rich.console import Console
+
 from demo.client import drive
-from demo.servers import Server, end_trees, paused, wait_up
+from demo.servers import Server, ServerFailed, end_trees, paused, wait_up
 from demo.serving import MODEL_NAME
 from demo.signals import held
 from demo.workload import Prompt
+
+
+@contextmanager
+def failure_told(console: Console, what: str, logs: str) -> Iterator[None]:
+    """Where the servers of a block fail or somebody stops it: a line or two, and SystemExit.
+
+    Args:
+        what: ran, as the line begins.
+        logs: where the servers' are.
+    """
+    try:
+        yield
+    except (ServerFailed, httpx.HTTPError) as error:
+        console.print(f"{what} failed: {error or type(error).__name__}", style="red", highlight=False)
+        console.print(f"logs: {logs}", highlight=False)
+        raise SystemExit(1) from None
+    except SystemExit:
+        console.print("stopped; nothing is left running")
+        raise
 
 
 class Fleet:

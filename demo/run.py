@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -25,10 +24,9 @@ from benchmarks.report import write_report
 from demo import figures
 from demo.client import Block, drive
 from demo.figures import Pair
-from demo.fleet import Fleet
+from demo.fleet import Fleet, failure_told
 from demo.model import ensure_model
 from demo.plot import plot
-from demo.servers import ServerFailed
 from demo.serving import ENVIRONMENT, MODEL_NAME, START_S, flags
 from demo.signals import end_on_signals
 from demo.view import shown
@@ -216,15 +214,8 @@ def main(
     plan = Plan.quick(minutes or 5.0) if quick else Plan(minutes or 14.0)
     kind: Kind = workload  # type: ignore[assignment]
     demo = Demo(plan, load(kind, seed), console, json.parent)
-    try:
+    with failure_told(console, "the demo", f"{json.parent}/aurora.log, {json.parent}/plain.log"):
         demo.run(ensure_model())
-    except (ServerFailed, httpx.HTTPError) as error:
-        console.print(f"the demo failed: {error or type(error).__name__}", style="red", highlight=False)
-        console.print(f"logs: {json.parent}/aurora.log, {json.parent}/plain.log", highlight=False)
-        raise SystemExit(1) from None
-    except SystemExit:
-        console.print("stopped; nothing is left running")
-        raise
     values, spread, extra = demo.results()
     write_report(json, values, spread, seed, extra | {"quick": quick, "workload": workload})
     picture = json.with_suffix(".png")

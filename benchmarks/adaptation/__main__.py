@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 
@@ -28,9 +27,8 @@ from benchmarks.adaptation.plot import plot
 from benchmarks.adaptation.prompts import FILE, domains, from_file
 from benchmarks.adaptation.run import Run
 from benchmarks.report import write_report
-from demo.fleet import Fleet
+from demo.fleet import Fleet, failure_told
 from demo.model import ensure_model
-from demo.servers import ServerFailed
 from demo.serving import ENVIRONMENT
 from demo.signals import end_on_signals
 
@@ -108,15 +106,9 @@ def _measure(
             ("--enforce-eager",) if eager else (), checkpoints, None if static_draft else exported, console, write,
         )  # fmt: skip
         try:
-            run.run()
-            complete = True
-        except (ServerFailed, httpx.HTTPError) as error:
-            console.print(f"the benchmark failed: {error or type(error).__name__}", style="red", highlight=False)
-            console.print(f"logs: {json.parent}/adaptation-logs", highlight=False)
-            raise SystemExit(1) from None
-        except SystemExit:
-            console.print("stopped; nothing is left running")
-            raise
+            with failure_told(console, "the benchmark", f"{json.parent}/adaptation-logs"):
+                run.run()
+                complete = True
         finally:
             if run.windows:
                 write(run.windows)

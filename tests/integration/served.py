@@ -14,6 +14,7 @@ import inspect
 import json
 import shlex
 import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 
 from aurora_vllm.transport.rows import RowLayout
 from benchmarks.engine import Engine
-from tests.integration.reference import Reference, count_verdicts
+from tests.integration.reference import Reference, RequestRows, count_verdicts
 
 TEXTS = [
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
@@ -94,28 +95,45 @@ class Served:
         return counted
 
 
+def answers(requests: Sequence[RequestRows], outputs: Sequence[Any]) -> Iterator[tuple[RequestRows, int, list[int]]]:
+    """Each request's rows with the length of its prompt and the answer that the client got.
+
+    Args:
+        requests: sorted rows.
+        outputs: vLLM's RequestOutput of all of them.
+    """
+    by_prompt = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in outputs}
+    for request in requests:
+        length = next(n for n in range(1, len(request.tokens)) if tuple(request.tokens[:n]) in by_prompt)
+        yield request, length, list(by_prompt[tuple(request.tokens[:length])])
+
+
 def _reference(engine: Engine, target: Path) -> Reference:
     draft = json.loads((engine.session.draft / "config.json").read_text())
     return Reference(target, tuple(draft["eagle_aux_hidden_state_layer_ids"]))
 
 
-def write_tiny_target(directory: Path) -> Path:
-    """A random Llama of four layers that repeats itself in about every second token, so that drafts get accepted."""
+def write_tiny_target(directory: Path, **changes: Any) -> Path:
+    """A random Llama of four layers that repeats itself in about every second token, so that drafts get accepted.
+
+    Args:
+        changes: of its configuration.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=TINY_VOCABULARY,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": TINY_VOCABULARY,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    LlamaForCausalLM(LlamaConfig(**(sizes | changes))).save_pretrained(directory)
     return directory

@@ -12,7 +12,7 @@ from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.rows import Field, RowFlag
 from benchmarks.engine import Engine
 from tests.integration.reference import assert_states_agree, sort_rows
-from tests.integration.served import Served
+from tests.integration.served import Served, answers
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -40,10 +40,7 @@ def test_mixed_batch_with_chunked_prefill_agrees_with_transformers(served: Serve
     rows = served.finish()
     requests = list(sort_rows(rows, served.layout).values())
     assert len(requests) == len(prompts)
-    by_prompt = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in outputs}
-    for request in requests:
-        length = next(n for n in range(1, len(request.tokens)) if tuple(request.tokens[:n]) in by_prompt)
-        answer = list(by_prompt[tuple(request.tokens[:length])])
+    for request, length, answer in answers(requests, outputs):
         # The last token has no row of its own: nothing was computed after it. Drafts beyond max_tokens may.
         assert request.tokens[length : length + len(answer) - 1] == answer[:-1]
         assert request.emitted[length - 1] == answer[0]

@@ -7,7 +7,7 @@ import pytest
 from aurora_vllm.spec_decode.scheduler import AsyncAuroraScheduler
 from benchmarks.engine import Engine
 from tests.integration.reference import assert_states_agree, count_verdicts, sort_rows
-from tests.integration.served import Served
+from tests.integration.served import Served, answers
 
 
 @pytest.fixture(params=["v1", "v2"])
@@ -46,10 +46,7 @@ def test_overlapping_steps_are_logged_right(served_by_v2_overlapping: Served) ->
     rows = served.finish()
     requests = list(sort_rows(rows, served.layout).values())
     assert len(requests) == len(outputs)
-    by_prompt = {tuple(o.prompt_token_ids): o.outputs[0].token_ids for o in outputs}
-    for request in requests:
-        length = next(n for n in range(1, len(request.tokens)) if tuple(request.tokens[:n]) in by_prompt)
-        answer = list(by_prompt[tuple(request.tokens[:length])])
+    for request, length, answer in answers(requests, outputs):
         assert request.tokens[length : length + len(answer) - 1] == answer[:-1]
         assert request.ended
     assert_states_agree(served.reference, requests, {})

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.integration.served import write_tiny_target
+
 VOCABULARY = 32
 PROMPT = [5, 17, 3, 9, 11, 2]
 SAMPLES = 3000
@@ -18,25 +20,8 @@ SAMPLES = 3000
 @pytest.fixture(scope="session")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 32 tokens with a distribution that is neither flat nor a single spike."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
     directory = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return write_tiny_target(directory, vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.15)
 
 
 @pytest.fixture(scope="session")  # shutting it down takes vLLM's process groups from the shared engine, too
