@@ -22,6 +22,11 @@ class AuroraConfig(BaseModel):
     speculate: Literal["auto", "always", "never"] = Field(
         "auto", description="auto: only where it pays; always: fixed K; never: capture and learn only"
     )
+    prompt_lookup: bool = Field(
+        True,
+        description="where a request repeats itself, propose what followed the last time, as long as that is right "
+        "more often than the draft",
+    )
     rollback_confidence: float = Field(
         0.95, ge=0, lt=1, description="confidence that a new version accepts less, at which it is rolled back; 0: never"
     )

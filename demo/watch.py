@@ -25,15 +25,17 @@ class Sample:
     shadow_length: (
         float | None
     )  # the learner's simulated acceptance length of the version it evaluates; None without evidence
-    drafts: int  # verifications so far, all versions
+    drafts: int  # verifications so far, all versions and copies
     draft_tokens: int
     accepted: int
+    copied_drafts: int = 0  # those of tokens copied from the request
+    copied_accepted: int = 0
 
     @classmethod
     def of(cls, status: dict[str, Any], requests: int) -> Sample:
         """From the answer of ``GET /aurora/status``."""
         versions, learner = status["versions"], status["learner"]
-        table = versions["acceptance"]
+        table, copies = versions["acceptance"], status["speculation"]
         shares = learner["shadow_accepted_per_position"]
         return cls(
             requests=requests,
@@ -41,9 +43,11 @@ class Sample:
             draft_length=status["speculation"]["draft_length"],
             swaps=status["swaps"]["swaps"],
             shadow_length=1.0 + sum(shares) if learner["shadow_steps"] else None,
-            drafts=sum(row["num_drafts"] for row in table),
-            draft_tokens=sum(row["num_draft_tokens"] for row in table),
-            accepted=sum(row["num_accepted"] for row in table),
+            drafts=sum(row["num_drafts"] for row in table) + copies["copied_drafts"],
+            draft_tokens=sum(row["num_draft_tokens"] for row in table) + copies["copied_tokens"],
+            accepted=sum(row["num_accepted"] for row in table) + copies["copied_accepted"],
+            copied_drafts=copies["copied_drafts"],
+            copied_accepted=copies["copied_accepted"],
         )
 
 

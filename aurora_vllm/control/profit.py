@@ -51,10 +51,12 @@ class AcceptanceEstimate:
     prior: float = 0.0
     _live: Acceptance = field(init=False)
     _shadow: list[float] = field(init=False)
+    _copies: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         self._live = Acceptance(self.positions)
         self._shadow = [self.prior] * self.positions
+        self._copies = [0.0] * self.positions
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """One verified request of one step."""
@@ -66,19 +68,30 @@ class AcceptanceEstimate:
 
     def shadow(self, accepted_per_position: Sequence[float]) -> None:
         """The learner's simulation of the live weights: share of steps in which drafts 0..i were all accepted."""
-        before = 1.0
-        for i, share in enumerate(accepted_per_position[: self.positions]):
-            self._shadow[i] = min(share / before, 1.0) if before > 0 else 0.0
-            before = share
+        self._shadow = _conditional(accepted_per_position[: self.positions])
+
+    def copies(self, accepted_per_position: Sequence[float]) -> None:
+        """The same for drafts that are copied from the request: control/copying.py."""
+        self._copies = _conditional(accepted_per_position[: self.positions])
 
     def expected_length(self, draft_length: int) -> float:
         """Mean tokens gained per verification with K drafts, the bonus token included (vLLM's acceptance length)."""
         length, chain = 1.0, 1.0
         for i in range(draft_length):
-            hits = self._live.hits[i] + SHADOW_WEIGHT * self._shadow[i]
+            # Of the two the better is proposed, so together they are at least as good as it.
+            hits = self._live.hits[i] + SHADOW_WEIGHT * max(self._shadow[i], self._copies[i])
             chain *= hits / (self._live.trials[i] + SHADOW_WEIGHT)
             length += chain
         return length
+
+
+def _conditional(shares: Sequence[float]) -> list[float]:
+    """Chance of each draft given those before it, from the share of steps in which drafts 0..i were all accepted."""
+    chances, before = [], 1.0
+    for share in shares:
+        chances.append(min(share / before, 1.0) if before > 0 else 0.0)
+        before = share
+    return chances
 
 
 @dataclass

@@ -197,8 +197,9 @@ def acceptance_length(status: Mapping[str, Any]) -> float | None:
 
     SGLang's definition: accepted tokens, the bonus token among them, over verifications.
     """
-    rows = status["versions"]["acceptance"]
-    drafts, accepted = (sum(row[name] for row in rows) for name in ("num_drafts", "num_accepted"))
+    rows, copies = status["versions"]["acceptance"], status["speculation"]
+    drafts = copies["copied_drafts"] + sum(row["num_drafts"] for row in rows)
+    accepted = copies["copied_accepted"] + sum(row["num_accepted"] for row in rows)
     return 1 + accepted / drafts if drafts else None
 
 

@@ -64,6 +64,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("aurora_draft_length", "speculation.draft_length", "Draft length K in use; 0 is no speculation"),
     Metric("aurora_steps_total", "speculation.steps", "Engine steps"),
     Metric("aurora_speculative_steps_total", "speculation.spec_steps", "Engine steps that verified drafts"),
+    Metric(
+        "aurora_copied_drafts_total", "speculation.copied_drafts", "Verifications of drafts copied from the request"
+    ),
+    Metric("aurora_copied_tokens_total", "speculation.copied_tokens", "Copied tokens verified"),
+    Metric("aurora_copied_accepted_tokens_total", "speculation.copied_accepted", "Copied tokens accepted"),
     Metric("aurora_swaps_total", "swaps.swaps", "Draft weights swapped in"),
     Metric("aurora_swap_refusals_total", "swaps.refusals", "Published weights the worker refused"),
     Metric("aurora_swap_stall_microseconds", "swaps.last_swap_stall_us", "How long the last swap held up a step"),

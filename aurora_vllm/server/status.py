@@ -30,6 +30,7 @@ def status(
             "draft_length": scheduler["draft_length"],
             "reason": scheduler["reason"],
             **_take(scheduler, "steps", "spec_steps", "generated_tokens"),
+            **_take(scheduler, "copying", "copied_drafts", "copied_tokens", "copied_accepted"),
         },
         "capture": {
             "on": worker["capture_on"],

@@ -112,7 +112,7 @@ COMMON_HOOKS = (
     Hook(f"{_SCHEDULER}.update_draft_token_ids", ("draft_token_ids",), "scheduler: drafts arrive"),
     Hook(
         f"{_SCHEDULER}.make_spec_decoding_stats",
-        ("num_draft_tokens", "num_accepted_tokens"),
+        ("num_draft_tokens", "num_accepted_tokens", "request_id"),
         "scheduler: verdicts, as vllm:spec_decode_* counts them",
     ),
     Hook("vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM", (), "swap: the draft's layout"),

@@ -15,7 +15,7 @@ from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling
 
 if TYPE_CHECKING:
-    from aurora_vllm.spec_decode.scheduler import DraftLengthAdvisor
+    from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
 
 logger = logging.getLogger("vllm.aurora")
 

@@ -64,6 +64,10 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "steps": INT,
         "generated_tokens": INT,
         "spec_steps": INT,
+        "copying": TEXT,  # "on", or why drafts are not copied from the request
+        "copied_drafts": INT,  # verifications of copied drafts; the acceptance table has the draft's own
+        "copied_tokens": INT,
+        "copied_accepted": INT,
         "learner_share": FLOAT,  # factor on the share the learner may take: control/guard.py
         "learner_slowdown": FLOAT,  # what it adds to the time per output token, as a share of it
         "learner_guard": TEXT,

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from aurora_vllm.spec_decode import scheduler
-from aurora_vllm.spec_decode.scheduler import DraftLengthAdvisor
+from aurora_vllm.spec_decode import advisor as advisor_module
+from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
 from tests.unit.tiny_world import World, session
 
 
@@ -28,7 +28,10 @@ def test_a_step_beside_a_burst_of_the_learner_says_nothing_of_k(
     with session(World(), tmp_path, learner_cpu_share=share) as (current, _):
         advisor = DraftLengthAdvisor(current, 2)
         step = SimpleNamespace(
-            num_scheduled_tokens={"a": 1}, scheduled_spec_decode_tokens={}, num_spec_tokens_to_schedule=0
+            num_scheduled_tokens={"a": 1},
+            scheduled_spec_decode_tokens={},
+            num_spec_tokens_to_schedule=0,
+            finished_req_ids=set(),
         )
         for _ in range(10):
             assert advisor.draft_length(1) == 0  # nothing is known yet
@@ -45,13 +48,16 @@ def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(
 ) -> None:
     """Scheduled at 0 and 1 s, results at 10 and 13 s: the second took 3 s, not 12."""
     clock = iter([0.0, 1.0, 10.0, 13.0])
-    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(advisor_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with session(World(), tmp_path) as (current, _):
         advisor = DraftLengthAdvisor(current, 2)
         seen: list[float] = []
         monkeypatch.setattr(advisor._controller.times, "observe", lambda batch, k, seconds: seen.append(seconds))
         step = SimpleNamespace(
-            num_scheduled_tokens={"a": 1}, scheduled_spec_decode_tokens={}, num_spec_tokens_to_schedule=0
+            num_scheduled_tokens={"a": 1},
+            scheduled_spec_decode_tokens={},
+            num_spec_tokens_to_schedule=0,
+            finished_req_ids=set(),
         )
         for call in (advisor.step_starts, advisor.step_starts):
             call()

@@ -21,6 +21,7 @@ OTHER: dict[str, str] = {
     "speculate": "always",
     "objective": "reverse",
     "cache_dir": "/some/cache",
+    "prompt_lookup": "false",
     "learn": "false",
     "learner_sleep": "false",
     "draft_vocab_size": "500",

@@ -43,7 +43,13 @@ STATUS = {
             }
         ],
     },
-    "speculation": {"draft_length": 3, "reason": "drafting pays"},
+    "speculation": {
+        "draft_length": 3,
+        "reason": "drafting pays",
+        "copied_drafts": 4,
+        "copied_tokens": 12,
+        "copied_accepted": 9,
+    },
     "swaps": {"swaps": 4, "refusals": 0},
     "capture": {"requests_dropped": 0},
     "ring": {"used_share": 0.25, "capacity": 100},
@@ -109,7 +115,8 @@ def test_pauses_between_blocks_do_not_count_as_slowness() -> None:
 
 def test_a_sample_is_read_from_a_status() -> None:
     sample = Sample.of(STATUS, 12)
-    assert (sample.requests, sample.live_version, sample.swaps, sample.drafts) == (12, 2, 4, 10)
+    assert (sample.requests, sample.live_version, sample.swaps, sample.drafts) == (12, 2, 4, 14)
+    assert (sample.draft_tokens, sample.accepted, sample.copied_drafts, sample.copied_accepted) == (42, 14, 4, 9)
     assert sample.shadow_length == pytest.approx(1.7)
 
 

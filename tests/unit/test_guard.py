@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aurora_vllm.control import guard
 from aurora_vllm.control.guard import FLOOR, LONGEST_WINDOW, WINDOW, LearnerGuard, relative_times
-from aurora_vllm.spec_decode.scheduler import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
 from tests.unit.tiny_world import World, session
 
 
@@ -90,12 +90,15 @@ def test_kinds_of_step_are_not_mixed() -> None:
 
 
 def test_the_scheduler_measures_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aurora_vllm.spec_decode import scheduler
+    from aurora_vllm.spec_decode import advisor as advisor_module
 
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(scheduler.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(advisor_module.time, "perf_counter", lambda: clock.now)
     step = SimpleNamespace(
-        num_scheduled_tokens={"a": 1}, scheduled_spec_decode_tokens={}, num_spec_tokens_to_schedule=0
+        num_scheduled_tokens={"a": 1},
+        scheduled_spec_decode_tokens={},
+        num_spec_tokens_to_schedule=0,
+        finished_req_ids=set(),
     )
     prompt = SimpleNamespace(**(vars(step) | {"num_scheduled_tokens": {"a": 9}}))
 
