@@ -23,6 +23,7 @@ from aurora_vllm.learner.day0 import make_day0_draft
 from aurora_vllm.learner.draft import bank_specs, load_draft
 from aurora_vllm.session import ENVIRONMENT_KEY, Session
 from aurora_vllm.spec_decode.attachment import Attachment
+from aurora_vllm.spec_decode.copying import DraftCopier
 from aurora_vllm.transport.bank import WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingConsumer, RingProducer, ring_bytes
@@ -110,7 +111,7 @@ class Engine:
         RingProducer.create(ring_segment, layout.row_bytes, RING_ROWS)
         bank = WeightBank.create(bank_segment, specs)
         session = Session(
-            config=AuroraConfig(speculate=speculate),
+            config=AuroraConfig(speculate=speculate, prompt_lookup=False),  # what is measured is the draft
             target=target,
             draft=draft,
             hidden_size=hidden_size,
@@ -178,6 +179,16 @@ class Engine:
             yield
         finally:
             self.run(Engine.choose_draft_length, before)
+
+    @contextmanager
+    def copying(self) -> Iterator[DraftCopier]:
+        """Replace drafts by copies for a while, as a server does; the tests look at the draft itself otherwise."""
+        advisor = self.scheduler._advisor
+        advisor._copier = DraftCopier(self.scheduler.num_spec_tokens)
+        try:
+            yield advisor._copier
+        finally:
+            advisor._copier = None
 
     def choose_draft_length(self, mode: str) -> str:
         """As ``draft_length``, for good; the mode before."""

@@ -31,6 +31,7 @@ from aurora_vllm.learner.draft import Eagle3Draft, load_draft
 from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.target import TargetHead, load_target_head
 from aurora_vllm.learner.trajectory import Trajectory
+from benchmarks.copies import simulate_with_copies
 from benchmarks.learning_plot import plot
 from benchmarks.openmp import restart_with_intel_openmp
 from benchmarks.recording import record
@@ -89,6 +90,8 @@ class Run:
     steps: list[int] = field(default_factory=list)  # verifications
     accepted: list[int] = field(default_factory=list)  # drafts accepted in them
     unseen: float = 0.0  # acceptance length on unseen prompts at the end
+    served: float = 0.0  # the same with drafts replaced by copies where those are better, as a server does
+    copied: float = 0.0  # the same of copies alone
 
     def running(self) -> list[float]:
         """Acceptance length over the last WINDOW trajectories."""
@@ -146,6 +149,8 @@ def summary(runs: dict[str, list[Run]], rows: int) -> tuple[dict[str, Any], dict
         values: dict[str, Sequence[float]] = {
             "tokens_to_1_5": [rows if tokens is None else tokens for tokens in reached],
             "acceptance_length_unseen": [run.unseen for run in some],
+            "acceptance_length_served": [run.served for run in some],
+            "acceptance_length_copies": [run.copied for run in some],
             "cpu_seconds": [run.seconds[-1] for run in some],
         }
         for key, samples in values.items():
@@ -193,6 +198,8 @@ def learn(
         seconds += clock() - began
     total = sum((simulate(draft, head, one, DRAFT_LENGTH) for one in unseen), Score(0, (0,) * DRAFT_LENGTH))
     run.unseen = total.acceptance_length
+    served, copied = simulate_with_copies(draft, head, unseen, DRAFT_LENGTH)
+    run.served, run.copied = served.acceptance_length, copied.acceptance_length
     return run
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 
-from aurora_vllm.learner.evaluate import simulate
+from aurora_vllm.control.copying import CopyChoice
+from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.trajectory import Assembler
+from aurora_vllm.spec_decode.prompt_lookup import LONGEST_MATCH
+from benchmarks.copies import _walk, simulate_with_copies
 from benchmarks.learning import ARMS, DRAFT_LENGTH, RELEASE_BATCH, WINDOW, Arm, Run, _names, learn, summary
 from tests.unit.tiny_world import LAYOUT, World
 
@@ -83,3 +87,27 @@ def test_a_replay_scores_what_it_has_not_trained_on_and_leaves_the_draft_alone(t
     )
     alone = [simulate(draft, head, one, DRAFT_LENGTH) for one in trajectories[:9]]
     assert waits.accepted[:8] == [sum(one.accepted) for one in alone[:8]]  # nothing is learned before a batch is whole
+
+
+def test_copies_are_walked_as_a_server_would() -> None:
+    """A phrase of five tokens three times; the draft is right about one token of every step."""
+    text, choice = [*range(10, 15)] * 3, CopyChoice(3, LONGEST_MATCH)
+    drafted = [1] * 8
+    alone = _walk(CopyChoice(3, LONGEST_MATCH), text, 5, drafted, 3, always=True)
+    # nothing to copy before the phrase begins again with two tokens; then every step gains four
+    assert alone == Score(4, (2, 2, 2))
+    chosen = _walk(choice, text, 5, drafted, 3, always=False)
+    assert chosen == Score(3, (3, 2, 2)) and choice.prefers_copy(2)
+    for _ in range(9):
+        choice.compare(2, False, True)
+    assert _walk(choice, text[:10], 5, [1] * 3, 3, always=False) == Score(2, (2, 0, 0))  # copies have been wrong
+
+
+def test_without_anything_to_copy_it_is_the_draft_alone(tmp_path: Path) -> None:
+    world = World()
+    draft, head = world.draft(), load_target_head(world.save_target(tmp_path))
+    (one,) = Assembler(LAYOUT).feed(world.rows(3, answer=24))
+    one = replace(one, token_ids=torch.arange(len(one.token_ids)))
+    served, copied = simulate_with_copies(draft, head, [one], DRAFT_LENGTH)
+    assert served == simulate(draft, head, one, DRAFT_LENGTH) and served.steps > 10
+    assert copied.acceptance_length == 1.0
