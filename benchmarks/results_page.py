@@ -22,6 +22,7 @@ GOALS: dict[str, tuple[str, float | None, float | None]] = {
     "day0_speedup_c1": ("one domain, concurrency 1, after learning: aurora over plain vLLM", 1.5, 2.0),
     "day0_speedup_c4": ("the same at concurrency 4", 1.08, 1.25),
     "shift_speedup": ("after the shifts, the last third: aurora over the static draft", 1.25, 1.4),
+    "shift_learning": ("the same over a static draft with copies: what learning on gives", None, None),
     "k0_ratio": ("speculation decided off: over plain vLLM", 0.98, 1.0),
     "over_suffix": ("aurora over suffix decoding, same windows", None, None),
     "over_ngram": ("aurora over n-gram, same windows", None, None),
@@ -41,7 +42,8 @@ def page(report: Mapping[str, Any]) -> str:
         "![Tokens per second over the requests](../benchmarks/results/adaptation.png)",
         "![Speed over plain vLLM](../benchmarks/results/adaptation_speedups.png)",
         "## Every kind of window\n\n" + _kinds(report["table"]),
-        "## Acceptance length by draft version\n\n" + _versions(by_version(windows, "aurora")),
+        "## Acceptance length by draft version\n\nOf the draft's own proposals, and of those copied from the request.",
+        _versions(by_version(windows, "aurora")),
         "## The learner\n\n" + _learner([window for window in windows if window.arm == "aurora"]),
     ]
     if report["absent"]:

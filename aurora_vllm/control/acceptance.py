@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WINDOW = 600.0  # verified drafts remembered: the newest say most about the traffic of now
+SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
+WEIGHT_OF_OLDER_VERSION = 0.25
 
 
 @dataclass
@@ -45,6 +48,68 @@ class Acceptance:
             chain *= _lower(hits, trials, deviations)
             means.append(means[-1] + chain)
         return means
+
+    def chain(self, believed: Sequence[float], weight: float) -> list[float]:
+        """Chance that drafts 0..i are all accepted, for each i.
+
+        Args:
+            believed: chance of each draft, given those before it, to believe in without verdicts.
+            weight: verdicts that this belief is worth.
+        """
+        chances, chance = [], 1.0
+        for trials, hits, belief in zip(self.trials, self.hits, believed, strict=True):
+            chance *= (hits + weight * belief) / (trials + weight)
+            chances.append(chance)
+        return chances
+
+
+@dataclass
+class AcceptanceEstimate:
+    """Chance that the draft's token i is accepted given that those before it were: live verdicts and the learner's
+    shadow.
+
+    Args:
+        positions: largest draft length.
+        prior: conditional chance to assume before any evidence; 0 for a draft nobody has tried.
+    """
+
+    positions: int
+    prior: float = 0.0
+    _live: Acceptance = field(init=False)
+    _shadow: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._live = Acceptance(self.positions)
+        self._shadow = [self.prior] * self.positions
+
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """One verified request of one step."""
+        self._live.observe(num_drafts, num_accepted)
+
+    def new_version(self) -> None:
+        """Other weights are live: what the older ones did says less."""
+        self._live.fade(WEIGHT_OF_OLDER_VERSION)
+
+    def shadow(self, accepted_per_position: Sequence[float]) -> None:
+        """The learner's simulation of the live weights: share of steps in which drafts 0..i were all accepted."""
+        self._shadow = conditional(accepted_per_position[: self.positions])
+
+    def chain(self) -> list[float]:
+        """Chance that drafts 0..i are all accepted, for each i."""
+        return self._live.chain(self._shadow, SHADOW_WEIGHT)
+
+    def expected_length(self, draft_length: int) -> float:
+        """Mean tokens gained per verification with K drafts, the bonus token included (vLLM's acceptance length)."""
+        return 1.0 + sum(self.chain()[:draft_length])
+
+
+def conditional(shares: Sequence[float]) -> list[float]:
+    """Chance of each draft given those before it, from the share of steps in which drafts 0..i were all accepted."""
+    chances, before = [], 1.0
+    for share in shares:
+        chances.append(min(share / before, 1.0) if before > 0 else 0.0)
+        before = share
+    return chances
 
 
 def _lower(hits: float, trials: float, z: float) -> float:

@@ -7,14 +7,17 @@ decisions out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from aurora_vllm.control.acceptance import Acceptance
 
 MEMORY = 200.0  # comparisons remembered for each match length
-FEW = 10.0  # simulated verifications that count as misses beforehand
+ROWS = 1000.0  # proposals remembered for how often text repeats itself
+FEW = 10.0  # simulated verifications that count as misses beforehand, and weigh of what other match lengths say
 
 
-class CopyChoice:
-    """Compares copies with drafts of the same step.
+class Copies:
+    """What is known of copies, by match length; 0 stands for no match.
 
     Args:
         positions: largest draft length.
@@ -23,25 +26,40 @@ class CopyChoice:
 
     def __init__(self, positions: int, longest: int) -> None:
         self._lead = [0.0] * (longest + 1)
-        self._simulated = Acceptance(positions)
+        self._rows = [0.0] * (longest + 1)
+        self._simulated = [Acceptance(positions) for _ in range(longest + 1)]
+        self._all = Acceptance(positions)
+        self._nothing = [0.0] * positions
+
+    def seen(self, match_length: int) -> None:
+        """A proposal was made after a match this long."""
+        self._rows = [count * (1.0 - 1.0 / ROWS) for count in self._rows]
+        self._rows[match_length] += 1.0
 
     def compare(self, match_length: int, copy_was_right: bool, draft_was_right: bool) -> None:
         """The target emitted the token both had proposed for."""
         gain = int(copy_was_right) - int(draft_was_right)
         self._lead[match_length] = self._lead[match_length] * (1.0 - 1.0 / MEMORY) + gain
 
-    def prefers_copy(self, match_length: int) -> bool:
+    def preferred(self, match_length: int) -> bool:
         """Whether copies after so long a match were right at least as often as drafts; unheard of, they are tried."""
-        return self._lead[match_length] >= 0.0
+        return match_length > 0 and self._lead[match_length] >= 0.0
 
-    def simulate(self, num_drafts: int, num_accepted: int) -> None:
-        """What a step that copies alone would have shown: accepted copies, 0 where nothing matched."""
-        self._simulated.observe(num_drafts, num_accepted)
+    def simulate(self, match_length: int, num_drafts: int, num_accepted: int) -> None:
+        """What verifying a copy would have shown, or has."""
+        self._simulated[match_length].observe(num_drafts, num_accepted)
+        self._all.observe(num_drafts, num_accepted)
 
-    def accepted_per_position(self) -> list[float]:
-        """Share of steps in which copies 0..i would all have been accepted, had nothing but copies been proposed."""
-        chain, shares = 1.0, []
-        for trials, hits in zip(self._simulated.trials, self._simulated.hits, strict=True):
-            chain *= hits / (trials + FEW)
-            shares.append(chain)
-        return shares
+    def chain(self, match_length: int) -> list[float]:
+        """Chance that copied tokens 0..i are all accepted, for each i."""
+        usual = [hits / (trials + FEW) for hits, trials in zip(self._all.hits, self._all.trials, strict=True)]
+        return self._simulated[match_length].chain(usual, FEW)
+
+    def shares(self) -> Iterator[tuple[int, float]]:
+        """Match lengths, and how often each is met; no match where nothing is known."""
+        total = sum(self._rows)
+        if not total:
+            yield 0, 1.0
+        for match_length, count in enumerate(self._rows):
+            if count:
+                yield match_length, count / total

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from aurora_vllm.control.profit import batch_bucket
+from aurora_vllm.control.step_costs import batch_bucket
 
 WINDOW = 512  # steps between two decisions
 LONGEST_WINDOW = 8 * WINDOW  # where bursts are rare; then too few to matter

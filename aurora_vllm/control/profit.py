@@ -1,208 +1,198 @@
 """How many tokens to draft, decided by measured tokens per second.
 
 Acceptance alone is the wrong signal: a draft that is often right can still cost more than it saves once the batch is
-compute-bound. So every draft length K, 0 included, is rated by ``expected accepted length / measured step time`` at the
-present batch size, and the best rate wins. Numbers in, decisions out: this file knows neither vLLM nor torch.
+compute-bound. So every draft length K, 0 included, is rated by the tokens a step is expected to gain over the seconds
+it is expected to take at the present batch size, and the best rate wins. Where proposals can be cut, request by
+request, only tokens that are likely enough to pay for being verified count, copied ones too: those cost nothing to
+propose. Numbers in, decisions out: this file knows neither vLLM nor torch.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from aurora_vllm.control.acceptance import Acceptance
+from aurora_vllm.control.acceptance import AcceptanceEstimate
+from aurora_vllm.control.copying import Copies
+from aurora_vllm.control.step_costs import StepCosts, batch_bucket
 
-UNTRIED_COST_PER_DRAFT = 0.08  # optimistic guess, of a plain step, so that a promising K is tried and then measured
-STEPS_TO_KNOW = 5  # measurements of a (batch, K) pair before its time counts as known
 PROBE_STEPS = 8
 PROBE_EVERY = 160  # steps between two looks at the alternative
 PATIENCE = 4  # times as many where the alternative looks bad: the look that said so may have been unlucky
-HOPEFUL = 0.9  # of plain decoding's rate; a K that promises less looks bad
+HOPEFUL = 0.9  # of the rate without drafting; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
-SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
-WEIGHT_OF_OLDER_VERSION = 0.25
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A draft length and, in words, why."""
+    """A draft length and, in words, why.
+
+    ``proposals``: "whole" proposals are verified as they are, "worthwhile" ones are cut to what pays, "none" are.
+    """
 
     draft_length: int
     reason: str
+    proposals: str = "worthwhile"
 
 
-def batch_bucket(batch_size: int) -> int:
-    """Batch sizes whose step times are pooled: 1, 2, 3, 4, then powers of two."""
-    return batch_size if batch_size <= 4 else 1 << (batch_size - 1).bit_length()
+@dataclass(frozen=True)
+class _Plan:
+    """What a draft length would give: its rate over plain decoding's, and what a request gains and verifies a step."""
 
-
-@dataclass
-class AcceptanceEstimate:
-    """Chance that draft i is accepted given that those before it were, from live verdicts and the learner's shadow.
-
-    Args:
-        positions: largest draft length.
-        prior: conditional chance to assume before any evidence; 0 for a draft nobody has tried.
-    """
-
-    positions: int
-    prior: float = 0.0
-    _live: Acceptance = field(init=False)
-    _shadow: list[float] = field(init=False)
-    _copies: list[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._live = Acceptance(self.positions)
-        self._shadow = [self.prior] * self.positions
-        self._copies = [0.0] * self.positions
-
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """One verified request of one step."""
-        self._live.observe(num_drafts, num_accepted)
-
-    def new_version(self) -> None:
-        """Other weights are live: what the older ones did says less."""
-        self._live.fade(WEIGHT_OF_OLDER_VERSION)
-
-    def shadow(self, accepted_per_position: Sequence[float]) -> None:
-        """The learner's simulation of the live weights: share of steps in which drafts 0..i were all accepted."""
-        self._shadow = _conditional(accepted_per_position[: self.positions])
-
-    def copies(self, accepted_per_position: Sequence[float]) -> None:
-        """The same for drafts that are copied from the request: control/copying.py."""
-        self._copies = _conditional(accepted_per_position[: self.positions])
-
-    def expected_length(self, draft_length: int) -> float:
-        """Mean tokens gained per verification with K drafts, the bonus token included (vLLM's acceptance length)."""
-        length, chain = 1.0, 1.0
-        for i in range(draft_length):
-            # Of the two the better is proposed, so together they are at least as good as it.
-            hits = self._live.hits[i] + SHADOW_WEIGHT * max(self._shadow[i], self._copies[i])
-            chain *= hits / (self._live.trials[i] + SHADOW_WEIGHT)
-            length += chain
-        return length
-
-
-def _conditional(shares: Sequence[float]) -> list[float]:
-    """Chance of each draft given those before it, from the share of steps in which drafts 0..i were all accepted."""
-    chances, before = [], 1.0
-    for share in shares:
-        chances.append(min(share / before, 1.0) if before > 0 else 0.0)
-        before = share
-    return chances
-
-
-@dataclass
-class StepTimes:
-    """Seconds of a decode step by (batch bucket, K): the lower quartile of the last ``window`` ones.
-
-    What disturbs a step (a prompt being tokenised, the learner's burst) is no property of K and only ever makes it
-    longer. A probe is short enough for one burst to cover half of it, which a median would take for the cost of K.
-    """
-
-    window: int = 15  # two probes renew it: what plain decoding cost while the machine was busy must not last
-    _recent: dict[tuple[int, int], deque[float]] = field(default_factory=dict)
-    _typical: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    def observe(self, batch_size: int, draft_length: int, seconds: float) -> None:
-        key = (batch_bucket(batch_size), draft_length)
-        recent = self._recent.setdefault(key, deque(maxlen=self.window))
-        recent.append(seconds)
-        self._typical[key] = sorted(recent)[(len(recent) - 1) // 4]
-
-    def known(self, bucket: int, draft_length: int) -> bool:
-        return len(self._recent.get((bucket, draft_length), ())) >= STEPS_TO_KNOW
-
-    def predict(self, bucket: int, draft_length: int) -> float | None:
-        """Measured time, or a line through plain decoding and the nearest measured K; None without a plain time."""
-        plain = self._typical.get((bucket, 0))
-        if plain is None or not self.known(bucket, 0):
-            return None
-        if draft_length == 0 or self.known(bucket, draft_length):
-            return self._typical[(bucket, draft_length)]
-        measured = [k for (b, k) in self._recent if b == bucket and k > 0 and self.known(b, k)]
-        if measured:
-            nearest = min(measured, key=lambda k: abs(k - draft_length))
-            slope = (self._typical[(bucket, nearest)] - plain) / nearest
-            return plain + max(slope, 0.0) * draft_length
-        return plain * (1.0 + UNTRIED_COST_PER_DRAFT * draft_length)
+    gain: float
+    tokens: float
+    verified: float
 
 
 @dataclass
 class _BucketState:
     draft_length: int = 0
-    steps: int = 0
+    gain: float = 1.0
+    since_plain: int = 0
+    since_drafts: int = 0
     probe_left: int = 0
     probe_length: int = 0
 
 
 @dataclass
 class DraftLengthController:
-    """Chooses K for the next step.
+    """Chooses K for the next step, and how much of each proposal is verified.
 
     Args:
         max_draft_length: K is in 0..max_draft_length.
         mode: "auto" weighs; "always" and "never" fix K.
         prior: conditional acceptance to assume before evidence (0: wait for the learner's shadow).
+        copies: what is known of copied proposals; None where proposals cannot be replaced or cut.
     """
 
     max_draft_length: int
     mode: str = "auto"
     prior: float = 0.0
+    copies: Copies | None = None
     wants_verdicts: bool = False  # probe even a draft that seems hopeless: somebody has to know
-    times: StepTimes = field(default_factory=StepTimes)
+    costs: StepCosts = field(default_factory=StepCosts)
     acceptance: AcceptanceEstimate = field(init=False)
     _buckets: dict[int, _BucketState] = field(default_factory=dict)
+    _last: tuple[int, Decision] = field(init=False)
 
     def __post_init__(self) -> None:
         self.acceptance = AcceptanceEstimate(self.max_draft_length, self.prior)
+        self._last = 1, Decision(0, "nothing was decided yet", "none")
 
     def decide(self, batch_size: int) -> Decision:
         """K for a step over this many requests. Call once for each step."""
-        if self.mode == "never":
-            return Decision(0, "speculation is switched off by the settings")
-        if self.mode == "always":
-            return Decision(self.max_draft_length, "draft length is fixed by the settings")
         bucket = batch_bucket(batch_size)
-        state = self._buckets.setdefault(bucket, _BucketState())
-        state.steps += 1
-        if not self.times.known(bucket, 0):
-            return Decision(0, f"measuring plain decoding at batch {bucket}")
-        if state.probe_left > 0:
-            state.probe_left -= 1
-            return Decision(state.probe_length, f"probing K={state.probe_length} at batch {bucket}")
+        decision = self._decide(bucket)
+        self._last = bucket, decision
+        return decision
 
-        gains = {k: self.gain(bucket, k) for k in range(self.max_draft_length + 1)}
-        best = max(gains, key=lambda k: gains[k])
-        if gains[best] > gains[state.draft_length] * (1.0 + KEEP_MARGIN) or gains[state.draft_length] < 1.0:
-            state.draft_length = best
-        chosen = state.draft_length
-        self._maybe_probe(state, gains)
-        verb = "pays" if chosen else "does not pay"
-        shown = chosen or max(range(1, self.max_draft_length + 1), key=lambda k: gains[k])
-        reason = (
-            f"drafting {verb} at batch {bucket}: K={shown} gives {gains[shown]:.2f}x of plain decoding "
-            f"(acceptance length {self.acceptance.expected_length(shown):.2f})"
-        )
-        return Decision(chosen, reason)
+    def worth(self, match_length: int, copied: bool) -> int:
+        """Tokens to verify of a proposal that is there now.
+
+        Args:
+            match_length: tokens that the proposal's place has in common with an earlier one; 0 for none.
+            copied: what followed there is proposed, not the draft's tokens.
+        """
+        bucket, decision = self._last
+        if decision.proposals != "worthwhile":
+            return decision.draft_length if decision.proposals == "whole" else 0
+        chain = self.copies.chain(match_length) if copied and self.copies else self.acceptance.chain()
+        return len(self._likely(copied, chain, decision.draft_length, self._price(bucket)))
 
     def gain(self, bucket: int, draft_length: int) -> float:
         """Tokens per second with K drafts over tokens per second without, as measured or predicted."""
-        plain, speculative = self.times.predict(bucket, 0), self.times.predict(bucket, draft_length)
-        if plain is None or speculative is None:
+        if not self.costs.known(bucket):
             return 1.0 if draft_length == 0 else 0.0
-        return self.acceptance.expected_length(draft_length) * plain / speculative
+        return self._plan(bucket, draft_length, self._offers(), self._price(bucket)).gain
 
-    def _maybe_probe(self, state: _BucketState, gains: dict[int, float]) -> None:
-        """Plain decoding is looked at again while drafting; drafting again while off, seldom where it looks bad."""
-        if state.draft_length > 0:
-            if state.steps >= PROBE_EVERY:
-                state.steps, state.probe_length, state.probe_left = 0, 0, PROBE_STEPS
+    def _decide(self, bucket: int) -> Decision:
+        if self.mode == "never":
+            return Decision(0, "speculation is switched off by the settings", "none")
+        if self.mode == "always":
+            return Decision(self.max_draft_length, "draft length is fixed by the settings", "whole")
+        state = self._buckets.setdefault(bucket, _BucketState())
+        state.since_plain += 1
+        state.since_drafts += 1
+        if not self.costs.known(bucket):
+            return Decision(0, f"measuring plain decoding at batch {bucket}", "none")
+        if state.probe_left > 0:
+            state.probe_left -= 1
+            probed = state.probe_length
+            return Decision(probed, f"probing K={probed} at batch {bucket}", "whole" if probed else "none")
+
+        offers, price = self._offers(), self._price(bucket)
+        plans = [self._plan(bucket, k, offers, price) for k in range(self.max_draft_length + 1)]
+        best = max(range(len(plans)), key=lambda k: plans[k].gain)
+        now = plans[state.draft_length].gain
+        if plans[best].gain > now * (1.0 + KEEP_MARGIN) or (best == 0 and now < plans[0].gain):
+            state.draft_length = best
+        chosen = plans[state.draft_length]
+        state.gain = max(chosen.gain, 1.0)
+        self._maybe_probe(state, plans)
+        return self._in_words(bucket, state.draft_length, plans)
+
+    def _offers(self) -> list[tuple[float, bool, list[float]]]:
+        """What there is to propose: how often, whether it is a copy, and the chance that its tokens 0..i are right."""
+        drafted = self.acceptance.chain()
+        if self.copies is None:
+            return [(1.0, False, drafted)]
+        offers = []
+        for match_length, share in self.copies.shares():
+            copied = self.copies.preferred(match_length)
+            offers.append((share, copied, self.copies.chain(match_length) if copied else drafted))
+        return offers
+
+    def _plan(
+        self, bucket: int, draft_length: int, offers: Sequence[tuple[float, bool, list[float]]], price: float
+    ) -> _Plan:
+        tokens, verified = 1.0, 0.0
+        for share, copied, chain in offers:
+            likely = self._likely(copied, chain, draft_length, price)
+            tokens += share * sum(likely)
+            verified += share * len(likely)
+        gain = tokens * self.costs.predict(bucket) / self.costs.predict(bucket, draft_length, verified * bucket)
+        if draft_length == 0 and gain <= 1.0:
+            return _Plan(1.0, 1.0, 0.0)
+        return _Plan(gain, tokens, verified)
+
+    def _likely(self, copied: bool, chain: Sequence[float], draft_length: int, price: float) -> list[float]:
+        """Chances of those tokens of a proposal that are worth being verified."""
+        there = chain if copied else chain[:draft_length]
+        if self.copies is None:
+            return list(there)
+        return list(itertools.takewhile(lambda chance: chance > price, there))
+
+    def _price(self, bucket: int) -> float:
+        """Chance of acceptance below which the time to verify one more token gains more elsewhere."""
+        gain = self._buckets[bucket].gain if bucket in self._buckets else 1.0
+        return self.costs.per_token(bucket) / self.costs.predict(bucket) * bucket * gain
+
+    def _maybe_probe(self, state: _BucketState, plans: Sequence[_Plan]) -> None:
+        """Plain decoding is looked at again while anything is proposed; drafting while it is off, seldom where it looks
+        bad."""
+        if plans[state.draft_length].verified > 0.0 and state.since_plain >= PROBE_EVERY:
+            state.since_plain, state.probe_length, state.probe_left = 0, 0, PROBE_STEPS
             return
-        candidate = max(range(1, self.max_draft_length + 1), key=lambda k: gains[k])
-        wait = PROBE_EVERY * (1 if gains[candidate] >= HOPEFUL or self.wants_verdicts else PATIENCE)
+        if state.draft_length > 0:
+            state.since_drafts = 0
+            return
+        candidate = max(range(1, len(plans)), key=lambda k: plans[k].gain)
+        hopeful = plans[candidate].gain >= HOPEFUL * plans[0].gain or self.wants_verdicts
         worth_it = self.acceptance.expected_length(candidate) >= WORTH_A_PROBE or self.wants_verdicts
-        if state.steps >= wait and worth_it:
-            state.steps, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS
+        if worth_it and state.since_drafts >= PROBE_EVERY * (1 if hopeful else PATIENCE):
+            state.since_drafts, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS
+
+    def _in_words(self, bucket: int, chosen: int, plans: Sequence[_Plan]) -> Decision:
+        shown = chosen or max(range(1, len(plans)), key=lambda k: plans[k].gain)
+        promise = f"K={shown} gives {plans[shown].gain:.2f}x of plain decoding"
+        if chosen:
+            reason = (
+                f"drafting pays at batch {bucket}: {promise} ({plans[chosen].tokens:.2f} tokens a request and step)"
+            )
+        elif plans[0].verified:
+            reason = f"copying alone pays at batch {bucket}: it gives {plans[0].gain:.2f}x, {promise}"
+        else:
+            reason = f"drafting does not pay at batch {bucket}: {promise}"
+        return Decision(chosen, reason, "worthwhile" if plans[chosen].verified else "none")

@@ -38,10 +38,12 @@ class DraftLengthAdvisor:
     def __init__(self, session: Session, max_draft_length: int, no_copies: str = "") -> None:
         config = session.config
         self._control = ControlBlock.attach(Segment.attach(session.control))
+        self._copier = None if no_copies else DraftCopier(max_draft_length)
         self._controller = DraftLengthController(
             max_draft_length=max_draft_length,
             mode=config.speculate,
             prior=TRUST_IN_A_GIVEN_DRAFT if config.draft or session.resume else 0.0,
+            copies=self._copier.copies if self._copier else None,
         )
         self._breaker = CircuitBreaker("choosing the draft length")
         self._guard = LearnerGuard(config.learner_slowdown) if config.learner_slowdown else None
@@ -50,7 +52,6 @@ class DraftLengthAdvisor:
         self._cost = CircuitBreaker("watching what the learner costs")
         self._rollout = Rollout(max_draft_length, config.rollback_confidence)
         self._watch = CircuitBreaker("watching a new version")
-        self._copier = None if no_copies else DraftCopier(max_draft_length)
         self._copying = CircuitBreaker("copying drafts", on_failure=self._say_copying_failed)
         self._control.scheduler.copying = no_copies or "on"
         self._max_draft_length = max_draft_length
@@ -94,7 +95,7 @@ class DraftLengthAdvisor:
         self._proposed_by = self._control.worker.live_version
         copier = self._copier
         if copier is not None and proposals is not None and requests is not None:
-            self._copying.run(lambda: copier.replace(proposals, requests))
+            self._copying.run(lambda: copier.replace(proposals, requests, self._controller.worth))
 
     def verified(self, num_drafts: int, num_accepted: int, request_id: str) -> None:
         """One request's drafts came back."""
@@ -115,8 +116,6 @@ class DraftLengthAdvisor:
             self._version = live
         if learner.shadow_version == live and learner.shadow_steps > 0:
             self._controller.acceptance.shadow(learner.shadow_accepted_per_position)
-        if self._copier is not None:
-            self._controller.acceptance.copies(self._copier.choice.accepted_per_position())
         decision = self._controller.decide(batch_size)
         scheduler = self._control.scheduler
         scheduler.beat()
@@ -141,15 +140,16 @@ class DraftLengthAdvisor:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if drafts:
             scheduler.spec_steps += 1
-        # Only steps that verified as many drafts as they proposed, and held no prompt, tell what K costs. What a burst
-        # of the learner's adds to a step is no property of K; of two draft lengths it would hit the one being probed.
-        proposed = scheduler_output.num_spec_tokens_to_schedule
-        if not all(counts[name] == 1 + proposed == 1 + len(drafts.get(name, ())) for name in counts):
+        # Only steps of nothing but decoding tell what K costs. What a burst of the learner's adds to a step is no
+        # property of K; of two draft lengths it would hit the one being probed.
+        verified = sum(map(len, drafts.values()))
+        if sum(counts.values()) != len(counts) + verified:
             return
         if not (self._learner_rests and beside_learner):
-            self._controller.times.observe(len(counts), proposed, seconds)
+            proposed = scheduler_output.num_spec_tokens_to_schedule
+            self._controller.costs.observe(len(counts), proposed, verified, seconds)
         if (guard := self._guard) is not None:
-            self._cost.run(lambda: self._judge_learner(guard, len(counts), proposed, seconds, beside_learner))
+            self._cost.run(lambda: self._judge_learner(guard, len(counts), verified, seconds, beside_learner))
 
     def _judge_learner(
         self, guard: LearnerGuard, batch_size: int, drafts: int, seconds: float, beside_learner: bool
@@ -161,13 +161,13 @@ class DraftLengthAdvisor:
             scheduler.learner_guard = guard.reason
 
     def _observe_verdict(self, num_drafts: int, num_accepted: int, copied: bool) -> None:
-        self._controller.acceptance.observe(num_drafts, num_accepted)
         if copied:  # says nothing of any version
             scheduler = self._control.scheduler
             scheduler.copied_drafts += 1
             scheduler.copied_tokens += num_drafts
             scheduler.copied_accepted += num_accepted
             return
+        self._controller.acceptance.observe(num_drafts, num_accepted)
         per_position = [int(num_accepted > i) for i in range(self._max_draft_length)]
         self._control.scheduler.record(self._proposed_by, 1, num_drafts, num_accepted, per_position)
 

@@ -1,18 +1,20 @@
 """Proposals between worker and scheduler: the draft's, or what the request itself said before.
 
 The scheduler of vLLM's V1 engine is handed every proposal before it is verified, and knows each request's tokens. Here
-a proposal is replaced by a copy of the same length where copies have been right more often. Verification does not ask
-where greedy proposals come from, so what is emitted stays the target's.
+a proposal is replaced by a copy where copies have been right more often, and cut where further tokens would not pay
+for being verified. Verification does not ask where greedy proposals come from, so what is emitted stays the target's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aurora_vllm.control.copying import CopyChoice
-from aurora_vllm.spec_decode.prompt_lookup import LONGEST_MATCH, PromptLookup
+from aurora_vllm.control.copying import Copies
+from aurora_vllm.spec_decode.prompt_lookup import LONGEST_MATCH, Copy, PromptLookup
+
+NO_MATCH = Copy([], 0)
 
 
 @dataclass
@@ -20,7 +22,7 @@ class _Request:
     lookup: PromptLookup = field(default_factory=PromptLookup)
     copied: bool = False  # the proposal that is verified next
     rivals: tuple[int, int, int] | None = None  # match length, and both first tokens
-    simulated: list[int] | None = None  # a copy nobody verifies, and how many of its tokens came true
+    simulated: Copy | None = None  # a copy nobody need verify, and how many of its tokens came true
     right: int = 0
 
 
@@ -32,16 +34,17 @@ class DraftCopier:
     """
 
     def __init__(self, positions: int) -> None:
-        self.choice = CopyChoice(positions, LONGEST_MATCH)
+        self.copies = Copies(positions, LONGEST_MATCH)
         self._positions = positions
         self._requests: dict[str, _Request] = {}
 
-    def replace(self, proposals: Any, requests: Mapping[str, Any]) -> None:
+    def replace(self, proposals: Any, requests: Mapping[str, Any], worth: Callable[[int, bool], int]) -> None:
         """Edit a vLLM ``DraftTokenIds`` in place.
 
         Args:
             proposals: ``req_ids`` and ``draft_token_ids``, a list of int lists.
             requests: vLLM's ``Request`` by id, with the step's tokens appended.
+            worth: how many tokens to verify of a proposal, from its match length and whether it is a copy.
         """
         for i, name in enumerate(proposals.req_ids):
             request = requests.get(name)
@@ -50,7 +53,7 @@ class DraftCopier:
             known = self._requests.setdefault(name, _Request())
             known.copied = False  # until this proposal is replaced, whatever fails below
             self._learn(known, request.all_token_ids)
-            proposals.draft_token_ids[i] = self._choose(known, proposals.draft_token_ids[i])
+            proposals.draft_token_ids[i] = self._choose(known, proposals.draft_token_ids[i], worth)
 
     def copied(self, name: str) -> bool:
         """Whether the proposal under verification is a copy."""
@@ -68,23 +71,23 @@ class DraftCopier:
         known.lookup.extend(emitted)
         if known.rivals is not None and emitted:
             match_length, copy, draft = known.rivals
-            self.choice.compare(match_length, copy == emitted[0], draft == emitted[0])
+            self.copies.compare(match_length, copy == emitted[0], draft == emitted[0])
             known.rivals = None
         for token in emitted:
             if known.simulated is None:
                 break
-            if known.right < len(known.simulated) and known.simulated[known.right] == token:
+            if known.right < self._positions and known.simulated.tokens[known.right] == token:
                 known.right += 1
             else:  # the token after the accepted ones: the simulated step is over
-                self.choice.simulate(self._positions, known.right)
+                self.copies.simulate(known.simulated.match_length, self._positions, known.right)
                 known.simulated = None
 
-    def _choose(self, known: _Request, draft: list[int]) -> list[int]:
-        copy = known.lookup.propose(self._positions)
-        if known.simulated is None:
-            known.simulated, known.right = copy.tokens if copy else [], 0
-        if copy is None or not draft:
-            return draft
-        known.rivals = copy.match_length, copy.tokens[0], draft[0]
-        known.copied = self.choice.prefers_copy(copy.match_length)
-        return copy.tokens[: len(draft)] if known.copied else draft
+    def _choose(self, known: _Request, draft: list[int], worth: Callable[[int, bool], int]) -> list[int]:
+        copy = known.lookup.propose(self._positions) or NO_MATCH
+        self.copies.seen(copy.match_length)
+        if known.simulated is None and copy.tokens:
+            known.simulated, known.right = copy, 0
+        if copy.tokens and draft:
+            known.rivals = copy.match_length, copy.tokens[0], draft[0]
+        known.copied = self.copies.preferred(copy.match_length)
+        return (copy.tokens if known.copied else draft)[: worth(copy.match_length, known.copied)]

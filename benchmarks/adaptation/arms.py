@@ -28,12 +28,15 @@ def arms(checkpoints: Path, static_draft: Path | None) -> dict[str, Arm]:
         checkpoints: where the learning arm keeps what it learns.
         static_draft: an EAGLE-3 draft for the static arm.
     """
+    frozen = ("--aurora-draft", str(static_draft), "--no-aurora-learn")
     return {
         "plain": Arm("plain vLLM", ("--aurora-off",), optional=False),
         "ngram": Arm("n-gram", _vllm(method="ngram", prompt_lookup_min=2, prompt_lookup_max=4)),
         "suffix": Arm("suffix decoding", _vllm(method="suffix")),
         # With aurora's choice of K, which makes it the stronger one: a draft that does not pay is not used.
-        "static": Arm("static draft", ("--aurora-draft", str(static_draft), "--no-aurora-learn"), is_aurora=True),
+        "static": Arm("static draft", (*frozen, "--no-aurora-prompt-lookup"), is_aurora=True),
+        # Everything but learning on: what remains of the difference to it is learned.
+        "frozen": Arm("static draft and copies", frozen, is_aurora=True),
         "aurora": Arm(
             "aurora",
             (

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.adaptation.plan import MEASURE
 
 Pair = tuple["Window", "Window"]
+COPIES = "copies"  # stands in a row's place of the version
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Window:
     itl_ms: dict[str, float]  # of gaps between two pieces of an answer
     acceptance_length: float | None = None  # bonus token included; None where nothing was drafted
     versions: list[dict[str, Any]] = field(default_factory=list)  # {"version", "drafts", "acceptance_length"}
+    copied: dict[str, Any] = field(default_factory=dict)  # {"drafts", "acceptance_length"} of copies; the draft's above
     draft_lengths: list[list[float]] = field(default_factory=list)  # [seconds, K], where it changed
     drafting_share: float | None = None  # of the engine's steps, how many verified a draft
     swaps: list[float] = field(default_factory=list)  # seconds
@@ -66,6 +68,7 @@ def figures(windows: Sequence[Window]) -> tuple[dict[str, float], dict[str, Any]
         add(f"day0_speedup_c{concurrency}", measured)
     shifted = pairs(windows, "aurora", "static", lambda w: _measured(w, "shift"))
     add("shift_speedup", shifted)
+    add("shift_learning", pairs(windows, "aurora", "frozen", lambda w: _measured(w, "shift")))
     for domain in dict.fromkeys(window.domain for window, _ in shifted):
         add(f"shift_speedup_{domain.replace(' ', '_')}", [pair for pair in shifted if pair[0].domain == domain])
     add("k0_ratio", pairs(windows, "k0", "plain"))
@@ -130,16 +133,19 @@ def table(windows: Sequence[Window]) -> list[dict[str, Any]]:
 
 
 def by_version(windows: Sequence[Window], arm: str) -> list[dict[str, Any]]:
-    """What was accepted of each draft version of an arm, over the whole run: version, drafts, acceptance_length."""
-    drafts: dict[int, int] = {}
-    tokens: dict[int, float] = {}
+    """What was accepted of each draft version of an arm, and of copies, over the whole run: version, drafts,
+    acceptance_length."""
+    drafts: dict[int | str, int] = {}
+    tokens: dict[int | str, float] = {}
     for window in windows:
-        for row in window.versions if window.arm == arm else ():
+        if window.arm != arm:
+            continue
+        for row in (*window.versions, *([window.copied | {"version": COPIES}] if window.copied else [])):
             drafts[row["version"]] = drafts.get(row["version"], 0) + row["drafts"]
             tokens[row["version"]] = tokens.get(row["version"], 0.0) + row["drafts"] * row["acceptance_length"]
     return [
-        {"version": version, "drafts": count, "acceptance_length": tokens[version] / count}
-        for version, count in sorted(drafts.items())
+        {"version": version, "drafts": drafts[version], "acceptance_length": tokens[version] / drafts[version]}
+        for version in sorted(drafts, key=lambda version: (version == COPIES, version))
     ]
 
 

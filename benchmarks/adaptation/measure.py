@@ -124,6 +124,7 @@ def account(
             "message": after["learner"]["message"],
         }
     return {
+        "copied": copied(before["speculation"], after["speculation"]),
         "versions": versions(before["versions"]["acceptance"], after["versions"]["acceptance"]),
         "draft_lengths": lengths,
         "drafting_share": drafted / steps if steps > 0 else None,
@@ -143,6 +144,12 @@ def versions(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
             accepted = row["num_accepted"] - was.get("num_accepted", 0)
             rows.append({"version": row["version"], "drafts": drafts, "acceptance_length": 1.0 + accepted / drafts})
     return rows
+
+
+def copied(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of what was copied from the request; empty where nothing was."""
+    drafts, accepted = (after[name] - before[name] for name in ("copied_drafts", "copied_accepted"))
+    return {"drafts": drafts, "acceptance_length": 1.0 + accepted / drafts} if drafts else {}
 
 
 def _summary(seconds: Sequence[float]) -> dict[str, float]:

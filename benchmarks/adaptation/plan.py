@@ -16,7 +16,7 @@ from benchmarks.adaptation.prompts import CODING, FILE, FUNCTIONS, MATHEMATICS
 from demo.workload import Prompt, Workload
 
 WORKLOADS = ("day0", "shift", "mixed", "sampled", "crowd")
-ARMS = ("plain", "ngram", "suffix", "static", "aurora", "k0")
+ARMS = ("plain", "ngram", "suffix", "static", "frozen", "aurora", "k0")
 LEARN, MEASURE = "learn", "measure"  # parts of a workload
 LEARN_CONCURRENCY = 4
 CROWD = 16
@@ -107,7 +107,7 @@ class _Planner:
             for i in range(measured):
                 # Against the static draft; plain vLLM, the slowest, only where the run has learned longest.
                 last = domain == there[-1] and i == measured - 1
-                arms = ("plain", "static", "aurora") if last else ("static", "aurora")
+                arms = ("plain", "static", "frozen", "aurora") if last else ("static", "frozen", "aurora")
                 slots.append(self._slot("shift", MEASURE, domain, self._unseen[domain], 1, arms))
         return slots
 

@@ -27,6 +27,7 @@ from demo.servers import ServerFailed
 from demo.serving import START_S, flags
 
 LEARNING = "aurora"
+EXPORTED = ("static", "frozen")  # arms that serve what the learning one had learned when the first of them starts
 LEARNER_START_S = 120.0
 SAVE_S = 5.0  # longest to wait for a checkpoint: the learner has the machine to itself meanwhile
 
@@ -50,7 +51,7 @@ class Run:
         self._slots, self._sizes, self._seed, self._arms, self._absent = slots, sizes, seed, arms, absent
         self._fleet, self._console, self._written = fleet, console, written
         self._command = [str(model), *flags(max_num_seqs=CROWD), *more_flags]
-        self._checkpoints, self._exported = kept, exported
+        self._checkpoints, self._exported, self._is_exported = kept, exported, False
         self.windows: list[Window] = []
         self._asked = 0  # requests sent to the learning arm
 
@@ -97,8 +98,9 @@ class Run:
 
     def _start(self, names: Sequence[str], say: Callable[..., None]) -> None:
         """Start what is needed now; an optional arm that does not come up is left out from here on."""
-        if "static" in names and not self._export(say):
-            names = [name for name in names if name != "static"]
+        if set(names) & set(EXPORTED) and not self._is_exported:
+            self._is_exported = self._export(say)
+            names = [name for name in names if self._is_exported or name not in EXPORTED]
         with self._fleet.learner_paused(LEARNING):
             for name in names:
                 self._fleet.start(name, [*self._command, *self._arms[name].arguments])
@@ -138,7 +140,8 @@ class Run:
         try:
             export(self._checkpoints, self._exported, "eagle3")
         except AuroraError as error:
-            self._leave_out("static", f"nothing was learned by then ({error})")
+            for name in EXPORTED:
+                self._leave_out(name, f"nothing was learned by then ({error})")
             return False
         return True
 

@@ -108,13 +108,20 @@ def test_acceptance_by_version_is_weighed_by_drafts() -> None:
     some = [replace(window(i, "aurora", 1, 1.0), versions=row) for i, row in enumerate(rows)]
     assert by_version(some, "aurora") == [{"version": 2, "drafts": 40, "acceptance_length": pytest.approx(1.8)}]
     assert by_version(some, "static") == []
+    some[0] = replace(some[0], copied={"drafts": 5, "acceptance_length": 3.0})
+    assert by_version(some, "aurora")[-1] == {"version": "copies", "drafts": 5, "acceptance_length": 3.0}
 
 
 def status(live: int, steps: int, rows: list[tuple[int, int, int]], learner: str = "training") -> dict[str, Any]:
     table = [{"version": v, "num_drafts": d, "num_accepted": a} for v, d, a in rows]
     return {
         "versions": {"live": live, "acceptance": table},
-        "speculation": {"steps": steps, "spec_steps": steps // 2},
+        "speculation": {
+            "steps": steps,
+            "spec_steps": steps // 2,
+            "copied_drafts": steps // 10,
+            "copied_accepted": steps // 5,
+        },
         "learner": {"state": learner, "step": steps, "message": ""},
     }
 
@@ -130,6 +137,8 @@ def test_a_window_is_what_changed_in_the_status() -> None:
     assert found["draft_lengths"] == [[1.0, 0], [2.0, 3]]
     assert found["swaps"] == [3.0, 4.0]
     assert found["drafting_share"] == 0.5
+    assert found["copied"] == {"drafts": 10, "acceptance_length": 3.0}
+    assert account(before, status(1, 100, []), [], 10.0, 0.0)["copied"] == {}
     assert found["learner"] == {"cpu_share": 0.15, "steps": 100, "state": "training", "message": ""}
     assert account(before, status(1, 200, [], "off"), [], 10.0, 0.0)["learner"] == {}
     assert account({}, {}, [], 10.0, 0.0) == {}

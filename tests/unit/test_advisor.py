@@ -39,7 +39,7 @@ def test_a_step_beside_a_burst_of_the_learner_says_nothing_of_k(
             advisor.step_starts()
             advisor._control.learner.working = after
             advisor.step_ends(step, [[1]])
-        assert advisor._controller.times.known(1, 0) == counts
+        assert advisor._controller.costs.known(1) == counts
         assert advisor._control.scheduler.steps == 10
 
 
@@ -52,7 +52,7 @@ def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(
     with session(World(), tmp_path) as (current, _):
         advisor = DraftLengthAdvisor(current, 2)
         seen: list[float] = []
-        monkeypatch.setattr(advisor._controller.times, "observe", lambda batch, k, seconds: seen.append(seconds))
+        monkeypatch.setattr(advisor._controller.costs, "observe", lambda *step: seen.append(step[-1]))
         step = SimpleNamespace(
             num_scheduled_tokens={"a": 1},
             scheduled_spec_decode_tokens={},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from aurora_vllm.control.copying import CopyChoice
+from aurora_vllm.control.copying import Copies
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
 from aurora_vllm.spec_decode.copying import DraftCopier
 from tests.unit.tiny_world import World, session
@@ -22,33 +23,55 @@ def proposals(**drafts: list[int]) -> SimpleNamespace:
     return SimpleNamespace(req_ids=list(drafts), draft_token_ids=list(drafts.values()))
 
 
-@pytest.mark.parametrize(("copies", "drafts", "wins"), [(0.8, 0.4, True), (0.3, 0.6, False)])
-def test_the_better_one_is_chosen_by_match_length(copies: float, drafts: float, wins: bool) -> None:
-    rng, choice = random.Random(0), CopyChoice(3, 10)
+def whole(length: int) -> Callable[[int, bool], int]:
+    return lambda match_length, copied: length
+
+
+@pytest.mark.parametrize(("copied", "drafted", "wins"), [(0.8, 0.4, True), (0.3, 0.6, False)])
+def test_the_better_one_is_chosen_by_match_length(copied: float, drafted: float, wins: bool) -> None:
+    rng, copies = random.Random(0), Copies(3, 10)
     for _ in range(300):
-        choice.compare(4, rng.random() < copies, rng.random() < drafts)
-        choice.compare(5, rng.random() < drafts, rng.random() < copies)
-    assert choice.prefers_copy(4) == wins
-    assert choice.prefers_copy(5) != wins
+        copies.compare(4, rng.random() < copied, rng.random() < drafted)
+        copies.compare(5, rng.random() < drafted, rng.random() < copied)
+    assert copies.preferred(4) == wins
+    assert copies.preferred(5) != wins
+    assert not copies.preferred(0)  # there is nothing to copy
 
 
 def test_a_turn_of_the_traffic_turns_the_choice() -> None:
-    choice = CopyChoice(3, 10)
+    copies = Copies(3, 10)
     for _ in range(5000):
-        choice.compare(3, True, False)
+        copies.compare(3, True, False)
     for _ in range(400):
-        choice.compare(3, False, True)
-    assert not choice.prefers_copy(3)
+        copies.compare(3, False, True)
+    assert not copies.preferred(3)
 
 
-def test_a_copy_is_as_long_as_the_draft_it_replaces_and_replaces_none_where_nothing_is_drafted() -> None:
+def test_what_little_is_known_of_a_match_length_is_completed_by_the_others() -> None:
+    copies = Copies(2, 10)
+    assert copies.chain(4) == [0.0, 0.0]
+    for _ in range(200):
+        copies.simulate(3, 2, 2)
+    assert copies.chain(4)[0] > 0.9 and copies.chain(4)[0] > copies.chain(4)[1]
+    for _ in range(50):
+        copies.simulate(4, 2, 0)
+    assert copies.chain(4)[0] < 0.2 and copies.chain(3)[0] > 0.9
+    assert list(copies.shares()) == [(0, 1.0)]
+    copies.seen(3)
+    copies.seen(0)
+    assert [match_length for match_length, _ in copies.shares()] == [0, 3]
+    assert sum(share for _, share in copies.shares()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("length", [3, 1, 0])
+def test_a_proposal_is_as_long_as_it_is_worth(length: int) -> None:
     copier, requests = DraftCopier(3), {"a": request([5, 6, 7, 8, 5, 6]), "b": request([1, 2, 3, 4])}
-    for length in (3, 1, 0):
-        arrived = proposals(a=[0] * length, b=[9] * length)
-        copier.replace(arrived, requests)
-        assert arrived.draft_token_ids == [[7, 8, 5][:length], [9] * length]
-        assert copier.copied("a") == (length > 0)
-        assert not copier.copied("b")
+    asked: list[tuple[int, bool]] = []
+    arrived = proposals(a=[], b=[9, 9])
+    copier.replace(arrived, requests, lambda *row: asked.append(row) or length)
+    assert arrived.draft_token_ids == [[7, 8, 5][:length], [9, 9][:length]]
+    assert asked == [(2, True), (0, False)]
+    assert copier.copied("a") and not copier.copied("b")
     copier.forget(["a"])
     assert not copier.copied("a")
 
@@ -56,7 +79,7 @@ def test_a_copy_is_as_long_as_the_draft_it_replaces_and_replaces_none_where_noth
 @pytest.mark.parametrize("state", [{"prefill": True}, {"finished": True}])
 def test_requests_that_are_not_decoding_are_left_alone(state: dict[str, bool]) -> None:
     copier, arrived = DraftCopier(2), proposals(a=[0, 0], gone=[0, 0])
-    copier.replace(arrived, {"a": request([5, 6, 7, 5, 6], **state)})
+    copier.replace(arrived, {"a": request([5, 6, 7, 5, 6], **state)}, whole(2))
     assert arrived.draft_token_ids == [[0, 0], [0, 0]]
 
 
@@ -67,7 +90,7 @@ def test_copies_that_are_wrong_where_drafts_are_right_end() -> None:
     seen = []
     for turn in range(6):
         arrived = proposals(a=[100 + turn, 0])
-        copier.replace(arrived, requests)
+        copier.replace(arrived, requests, whole(2))
         seen.append(copier.copied("a"))
         tokens += [100 + turn, 5, 6]  # the draft was right
     assert seen == [True, False, False, False, False, False]
@@ -79,21 +102,23 @@ def test_what_copies_would_give_is_known_without_verifying_any(drafting: bool) -
     copier, tokens = DraftCopier(3), [1, 2, 3, 4] * 3
     requests = {"a": request(tokens)}
     for turn in range(400):
-        copier.replace(proposals(a=[7, 7, 7] if drafting else []), requests)
+        copier.replace(proposals(a=[7, 7, 7] if drafting else []), requests, whole(0))
         tokens.append(1 + turn % 4)
-    shares = copier.choice.accepted_per_position()
-    assert shares[0] > 0.85 and shares[-1] > 0.7  # each position has its own few misses beforehand
+    assert min(copier.copies.chain(10)) > 0.8
     noise, rng = list(range(50)), random.Random(1)
-    requests["b"] = request(noise)
+    requests = {"b": request(noise)}
     for _ in range(3000):
-        copier.replace(proposals(b=[]), requests)
-        noise.append(rng.randrange(10_000))
-    assert max(copier.choice.accepted_per_position()) < 0.1
+        copier.replace(proposals(b=[]), requests, whole(0))
+        noise.append(rng.randrange(100))
+    assert max(copier.copies.chain(2)) < 0.1 and min(copier.copies.chain(10)) > 0.8
+    unmatched = dict(copier.copies.shares())[0]
+    assert 0.5 < unmatched < 0.9
 
 
 def test_copied_verdicts_count_for_the_draft_length_and_for_no_version(tmp_path: Path) -> None:
-    with session(World(), tmp_path) as (current, _):
+    with session(World(), tmp_path, speculate="always") as (current, _):
         advisor = DraftLengthAdvisor(current, 2)
+        assert advisor.draft_length(2) == 2  # as the settings of this session say
         requests = {"a": request([5, 6, 7, 5, 6]), "b": request([1, 2, 3])}
         advisor.drafts_arrived(proposals(a=[0, 0], b=[0, 0]), requests)
         advisor.verified(2, 2, "a")
@@ -101,7 +126,7 @@ def test_copied_verdicts_count_for_the_draft_length_and_for_no_version(tmp_path:
         scheduler = advisor._control.scheduler
         assert (scheduler.copied_drafts, scheduler.copied_tokens, scheduler.copied_accepted) == (1, 2, 2)
         assert [(row.num_drafts, row.num_accepted) for row in scheduler.acceptance()] == [(1, 0)]
-        assert advisor._controller.acceptance._live.trials[0] > 1.5
+        assert advisor._controller.acceptance._live.trials[0] == 1.0
         assert scheduler.copying == "on"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 
-from aurora_vllm.control.copying import CopyChoice
+from aurora_vllm.control.copying import Copies
 from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.trajectory import Assembler
@@ -91,16 +91,16 @@ def test_a_replay_scores_what_it_has_not_trained_on_and_leaves_the_draft_alone(t
 
 def test_copies_are_walked_as_a_server_would() -> None:
     """A phrase of five tokens three times; the draft is right about one token of every step."""
-    text, choice = [*range(10, 15)] * 3, CopyChoice(3, LONGEST_MATCH)
+    text, copies = [*range(10, 15)] * 3, Copies(3, LONGEST_MATCH)
     drafted = [1] * 8
-    alone = _walk(CopyChoice(3, LONGEST_MATCH), text, 5, drafted, 3, always=True)
+    alone = _walk(Copies(3, LONGEST_MATCH), text, 5, drafted, 3, always=True)
     # nothing to copy before the phrase begins again with two tokens; then every step gains four
     assert alone == Score(4, (2, 2, 2))
-    chosen = _walk(choice, text, 5, drafted, 3, always=False)
-    assert chosen == Score(3, (3, 2, 2)) and choice.prefers_copy(2)
+    chosen = _walk(copies, text, 5, drafted, 3, always=False)
+    assert chosen == Score(3, (3, 2, 2)) and copies.preferred(2)
     for _ in range(9):
-        choice.compare(2, False, True)
-    assert _walk(choice, text[:10], 5, [1] * 3, 3, always=False) == Score(2, (2, 0, 0))  # copies have been wrong
+        copies.compare(2, False, True)
+    assert _walk(copies, text[:10], 5, [1] * 3, 3, always=False) == Score(2, (2, 0, 0))  # copies have been wrong
 
 
 def test_without_anything_to_copy_it_is_the_draft_alone(tmp_path: Path) -> None:

@@ -9,21 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_vllm.control.profit import PATIENCE, PROBE_EVERY, AcceptanceEstimate, DraftLengthController, batch_bucket
+from aurora_vllm.control.acceptance import AcceptanceEstimate
+from aurora_vllm.control.copying import Copies
+from aurora_vllm.control.profit import PATIENCE, PROBE_EVERY, DraftLengthController
 
 
 def simulate(
     controller: DraftLengthController, chance: float, cost: float, steps: int, batch: int = 1, seed: int = 0
 ) -> tuple[list[int], float]:
-    """A machine where a draft is accepted with ``chance`` and costs ``cost`` of a plain step. Returns the K chosen in
-    each step and tokens per second over plain decoding's."""
+    """A machine where a draft is accepted with ``chance`` and costs ``cost`` of a plain step, half of it to propose it
+    and half to verify it for the whole batch. Returns the K chosen in each step and tokens per second over plain
+    decoding's."""
     rng = random.Random(seed)
     chosen, seconds, tokens = [], 0.0, 0
     previous = 0
     for _ in range(steps):
         k = controller.decide(batch).draft_length
         chosen.append(k)
-        spent = 1.0 + cost * k
+        spent = 1.0 + cost * (k + previous) / 2
         seconds += spent
         for _ in range(batch):
             accepted = 0
@@ -32,8 +35,7 @@ def simulate(
             tokens += 1 + accepted
             if previous:
                 controller.acceptance.observe(previous, accepted)
-        if previous == k:
-            controller.times.observe(batch, k, spent * rng.uniform(0.95, 1.05))
+        controller.costs.observe(batch, k, previous * batch, spent * rng.uniform(0.95, 1.05))
         previous = k
     return chosen, tokens / seconds / batch
 
@@ -122,10 +124,6 @@ def test_new_version_lets_the_shadow_speak_again() -> None:
     assert estimate.expected_length(3) > before + 0.5
 
 
-def test_buckets() -> None:
-    assert [batch_bucket(n) for n in (1, 2, 3, 4, 5, 8, 9, 33)] == [1, 2, 3, 4, 8, 8, 16, 64]
-
-
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_hopeless_draft_is_probed_only_for_its_verdict(wanted: bool) -> None:
     """A version that looks worse than the one before is tried on until that is decided."""
@@ -135,3 +133,76 @@ def test_a_hopeless_draft_is_probed_only_for_its_verdict(wanted: bool) -> None:
     chosen, _ = simulate(controller, 0.0, 0.15, 4 * PROBE_EVERY)
     assert (max(chosen) > 0) == wanted
     assert sum(k > 0 for k in chosen) < 0.1 * len(chosen)
+
+
+def copying(controller: DraftLengthController, share: float, chance: float, rows: int = 400, seed: int = 0) -> None:
+    """What is known of copies: there for ``share`` of the rows, right with ``chance``; drafts never are."""
+    assert controller.copies is not None
+    rng = random.Random(seed)
+    for _ in range(rows):
+        match_length = 4 if rng.random() < share else 0
+        controller.copies.seen(match_length)
+        if match_length:
+            accepted = next((i for i in range(3) if rng.random() >= chance), 3)
+            controller.copies.simulate(match_length, 3, accepted)
+            controller.copies.compare(match_length, accepted > 0, False)
+
+
+def plain_steps(controller: DraftLengthController, batch: int = 4, token: float = 0.05, draft: float = 0.1) -> None:
+    """A machine that is known: prices of a verified and of a drafted token, of a plain step."""
+    rng = random.Random(1)
+    for step in range(200):
+        drafted, verified = (0, 0) if step % 4 == 0 else (rng.randint(0, 3), rng.randint(0, 3 * batch))
+        controller.costs.observe(batch, drafted, verified, 1.0 + token * verified + draft * drafted)
+
+
+def test_copies_pay_before_the_draft_has_learned_anything() -> None:
+    controller = DraftLengthController(3, copies=Copies(3, 10))
+    plain_steps(controller)
+    copying(controller, share=0.5, chance=0.8)
+    decision = controller.decide(4)
+    assert decision.draft_length == 0 and "copying alone pays at batch 4" in decision.reason
+    assert controller.gain(4, 0) > controller.gain(4, 1) > controller.gain(4, 3) > 1.0
+    assert controller.worth(4, True) == 3  # 0.8, 0.64, 0.51, at 0.05 of a step each, for four requests
+    assert controller.worth(0, False) == 0
+
+
+def test_a_token_is_verified_where_it_is_likely_enough_for_its_price() -> None:
+    lengths = []
+    for token in (0.01, 0.1, 0.15, 0.4):
+        controller = DraftLengthController(3, copies=Copies(3, 10))
+        plain_steps(controller, token=token)
+        copying(controller, share=0.5, chance=0.7)
+        controller.decide(4)
+        lengths.append(controller.worth(4, True))
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == 3 and lengths[-1] == 0
+
+
+def test_copies_that_are_never_right_cost_nothing() -> None:
+    controller = DraftLengthController(3, copies=Copies(3, 10))
+    plain_steps(controller)
+    copying(controller, share=0.9, chance=0.02)
+    decision = controller.decide(4)
+    assert decision.proposals == "none" and controller.worth(4, True) == 0
+    assert controller.gain(4, 0) == 1.0
+
+
+def test_a_good_draft_is_used_beside_copies_and_cut_to_what_pays() -> None:
+    controller = DraftLengthController(3, copies=Copies(3, 10))
+    plain_steps(controller, token=0.03, draft=0.03)
+    copying(controller, share=0.4, chance=0.8)
+    for _ in range(300):
+        controller.acceptance.observe(3, random.Random(_).choice([0, 1, 1, 1, 3]))
+    decision = controller.decide(4)
+    assert decision.draft_length > 0 and "drafting pays" in decision.reason
+    assert controller.gain(4, decision.draft_length) > controller.gain(4, 0) > 1.1
+    assert 1 <= controller.worth(0, False) <= decision.draft_length
+    assert controller.worth(4, True) == 3  # a copy may be longer than K: nobody had to draft it
+
+
+@pytest.mark.parametrize(("mode", "length"), [("always", 3), ("never", 0)])
+def test_fixed_modes_leave_proposals_whole_or_make_none(mode: str, length: int) -> None:
+    controller = DraftLengthController(3, mode=mode, copies=Copies(3, 10))
+    controller.decide(2)
+    assert controller.worth(0, False) == controller.worth(5, True) == length

@@ -1,0 +1,102 @@
+"""What a decode step costs: plain decoding, and prices for verifying at all, for each token verified and each drafted.
+
+    seconds = plain + verify * [V > 0] + per_token * V + per_draft * P
+
+with V the drafts a step verifies, over all requests, and P the draft length the draft model is run for. Four numbers
+for each batch size, fitted to every step of nothing but decoding by least squares, older steps for less. What is
+verified varies from step to step by itself, so prices are learned without experiments; a prior says what they are
+before there is anything to learn from, and holds where V and P never vary apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+STEPS_TO_KNOW = 5  # plain steps before what plain decoding takes counts as known
+MEMORY = 200.0  # steps after which one has lost 1 - 1/e of its weight
+UNTRIED = np.array([0.0, 0.02, 0.03, 0.06])  # prices to assume, of a plain step: optimistic, so that they are tried
+TRUST = np.array([0.0, 2.0, 20.0, 5.0])  # of that, as the sum of squares of as many steps
+OUTLIER = 1.4  # a step longer than so many times the expected counts as that long: something else happened
+
+
+def batch_bucket(batch_size: int) -> int:
+    """Batch sizes whose steps are pooled: 1, 2, 3, 4, then powers of two."""
+    return batch_size if batch_size <= 4 else 1 << (batch_size - 1).bit_length()
+
+
+@dataclass
+class _Fit:
+    plain_steps: int = 0
+    plain: list[float] = field(default_factory=list)  # the first plain steps, until they are known
+    moments: np.ndarray = field(default_factory=lambda: np.zeros((4, 4)))  # of (1, [V > 0], V, P)
+    products: np.ndarray = field(default_factory=lambda: np.zeros(4))  # with seconds
+    prices: np.ndarray | None = None  # plain, verify, per token, per draft
+
+    def add(self, drafted: int, verified: int, seconds: float) -> None:
+        row = _row(drafted, verified)
+        if self.prices is not None:
+            seconds = min(seconds, OUTLIER * float(row @ self.prices))
+        keep = 1.0 - 1.0 / MEMORY
+        self.moments = self.moments * keep + np.outer(row, row)
+        self.products = self.products * keep + row * seconds
+        if not drafted and not verified and self.plain_steps < STEPS_TO_KNOW:
+            self.plain_steps += 1
+            self.plain.append(seconds)
+        if self.plain_steps >= STEPS_TO_KNOW:
+            self._solve()
+
+    def _solve(self) -> None:
+        plain = float(np.median(self.plain)) if self.prices is None else float(self.prices[0])
+        prior = TRUST * UNTRIED * plain
+        free = np.ones(4, dtype=bool)
+        for _ in range(4):  # a price below nothing is noise: it is none, and the others are fitted without it
+            found = np.zeros(4)
+            part = self.moments[np.ix_(free, free)] + np.diag(TRUST[free])
+            found[free] = np.linalg.solve(part, self.products[free] + prior[free])
+            if (found >= 0.0).all():
+                break
+            free &= found >= 0.0
+        self.prices = found
+
+
+def _row(drafted: float, verified: float) -> np.ndarray:
+    return np.array([1.0, min(verified, 1.0), verified, drafted])
+
+
+class StepCosts:
+    """Prices by batch bucket, in seconds."""
+
+    def __init__(self) -> None:
+        self._fits: dict[int, _Fit] = {}
+
+    def observe(self, batch_size: int, drafted: int, verified: int, seconds: float) -> None:
+        """One step of decoding.
+
+        Args:
+            batch_size: requests in it.
+            drafted: P, what the draft model proposed at its end for each of them.
+            verified: V, drafts verified in it, over all of them.
+            seconds: it took.
+        """
+        self._fits.setdefault(batch_bucket(batch_size), _Fit()).add(drafted, verified, seconds)
+
+    def known(self, bucket: int) -> bool:
+        """Whether plain decoding at this batch size was measured."""
+        fit = self._fits.get(bucket)
+        return fit is not None and fit.prices is not None
+
+    def predict(self, bucket: int, drafted: float = 0.0, verified: float = 0.0) -> float:
+        """Seconds of such a step. Raises KeyError where nothing is known."""
+        return float(self._prices(bucket) @ _row(drafted, verified))
+
+    def per_token(self, bucket: int) -> float:
+        """Seconds that one more verified token adds. Raises KeyError where nothing is known."""
+        return float(self._prices(bucket)[2])
+
+    def _prices(self, bucket: int) -> np.ndarray:
+        fit = self._fits[bucket]
+        if fit.prices is None:
+            raise KeyError(bucket)
+        return fit.prices
