@@ -27,6 +27,7 @@ class AuroraConfig(BaseModel):
         description="where a request repeats itself, propose what followed the last time, as long as that is right "
         "more often than the draft",
     )
+    prompt_lookup_tokens: int = Field(6, ge=1, le=8, description="largest number of tokens proposed that way")
     rollback_confidence: float = Field(
         0.95, ge=0, lt=1, description="confidence that a new version accepts less, at which it is rolled back; 0: never"
     )

@@ -56,6 +56,12 @@ class ServePlan:
         """Whether every hook fits the installed vLLM; where not, vLLM is served plain."""
         return all(probe.ok for probe in self.probes)
 
+    @property
+    def copied_tokens(self) -> int:
+        """Most tokens copied from the request; 0 where the scheduler is handed no proposals it could replace."""
+        possible = self.config.prompt_lookup and self.model_runner is not None and self.model_runner.name == "V1"
+        return self.config.prompt_lookup_tokens if possible else 0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -80,6 +86,7 @@ class ServePlan:
             "speculation": {
                 "num_speculative_tokens": self.config.num_speculative_tokens,
                 "speculate": self.config.speculate,
+                "copied_tokens": self.copied_tokens,
             },
             "memory": {
                 "row_bytes": self.layout.row_bytes,
@@ -152,7 +159,8 @@ def apply(plan: ServePlan, args: Namespace) -> None:
     args.speculative_config = given | {
         "method": "eagle3",
         "model": str(plan.draft.directory),
-        "num_speculative_tokens": most,
+        # To vLLM this is how many proposed tokens it may have to verify, and some are copied.
+        "num_speculative_tokens": max(most, plan.copied_tokens),
     }
     if plan.model_runner is not None and plan.model_runner.name == "V2":
         # V2 captures CUDA graphs for the draft lengths that vLLM's own table of them names, and only for those. Our
@@ -191,7 +199,8 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
     yield "draft", f"{draft.origin}: {draft.directory}"
     yield "", f"{draft.num_parameters / 1e6:.1f}M parameters, vocabulary {draft.vocab_size}"
     yield "aux layers", ", ".join(map(str, draft.aux_layers))
-    yield "speculation", f"K up to {config.num_speculative_tokens}, {config.speculate}"
+    copies = f"up to {plan.copied_tokens} copied tokens" if plan.copied_tokens else "no copied tokens"
+    yield "speculation", f"K up to {config.num_speculative_tokens}, {copies}, {config.speculate}"
     yield "trace ring", f"{plan.ring_bytes / MIB:.1f} MiB ({plan.ring_rows} rows of {plan.layout.row_bytes} bytes)"
     yield "weight bank", f"{plan.bank_bytes / MIB:.1f} MiB (three slots)"
     yield "replay", f"{config.replay_mb} MiB"

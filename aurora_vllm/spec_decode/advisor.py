@@ -31,14 +31,15 @@ class DraftLengthAdvisor:
 
     Args:
         session: of this run.
-        max_draft_length: K is in 0..max_draft_length.
+        most_verified: tokens of a proposal that vLLM verifies; K and copies are no longer.
         no_copies: in words, why proposals cannot be replaced by copies; "" where they can.
     """
 
-    def __init__(self, session: Session, max_draft_length: int, no_copies: str = "") -> None:
+    def __init__(self, session: Session, most_verified: int, no_copies: str = "") -> None:
         config = session.config
+        max_draft_length = min(config.num_speculative_tokens, most_verified)
         self._control = ControlBlock.attach(Segment.attach(session.control))
-        self._copier = None if no_copies else DraftCopier(max_draft_length)
+        self._copier = None if no_copies else DraftCopier(min(config.prompt_lookup_tokens, most_verified))
         self._controller = DraftLengthController(
             max_draft_length=max_draft_length,
             mode=config.speculate,

@@ -14,13 +14,14 @@ def repeating(served: Served) -> list[list[int]]:
     return [served.text(60, 1) * 2, served.text(40, 2) * 3, *served.short[:2]]
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 7, "top_k": 1}])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 1}])
 def test_answers_stay_the_target_s_and_rows_agree(served_by_v1: Served, sampling: dict[str, float]) -> None:
     served, prompts = served_by_v1, repeating(served_by_v1)
     engine, booked = served.engine, served.engine.control.scheduler
     with engine.draft_length("never"):
         plain = [o.outputs[0].token_ids for o in served.generate(prompts, max_tokens=48)]
     served.finish()
+    assert engine.llm.reset_prefix_cache()  # rows from the first position on
     counters = engine.spec_decode_counters()
     versions = sum(row.num_drafts for row in booked.acceptance())
     before = booked.copied_drafts, booked.copied_accepted
