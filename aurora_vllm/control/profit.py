@@ -18,9 +18,9 @@ from aurora_vllm.control.copying import Copies
 from aurora_vllm.control.step_costs import StepCosts, batch_bucket
 
 PROBE_STEPS = 8
-PROBE_EVERY = 160  # steps between two looks at the alternative
+PROBE_EVERY = 240  # steps between two looks at the alternative
 PATIENCE = 4  # times as many where the alternative looks bad: the look that said so may have been unlucky
-HOPEFUL = 0.9  # of the rate without drafting; a K that promises less looks bad
+HOPEFUL = 0.95  # of the rate without drafting; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
 
