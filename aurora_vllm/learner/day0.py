@@ -13,7 +13,7 @@ of the target's late layers, fed by the residual stream that enters this layer:
 It does not predict well before training (its input knows token t, it should predict t+2), but it learns an order of
 magnitude faster than a random one: everything it has to learn is a correction. Where the target is small enough for the
 closed-form lesson (lesson.py), the draft gets as many key-value heads as query heads, because the lesson writes one
-value per channel; elsewhere it keeps the target's grouping.
+value per channel, and some more for copying (induction.py), silent until then; elsewhere it keeps the target's heads.
 
 The format is the one plain vLLM loads with ``--speculative-config '{"method": "eagle3", "model": DIR, ...}'``
 (vllm/model_executor/models/llama_eagle3.py); there is no ``embed_tokens`` in it, which makes vLLM share the target's.
@@ -34,7 +34,7 @@ from aurora_vllm.learner import lesson
 from aurora_vllm.learner.staging import appears_whole
 from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
 
-RECIPE = 2  # changes with what is written here, so that a draft cached by an older version is made anew
+RECIPE = 3  # changes with what is written here, so that a draft cached by an older version is made anew
 MAX_VOCABULARY = 32_768
 # Keys of the target's config.json that shape a Llama decoder layer, taken over as they are (both spellings of RoPE:
 # transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters).
@@ -94,7 +94,7 @@ def draft_config(config: dict[str, Any], draft_vocab_size: int | None = None) ->
     aux_layer_ids = auxiliary_layers(config["num_hidden_layers"])
     return {
         **{key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
-        "num_key_value_heads": _key_value_heads(config, len(aux_layer_ids)),
+        **_heads(config, len(aux_layer_ids)),
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "num_hidden_layers": 1,
@@ -140,8 +140,8 @@ def _draft_tensors(
     fc = torch.zeros(hidden, own["num_aux_hidden_states"] * hidden, dtype=head.dtype)
     fc[:, -hidden:] = torch.eye(hidden, dtype=head.dtype)
     d2t, t2d = vocabulary_maps(draft_ids, config["vocab_size"])
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    copies = own["num_key_value_heads"] // heads
+    grouped = config.get("num_key_value_heads") or config["num_attention_heads"]
+    query_rows = own["num_attention_heads"] * own["head_dim"]
 
     tensors = {"fc.weight": fc, "d2t": d2t, "t2d": t2d}
     for name in ("q", "k", "v"):
@@ -149,10 +149,17 @@ def _draft_tensors(
         norm = weights.get(f"{prefix}self_attn.{name}_norm.weight")
         if norm is not None:
             weight = _fold_head_norm(weight, norm, input_norm)
-        if name != "q":
-            weight = weight.unflatten(0, (heads, -1)).repeat_interleave(copies, dim=0).flatten(0, 1)
+        if own["num_key_value_heads"] != grouped:  # the lesson wants one for each query head, and more heads
+            if name != "q":
+                copies = config["num_attention_heads"] // grouped
+                weight = weight.unflatten(0, (grouped, -1)).repeat_interleave(copies, dim=0).flatten(0, 1)
+            weight = torch.cat([weight, weight[: query_rows - len(weight)]])
         tensors[f"midlayer.self_attn.{name}_proj.weight"] = torch.cat([torch.zeros_like(weight), weight], dim=1)
-    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
+    output = weights[
+        f"{prefix}self_attn.o_proj.weight"
+    ]  # [H, heads * head_dim]; heads beyond the target's start silent
+    tensors["midlayer.self_attn.o_proj.weight"] = torch.nn.functional.pad(output, (0, query_rows - output.shape[1]))
+    for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
         tensors[f"midlayer.{name}.weight"] = weights[f"{prefix}{name}.weight"]
     tensors["midlayer.hidden_norm.weight"] = input_norm
     # Normalises the token embedding, as the target's first layer does.
@@ -162,12 +169,16 @@ def _draft_tensors(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _key_value_heads(config: dict[str, Any], num_aux: int) -> int:
-    """Of the draft: one for each query head where the closed-form lesson will need them, else as the target has."""
+def _heads(config: dict[str, Any], num_aux: int) -> dict[str, int]:
+    """Of the draft: query and key-value heads as the closed-form lesson needs them, else as the target has them."""
     heads = int(config["num_attention_heads"])
-    if lesson.fits(config["hidden_size"], heads, _head_dim(config), num_aux):
-        return heads
-    return int(config.get("num_key_value_heads") or heads)
+    grouped = int(config.get("num_key_value_heads") or heads)
+    needed = lesson.heads_for(config["hidden_size"], _head_dim(config), grouped, num_aux)
+    if needed is None:
+        return {"num_attention_heads": heads, "num_key_value_heads": grouped, "head_dim": _head_dim(config)}
+    return dict.fromkeys(("num_attention_heads", "num_key_value_heads"), max(needed, heads)) | {
+        "head_dim": _head_dim(config)
+    }
 
 
 def _head_dim(config: dict[str, Any]) -> int:

@@ -122,6 +122,7 @@ def predict(
 
 def _lesson_bytes(draft: DraftSizes) -> int:
     """Normal equations, their first step's part, and the triangle they are solved by; 0 where no lesson is given."""
-    if not lesson.fits(draft.hidden, 1, draft.key, draft.aux_width // draft.hidden):  # one value per channel of k and v
+    unknowns = draft.aux_width + 3 * draft.hidden
+    if draft.key <= draft.hidden or unknowns > lesson.MAX_UNKNOWNS:  # one value per channel, and induction heads
         return 0
-    return 3 * 4 * (draft.aux_width + 2 * draft.hidden) ** 2
+    return 3 * 4 * unknowns**2

@@ -54,10 +54,10 @@ def test_draft_holds_the_targets_weights(tmp_path: Path, tied: bool) -> None:
     head_dim = 8
     assert shapes == {
         "fc.weight": (48, 3 * 48),
-        "midlayer.self_attn.q_proj.weight": (6 * head_dim, 2 * 48),
-        "midlayer.self_attn.k_proj.weight": (6 * head_dim, 2 * 48),  # one for each query head: the lesson needs it
-        "midlayer.self_attn.v_proj.weight": (6 * head_dim, 2 * 48),
-        "midlayer.self_attn.o_proj.weight": (48, 6 * head_dim),
+        "midlayer.self_attn.q_proj.weight": (8 * head_dim, 2 * 48),
+        "midlayer.self_attn.k_proj.weight": (8 * head_dim, 2 * 48),  # one for each query head: the lesson needs it
+        "midlayer.self_attn.v_proj.weight": (8 * head_dim, 2 * 48),
+        "midlayer.self_attn.o_proj.weight": (48, 8 * head_dim),
         "midlayer.mlp.gate_proj.weight": (64, 48),
         "midlayer.mlp.up_proj.weight": (64, 48),
         "midlayer.mlp.down_proj.weight": (48, 64),
@@ -75,10 +75,12 @@ def test_draft_holds_the_targets_weights(tmp_path: Path, tied: bool) -> None:
     head = target["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert torch.equal(draft["lm_head.weight"], head[chosen])
     layer = "model.layers.5."
-    assert torch.equal(draft["midlayer.self_attn.q_proj.weight"][:, 48:], target[layer + "self_attn.q_proj.weight"])
+    assert torch.equal(draft["midlayer.self_attn.q_proj.weight"][:48, 48:], target[layer + "self_attn.q_proj.weight"])
     keys = target[layer + "self_attn.k_proj.weight"].view(2, 1, head_dim, 48).expand(2, 3, head_dim, 48)
-    assert torch.equal(draft["midlayer.self_attn.k_proj.weight"][:, 48:], keys.reshape(48, 48))
-    assert config["num_key_value_heads"] == 6
+    assert torch.equal(draft["midlayer.self_attn.k_proj.weight"][:48, 48:], keys.reshape(48, 48))
+    assert config["num_key_value_heads"] == config["num_attention_heads"] == 8  # two more, silent, for induction
+    output = draft["midlayer.self_attn.o_proj.weight"]
+    assert torch.equal(output[:, :48], target[layer + "self_attn.o_proj.weight"]) and not output[:, 48:].any()
     assert torch.equal(draft["midlayer.mlp.down_proj.weight"], target[layer + "mlp.down_proj.weight"])
     assert torch.equal(draft["midlayer.hidden_norm.weight"], target[layer + "input_layernorm.weight"])
     aux = torch.randn(5, 3 * 48)
@@ -102,7 +104,7 @@ def test_qwen3_head_norms_are_folded(tmp_path: Path) -> None:
     draft = load_file(tmp_path / "draft" / "model.safetensors")
     hidden = torch.randn(2000, 48)
     hidden = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
-    folded = (hidden @ draft["midlayer.self_attn.q_proj.weight"][:, 48:].T).view(-1, 4, 16)
+    folded = (hidden @ draft["midlayer.self_attn.q_proj.weight"][:64, 48:].T).view(-1, 4, 16)
     exact = model.model.layers[5].self_attn.q_norm(model.model.layers[5].self_attn.q_proj(hidden).view(-1, 4, 16))
     assert torch.nn.functional.cosine_similarity(folded.flatten(), exact.flatten(), dim=0) > 0.95
     assert 0.9 < folded.norm() / exact.norm() < 1.1
@@ -166,7 +168,7 @@ def test_wide_targets_keep_their_key_value_heads_and_the_vocabulary_grows_with_t
     wide = draft_config(llama | {"hidden_size": 4096, "num_key_value_heads": 8})
     assert (wide["num_key_value_heads"], wide["draft_vocab_size"]) == (8, 32_768)
     narrow = draft_config(llama | {"hidden_size": 1024, "num_key_value_heads": 8})
-    assert (narrow["num_key_value_heads"], narrow["draft_vocab_size"]) == (32, 8192)
+    assert (narrow["num_key_value_heads"], narrow["draft_vocab_size"]) == (64, 8192)
     assert draft_config(llama | {"hidden_size": 1024}, 500)["draft_vocab_size"] == 500
     with pytest.raises(ValueError, match="no num_attention_heads"):
         draft_config({"hidden_size": 1024, "num_hidden_layers": 4, "rms_norm_eps": 1e-5, "vocab_size": 10})
