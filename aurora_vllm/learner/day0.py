@@ -30,7 +30,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from aurora_vllm.learner import lesson
+from aurora_vllm.learner import lesson_shape
 from aurora_vllm.learner.staging import appears_whole
 from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
 
@@ -153,11 +153,9 @@ def _draft_tensors(
             if name != "q":
                 copies = config["num_attention_heads"] // grouped
                 weight = weight.unflatten(0, (grouped, -1)).repeat_interleave(copies, dim=0).flatten(0, 1)
-            weight = torch.cat([weight, weight[: query_rows - len(weight)]])
+            weight = weight[torch.arange(query_rows) % len(weight)]
         tensors[f"midlayer.self_attn.{name}_proj.weight"] = torch.cat([torch.zeros_like(weight), weight], dim=1)
-    output = weights[
-        f"{prefix}self_attn.o_proj.weight"
-    ]  # [H, heads * head_dim]; heads beyond the target's start silent
+    output = weights[f"{prefix}self_attn.o_proj.weight"]  # [H, target's heads * head_dim]; the others start silent
     tensors["midlayer.self_attn.o_proj.weight"] = torch.nn.functional.pad(output, (0, query_rows - output.shape[1]))
     for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
         tensors[f"midlayer.{name}.weight"] = weights[f"{prefix}{name}.weight"]
@@ -171,13 +169,13 @@ def _draft_tensors(
 
 def _heads(config: dict[str, Any], num_aux: int) -> dict[str, int]:
     """Of the draft: query and key-value heads as the closed-form lesson needs them, else as the target has them."""
-    heads = int(config["num_attention_heads"])
+    heads, head_dim = int(config["num_attention_heads"]), _head_dim(config)
     grouped = int(config.get("num_key_value_heads") or heads)
-    needed = lesson.heads_for(config["hidden_size"], _head_dim(config), grouped, num_aux)
-    if needed is None:
-        return {"num_attention_heads": heads, "num_key_value_heads": grouped, "head_dim": _head_dim(config)}
-    return dict.fromkeys(("num_attention_heads", "num_key_value_heads"), max(needed, heads)) | {
-        "head_dim": _head_dim(config)
+    needed = lesson_shape.heads_for(config["hidden_size"], heads, head_dim, grouped, num_aux)
+    return {
+        "num_attention_heads": needed or heads,
+        "num_key_value_heads": needed or grouped,
+        "head_dim": head_dim,
     }
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from aurora_vllm.learner.draft import Attention
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
@@ -41,6 +42,7 @@ class Induction:
     token: torch.Tensor  # [H, C]: embedding of unit size -> code
     here: torch.Tensor  # [num_aux * H, C]: scaled auxiliary states -> code of the token at this position
     before: torch.Tensor  # [num_aux * H, C]: -> code of the token before it
+    strength: float  # length of a code in the hidden state
 
     @property
     def size(self) -> int:
@@ -63,9 +65,44 @@ class Induction:
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(-1) @ embeddings[1:]
 
+    def install(
+        self, attn: Attention, first: int, dim: int, copy: torch.Tensor, found: torch.Tensor, read: float
+    ) -> None:
+        """Write the heads: one pattern of attention for all, and in each a part of W's largest directions.
+
+        Args:
+            attn: of the draft; its heads from ``first`` on are written, of ``dim`` channels each.
+            copy: W, what is made of what they bring. [H, H]
+            found: c, samples of what they bring. [n, H]
+            read: what a normed state's code channels are times this is the code.
+        """
+        hidden, size, rows = len(copy), self.size, len(attn.q_proj.weight)
+        here, before = (hidden + channels for channels in self.channels)
+        of_this = torch.arange(dim // 2 - size, dim // 2)  # RoPE pairs channel i with D/2 + i; the last turn slowest
+        of_before = of_this + dim // 2
+        for projection in (attn.q_proj, attn.k_proj, attn.v_proj):
+            projection.weight[first * dim :] = 0.0
+        for start in range(first * dim, rows, dim):
+            this, previous = start + of_this, start + of_before
+            attn.q_proj.weight[this, :hidden] = self.token.T * MATCH * dim**0.5
+            attn.q_proj.weight[previous, here] = read * MATCH_BEFORE * dim**0.5
+            attn.k_proj.weight[this, here] = read
+            attn.k_proj.weight[previous, before] = read
+        rank = min(rows - first * dim, hidden)
+        output = found @ copy
+        directions = torch.linalg.eigh(output.T @ output).eigenvectors[:, -rank:]
+        block = slice(first * dim, first * dim + rank)
+        attn.v_proj.weight[block, :hidden] = (copy @ directions).T
+        attn.o_proj.weight[:, block] = directions
+
 
 def make_induction(
-    trajectories: Sequence[Trajectory], scale: torch.Tensor, head: TargetHead, final_norm: torch.Tensor, size: int
+    trajectories: Sequence[Trajectory],
+    scale: torch.Tensor,
+    head: TargetHead,
+    final_norm: torch.Tensor,
+    weight: torch.Tensor,
+    size: int,
 ) -> Induction:
     """Codes for the tokens of this traffic, and where to read them.
 
@@ -74,8 +111,10 @@ def make_induction(
         scale: [num_aux * H], typical size of each auxiliary channel.
         head: the target's frozen ends.
         final_norm: [H], weight of the target's final norm.
+        weight: [H], how much a unit of each channel of the target's last state moves the logits.
         size: C.
     """
+    last = torch.cat([one.last.float() for one in trajectories[:8]])
     trajectories = _newest(trajectories)
     tokens = torch.cat([one.token_ids for one in trajectories])
     follows = torch.cat([torch.arange(len(one.token_ids)) > 0 for one in trajectories])
@@ -84,10 +123,11 @@ def make_induction(
     codes = embeddings @ _projection(unit(head.embed(tokens.unique())), size)
     codes = codes / codes.norm(dim=1, keepdim=True).clamp(min=1e-6)
     return Induction(
-        channels=_unimportant(trajectories, head, final_norm, 2 * size).view(2, size),
+        channels=(rms(last.T) * weight).argsort()[: 2 * size].view(2, size),  # those that move the logits least
         token=regress(embeddings, codes, PROBE_RIDGE),
         here=regress(aux, codes, PROBE_RIDGE),
         before=regress(aux[follows], codes[:-1][follows[1:]], PROBE_RIDGE),
+        strength=float(rms(last / final_norm).median()) * size**0.5,  # a channel of it is as large as any other
     )
 
 
@@ -108,15 +148,6 @@ def _projection(embeddings: torch.Tensor, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.linalg.qr(torch.randn(hidden, size, generator=generator)).Q
     return directions @ (spread[:, None] * (directions.T @ chosen))
-
-
-def _unimportant(
-    trajectories: Sequence[Trajectory], head: TargetHead, final_norm: torch.Tensor, count: int
-) -> torch.Tensor:
-    """Channels of the hidden state that move the logits least. int64 [count]"""
-    last = torch.cat([one.last.float() for one in trajectories[:8]])
-    weight = last.square().mean(0) * head.lm_head.float().square().mean(0)
-    return weight.argsort()[:count]
 
 
 def regress(inputs: torch.Tensor, outputs: torch.Tensor, ridge: float) -> torch.Tensor:

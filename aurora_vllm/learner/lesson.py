@@ -32,9 +32,11 @@ from dataclasses import dataclass
 
 import torch
 
-from aurora_vllm.learner.draft import Attention, Eagle3Draft
+from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.eagle3_config import Eagle3Config
-from aurora_vllm.learner.induction import MATCH, MATCH_BEFORE, Induction, make_induction, rms, unit
+from aurora_vllm.learner.induction import Induction, make_induction, rms, unit
+from aurora_vllm.learner.installation import Solution, install
+from aurora_vllm.learner.lesson_shape import unknowns
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
@@ -43,23 +45,8 @@ STEP_DECAY = 0.8  # weight of a step beside the one before, as in the training o
 RIDGE = 0.03  # relative to inputs of unit size
 PERSISTENCE = 0.7  # what N is drawn to: a guess says something about the next one too. Keeps fc's correction solvable
 PERSISTENCE_RIDGE = 1.0
-MARGIN = 40.0  # attention score of a row with itself: it outweighs the rows of the same token too
+HELD_OUT = 0.2  # of the rows, the newest: what decides about induction heads
 PIECE_ROWS = 2048  # rows of one piece of work
-MAX_UNKNOWNS = 12_288  # of one column of the regression: its normal equations are 600 MB of float32
-
-
-def heads_for(hidden_size: int, head_dim: int, key_value_heads: int, num_aux: int) -> int | None:
-    """Heads a draft needs to hold the solution; None where it could not be solved for, or no number of heads is right.
-
-    A multiple of the target's key-value heads, because vLLM wants the pages of one layer's KV cache to be a multiple of
-    another's; and a divisor of the hidden size, because transformers reads no other Llama configuration.
-    """
-    if (num_aux + 3) * hidden_size > MAX_UNKNOWNS:
-        return None
-    own = -(-hidden_size // head_dim)
-    least = (-(-own // key_value_heads) + 1) * key_value_heads
-    allowed = range(least, 2 * max(own, key_value_heads) + 1, key_value_heads)
-    return next((heads for heads in allowed if hidden_size % heads == 0), None)
 
 
 def is_due(draft: Eagle3Draft) -> bool:
@@ -67,9 +54,11 @@ def is_due(draft: Eagle3Draft) -> bool:
     config, weight = draft.config, draft.fc.weight
     hidden = config.hidden_size
     untaught = bool((weight[:, :-hidden] == 0).all()) and torch.equal(weight[:, -hidden:], torch.eye(hidden))
-    room = config.num_attention_heads * config.head_dim >= hidden + config.head_dim
-    solvable = (config.num_aux_hidden_states + 3) * hidden <= MAX_UNKNOWNS
-    return untaught and _is_plain(config) and room and solvable
+    return untaught and _is_plain(config) and _unknowns(config) > 0
+
+
+def _unknowns(config: Eagle3Config) -> int:
+    return unknowns(config.hidden_size, config.num_key_value_heads, config.head_dim, config.num_aux_hidden_states)
 
 
 def _is_plain(config: Eagle3Config) -> bool:
@@ -78,23 +67,13 @@ def _is_plain(config: Eagle3Config) -> bool:
     return plain and alike and config.target_hidden_size == config.hidden_size
 
 
-@dataclass
-class _Solution:
-    """Rows are inputs: guess_0 = a A + e M + c W, guess_k = n(guess_k-1) N + e M + c W. Where codes stand all is 0."""
-
-    aux: torch.Tensor  # A: [num_aux * H, H]
-    guess: torch.Tensor  # N: [H, H]
-    token: torch.Tensor  # M: [H, H]
-    copy: torch.Tensor  # W: [H, H]
-
-
 @dataclass(frozen=True)
 class _Features:
     """Inputs and outputs of the regression for n rows t."""
 
     aux: torch.Tensor  # [n, num_aux * H], each auxiliary state over its typical size
     tokens: list[torch.Tensor]  # STEPS of [n, H]: embeddings of the tokens at t+1, t+2, ..., of unit size
-    copies: list[torch.Tensor]  # STEPS of [n, H]: what induction heads bring there
+    copies: list[torch.Tensor]  # STEPS of [n, H]: what induction heads bring there; of [n, 0] without them
     states: list[torch.Tensor]  # STEPS of [n, H]: the target's last hidden states there, over its final norm's weight
 
 
@@ -110,10 +89,9 @@ class Lesson:
         self._draft, self._head = draft, head
         self._final_norm = draft.norm.weight.detach().clone()
         self._hidden = draft.config.hidden_size
-        self._num_aux = draft.config.num_aux_hidden_states
-        self._scale = torch.ones(self._num_aux * self._hidden)
-        self._code_size = 0.0  # of a code in the hidden state, as a vector
-        self._induction: Induction
+        self._width = draft.config.num_aux_hidden_states * self._hidden
+        self._scale = torch.ones(self._width)
+        self._induction: Induction | None = None
 
     @torch.no_grad()
     def run(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
@@ -127,37 +105,38 @@ class Lesson:
             return
         self._prepare(usable)
         yield
-        pieces = _pieces(usable)
-        hidden, width = self._hidden, self._num_aux * self._hidden
-        guess = slice(width, width + hidden)
-        unknowns = width + 3 * hidden
-        count = sum(len(one.token_ids) - STEPS for one in usable)
-        first, first_right = torch.zeros(unknowns, unknowns), torch.zeros(unknowns, hidden)  # step 0, in every round
-        solution = None
+        learned, held_out = (_pieces(part) for part in _split(usable))
+        pieces = learned + held_out
+        width, hidden = self._width, self._hidden
+        size = _unknowns(self._draft.config)
+        first, first_right = torch.zeros(size, size), torch.zeros(size, hidden)  # step 0, in every round
+        count, solution = 0, None
         for round_ in range(STEPS):  # round k knows the guesses of the steps below k
-            left, right = torch.zeros(3 * hidden, 3 * hidden), torch.zeros(3 * hidden, hidden)
-            for piece in pieces:
+            left, right = torch.zeros(size - width, size - width), torch.zeros(size - width, hidden)
+            for number, piece in enumerate(pieces):
+                if self._induction is not None and round_ == 0 and number == len(learned):
+                    if not self._copying_helps(first, first_right, count, held_out):
+                        self._induction = None
+                        size = width + 2 * hidden
+                        first, first_right = first[:size, :size].clone(), first_right[:size]
+                    yield
                 features = self._features(piece)
                 if round_ == 0:
-                    none = features.aux.new_zeros(len(features.aux), hidden)
+                    none = torch.zeros(len(features.aux), hidden)
                     x = torch.cat([features.aux, none, features.tokens[0], features.copies[0]], 1)
                     first.addmm_(x.T, x)
                     first_right.addmm_(x.T, features.states[0])
+                    count += len(x)
                 for k, estimate in enumerate(self._guesses(solution, features, round_), start=1):
                     x = torch.cat([self._normed(estimate), features.tokens[k], features.copies[k]], 1)
                     left.addmm_(x.T, x, alpha=STEP_DECAY**k)
                     right.addmm_(x.T, features.states[k], alpha=STEP_DECAY**k)
                 yield
             normal, wanted = first.clone(), first_right.clone()
-            normal[width:, width:] += left
-            wanted[width:] += right
-            ridge = torch.full((unknowns,), RIDGE * count)
-            ridge[guess] = PERSISTENCE_RIDGE * count
-            normal.diagonal().add_(ridge)
-            wanted[guess].diagonal().add_(PERSISTENCE_RIDGE * count * PERSISTENCE)
-            solved = torch.cholesky_solve(wanted, torch.linalg.cholesky(normal))
-            solved[guess][:, self._codes] = solved[guess][self._codes] = 0.0
-            solution = _Solution(*solved.split([width, hidden, hidden, hidden]))
+            if round_ > 0:
+                normal[width:, width:] += left
+                wanted[width:] += right
+            solution = self._solve(normal, wanted, count, self._induction)
             yield
         assert solution is not None
         self._install(solution, self._features(pieces[-1]))
@@ -167,27 +146,69 @@ class Lesson:
         states = torch.cat([one.aux.float() for one in trajectories[:8]]).unflatten(1, (-1, self._hidden))
         # The median over rows, since a sequence's first token is far off.
         self._scale = rms(states).median(0).values.repeat_interleave(self._hidden)
-        size = self._draft.config.head_dim // 4
-        self._induction = make_induction(trajectories, self._scale, self._head, self._final_norm, size)
-        self._codes = self._induction.channels.flatten()
-        last = torch.cat([one.last.float() / self._final_norm for one in trajectories[:8]])
-        self._code_size = float(rms(last).median()) * size**0.5  # a channel of it is as large as any other
+        copying = _unknowns(self._draft.config) > self._width + 2 * self._hidden
+        self._induction = (
+            make_induction(
+                trajectories, self._scale, self._head, self._final_norm, self._column_norms(),
+                self._draft.config.head_dim // 4,
+            )
+            if copying
+            else None
+        )  # fmt: skip
+
+    def _column_norms(self) -> torch.Tensor:
+        """How much a unit of each channel moves the draft's logits. [H]"""
+        return torch.linalg.vector_norm(self._draft.lm_head.weight, dim=0)
+
+    def _copying_helps(
+        self, normal: torch.Tensor, wanted: torch.Tensor, count: int, held_out: Sequence[Sequence[Trajectory]]
+    ) -> bool:
+        """Whether induction heads, with the channels they take, make first guesses better where none was learned from.
+
+        Args:
+            normal, wanted: normal equations of the first step, over ``count`` other rows; not changed.
+        """
+        without = self._width + 2 * self._hidden
+        either = self._solve(normal.clone(), wanted.clone(), count, self._induction)
+        neither = self._solve(normal[:without, :without].clone(), wanted[:without].clone(), count, None)
+        weight = self._column_norms() * self._final_norm
+        errors = torch.zeros(2)
+        for piece in held_out:
+            features = self._features(piece)
+            for i, solution in enumerate((either, neither)):
+                guess = features.aux @ solution.aux + features.tokens[0] @ solution.token
+                guess += features.copies[0][:, : len(solution.copy)] @ solution.copy
+                errors[i] += ((guess - features.states[0]) * weight).square().sum()
+        return bool(errors[0] < errors[1])
+
+    def _solve(self, normal: torch.Tensor, wanted: torch.Tensor, count: int, induction: Induction | None) -> Solution:
+        """Ridge regression, from normal equations over ``count`` rows, which are overwritten."""
+        guess = slice(self._width, self._width + self._hidden)
+        ridge = torch.full((len(normal),), RIDGE * count)
+        ridge[guess] = PERSISTENCE_RIDGE * count
+        normal.diagonal().add_(ridge)
+        wanted[guess].diagonal().add_(PERSISTENCE_RIDGE * count * PERSISTENCE)
+        solved = torch.cholesky_solve(wanted, torch.linalg.cholesky(normal))
+        if induction is not None:
+            codes = induction.channels.flatten()
+            solved[:, codes] = solved[guess][codes] = 0.0
+        hidden = self._hidden
+        return Solution(*solved.split([self._width, hidden, hidden, len(solved) - self._width - 2 * hidden]))
 
     def _features(self, piece: Sequence[Trajectory]) -> _Features:
         aux, tokens, copies, states = [], [], [], []
         for one in piece:
             scaled, embeddings = one.aux.float() / self._scale, unit(self._head.embed(one.token_ids))
-            wanted = one.last.float() / self._final_norm
-            wanted[:, self._codes] = 0.0
             aux.append(scaled[:-STEPS])
             tokens.append(_windows(embeddings[1:]))
-            copies.append(_windows(self._induction.bring(scaled, embeddings)))
-            states.append(_windows(wanted[1:]))
+            found = self._induction.bring(scaled, embeddings) if self._induction is not None else embeddings[1:, :0]
+            copies.append(_windows(found))
+            states.append(_windows(one.last[1:].float() / self._final_norm))
         return _Features(
             torch.cat(aux), *([torch.cat(step) for step in zip(*x, strict=True)] for x in (tokens, copies, states))
         )
 
-    def _guesses(self, solution: _Solution | None, features: _Features, count: int) -> Iterator[torch.Tensor]:
+    def _guesses(self, solution: Solution | None, features: _Features, count: int) -> Iterator[torch.Tensor]:
         """The guesses of steps 0 .. count-1, each [n, H]; none before the first solution."""
         estimate = torch.empty(0)
         for k in range(count if solution is not None else 0):
@@ -198,116 +219,41 @@ class Lesson:
 
     def _sizes(self, estimate: torch.Tensor) -> torch.Tensor:
         """RMS of the draft's hidden state at these guesses: a code stands beside each. [n, H] -> [n]"""
-        return ((estimate.square().sum(-1) + self._code_size**2) / self._hidden).sqrt()
+        code = self._induction.strength if self._induction is not None else 0.0
+        return ((estimate.square().sum(-1) + code**2) / self._hidden).sqrt()
 
     def _normed(self, estimate: torch.Tensor) -> torch.Tensor:
-        return estimate / self._sizes(estimate).unsqueeze(-1)
+        return estimate / self._sizes(estimate).unsqueeze(-1).clamp(min=1e-6)
 
-    def _install(self, solution: _Solution, sample: _Features) -> None:
+    def _install(self, solution: Solution, sample: _Features) -> None:
         """Write the solution into the draft, in place. sample: rows to measure typical sizes on."""
-        draft, hidden, codes = self._draft, self._hidden, self._codes
-        here = self._induction.channels[0]
+        draft, states = self._draft, sample.states[0]
         size = float(self._sizes(next(self._guesses(solution, sample, 1))).mean())
-        recursion = solution.guess - size * torch.eye(hidden)
-        fc, radius = self._first_step(solution.aux, recursion, sample.aux, size)
-        recursion[codes] = 0.0
-        recursion[codes, codes] = -radius  # a step's code goes, the next one's comes with M
-        token = solution.token.clone()
-        token[:, here] = self._code_size * self._induction.token
+        install(draft, solution, self._induction, self._scale, size, sample.aux, sample.copies[0])
+        weight = self._final_norm.clone()
+        if self._induction is not None:
+            codes = self._induction.channels.flatten()
+            weight[codes] = 0.0
+            states = states.index_fill(1, codes, 0.0)
+        draft.norm.weight.copy_(weight * (size / rms(states).mean()))
 
-        layer, attn = draft.midlayer, draft.midlayer.self_attn
-        layer.input_layernorm.weight.fill_(1.0)
-        layer.hidden_norm.weight.fill_(1.0)
-        layer.mlp.down_proj.weight.zero_()
-        for projection in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj):
-            projection.weight.zero_()
-        own = self._install_self(attn)
-        attn.v_proj.weight[:hidden] = torch.cat([token, recursion]).T
-        attn.o_proj.weight[:, :hidden] = torch.eye(hidden)
-        self._install_induction(attn, solution.copy, sample.copies[0], own, radius)
-        draft.fc.weight.copy_((fc / self._scale[:, None]).T)
-        draft.norm.weight.copy_(self._final_norm * (size / rms(sample.states[0]).mean()))
-        draft.norm.weight[codes] = 0.0
 
-    def _install_self(self, attn: Attention) -> int:
-        """Heads in which a row finds itself. Returns how many."""
-        dim, hidden = self._draft.config.head_dim, self._hidden
-        own = -(-hidden // dim)
-        generator = torch.Generator().manual_seed(0)
-        for head in range(own):
-            rows = torch.linalg.qr(
-                torch.randn(hidden, min(dim, hidden), generator=generator)
-            ).Q.T  # [D, H], orthonormal
-            block = slice(head * dim, head * dim + len(rows))
-            for part in (attn.q_proj, attn.k_proj):
-                part.weight[block, :hidden] = rows * (MARGIN / dim**0.5) ** 0.5
-        return own
-
-    def _install_induction(
-        self, attn: Attention, copy: torch.Tensor, brought: torch.Tensor, own: int, radius: float
-    ) -> None:
-        """The other heads: one pattern of attention, and each a part of W's largest directions.
-
-        Args:
-            copy: W; brought: c, [n, H]; own: heads that are taken; radius: typical RMS of the first step's state.
-        """
-        dim, hidden, size = self._draft.config.head_dim, self._hidden, self._induction.size
-        here, before = (hidden + channels for channels in self._induction.channels)
-        of_this = torch.arange(dim // 2 - size, dim // 2)  # RoPE pairs channel i with D/2 + i; the last turn slowest
-        of_before = of_this + dim // 2
-        read = radius / self._code_size  # what a normed state's code channels are times this is the code
-        for start in range(own * dim, len(attn.q_proj.weight), dim):
-            this, previous = start + of_this, start + of_before
-            attn.q_proj.weight[this, :hidden] = self._induction.token.T * MATCH * dim**0.5
-            attn.q_proj.weight[previous, here] = read * MATCH_BEFORE * dim**0.5
-            attn.k_proj.weight[this, here] = read
-            attn.k_proj.weight[previous, before] = read
-        rank = min(len(attn.q_proj.weight) - own * dim, hidden)
-        output = brought @ copy
-        directions = torch.linalg.eigh(output.T @ output).eigenvectors[:, -rank:]
-        block = slice(own * dim, own * dim + rank)
-        attn.v_proj.weight[block, :hidden] = (copy @ directions).T
-        attn.o_proj.weight[:, block] = directions
-
-    def _first_step(
-        self, aux: torch.Tensor, recursion: torch.Tensor, a: torch.Tensor, size: float
-    ) -> tuple[torch.Tensor, float]:
-        """F with  u + n(u) R = a A  for u = a F, where n(u) = u / rms(u); codes stand beside it.
-
-        With rms(u) = rho for all rows this is linear, F = A (I + R / rho)^-1, and rho has to agree with the u it leads
-        to.
-
-        Args:
-            aux: A [num_aux * H, H]; recursion: R [H, H]; a: [n, num_aux * H]; size: where rho's search begins.
-
-        Returns:
-            F, and rho.
-        """
-        identity = torch.eye(len(recursion))
-        here, before = self._induction.channels
-
-        def solve(rho: float) -> torch.Tensor:
-            found = torch.linalg.solve(identity + recursion / rho, aux, left=False)
-            found[:, here] = self._code_size * self._induction.here
-            found[:, before] = self._code_size * self._induction.before
-            return found
-
-        low, high = size, 64.0 * size
-        for _ in range(20):  # rms(u) falls with rho
-            rho = (low * high) ** 0.5
-            if float(rms(a @ solve(rho)).median()) > rho:
-                low = rho
-            else:
-                high = rho
-        return solve(high), high
+def _split(trajectories: Sequence[Trajectory]) -> tuple[Sequence[Trajectory], Sequence[Trajectory]]:
+    """The older ones, and the newest of about HELD_OUT of the rows together. One alone is an older one."""
+    wanted = HELD_OUT * sum(len(one.token_ids) for one in trajectories)
+    first = len(trajectories)
+    while first > 1 and wanted > 0:
+        first -= 1
+        wanted -= len(trajectories[first].token_ids)
+    return trajectories[:first], trajectories[first:]
 
 
 def _pieces(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
     """Neighbours together, about PIECE_ROWS rows each."""
-    pieces: list[list[Trajectory]] = [[]]
+    pieces: list[list[Trajectory]] = []
     rows = 0
     for one in trajectories:
-        if pieces[-1] and rows + len(one.token_ids) > PIECE_ROWS:
+        if not pieces or rows + len(one.token_ids) > PIECE_ROWS:
             pieces.append([])
             rows = 0
         pieces[-1].append(one)

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from aurora_vllm.learner import lesson
+from aurora_vllm.learner import lesson_shape
 from aurora_vllm.learner.divergence import CHUNK
 
 MIB = 2**20
@@ -122,7 +122,5 @@ def predict(
 
 def _lesson_bytes(draft: DraftSizes) -> int:
     """Normal equations, their first step's part, and the triangle they are solved by; 0 where no lesson is given."""
-    unknowns = draft.aux_width + 3 * draft.hidden
-    if draft.key <= draft.hidden or unknowns > lesson.MAX_UNKNOWNS:  # one value per channel, and induction heads
-        return 0
-    return 3 * 4 * unknowns**2
+    heads = draft.key  # of one channel: only their width matters here
+    return 3 * 4 * lesson_shape.unknowns(draft.hidden, heads, 1, draft.aux_width // draft.hidden) ** 2

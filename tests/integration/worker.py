@@ -34,11 +34,10 @@ class InspectableWorker(AuroraWorker):
             "gate_up": layer.mlp.gate_up_proj,
             "down": layer.mlp.down_proj,
         }
-        sizes = {"fc": 3 * 576, "qkv": 2 * 576, "o": 576, "gate_up": 576, "down": 1536}
         outputs: dict[str, list[float]] = {}
         for name, module in modules.items():
             generator = torch.Generator().manual_seed(seed)
-            result = module(torch.randn(1, sizes[name], generator=generator))
+            result = module(torch.randn(1, module.input_size, generator=generator))
             outputs[name] = (result[0] if isinstance(result, tuple) else result).flatten().tolist()
         return outputs
 

@@ -46,7 +46,7 @@ def test_lessons_come_when_enough_was_seen_and_steps_wait_for_the_first(small_le
     assert not torch.equal(draft.fc.weight, fc) and curriculum.trainer.refining_since is not None
     assert curriculum.tokens_trained >= curriculum.tokens_seen == 40 * 30
     unseen = linear_world(head, norm, 8, 30, seed=77)
-    assert acceptance(draft, head, unseen) > 1.4
+    assert acceptance(draft, head, unseen) > 1.8
 
 
 def test_the_second_lesson_keeps_the_trained_head_and_the_targets_norm(small_lessons: None, tmp_path: Path) -> None:
@@ -64,8 +64,7 @@ def test_the_second_lesson_keeps_the_trained_head_and_the_targets_norm(small_les
             if another:
                 norms.append(draft.norm.weight.detach() / norm)
     assert len(norms) == 2
-    for scaled in norms:  # one factor for all channels without codes, twice from the target's norm
-        scaled = scaled[scaled != 0]
+    for scaled in norms:  # one factor for all channels, twice from the target's norm
         torch.testing.assert_close(scaled, scaled[:1].expand_as(scaled))
 
 

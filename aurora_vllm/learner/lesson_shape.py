@@ -1,0 +1,39 @@
+"""Which drafts can take the closed-form lesson, and how many heads a draft gets for it."""
+
+from __future__ import annotations
+
+MAX_UNKNOWNS = 12_288  # of one column of the regression: its normal equations are 600 MB of float32
+
+
+def unknowns(hidden_size: int, num_heads: int, head_dim: int, num_aux: int) -> int:
+    """Of one column of the regression, for a draft with so many key-value heads; 0 where it gets no lesson.
+
+    Without induction heads where none are left beside one value per channel, or where they would be too many.
+    """
+    own = -(-hidden_size // head_dim)
+    if num_heads < own:
+        return 0
+    for parts in (num_aux + 3, num_aux + 2) if num_heads > own else (num_aux + 2,):
+        if parts * hidden_size <= MAX_UNKNOWNS:
+            return parts * hidden_size
+    return 0
+
+
+def heads_for(hidden_size: int, num_heads: int, head_dim: int, key_value_heads: int, num_aux: int) -> int | None:
+    """Heads of a draft that is to have lessons, as many of keys and values as of queries; None where it gets none.
+
+    With induction heads: a multiple of the target's key-value heads, because vLLM wants the pages of one layer's KV
+    cache to be a multiple of another's; and a divisor of the hidden size, because transformers reads no other Llama
+    configuration. Where there is no such number, or no room in the regression, the target's heads without any more.
+
+    Args:
+        hidden_size, num_heads, head_dim, key_value_heads: the target's.
+        num_aux: auxiliary states that the draft reads.
+    """
+    own = -(-hidden_size // head_dim)
+    if (num_aux + 3) * hidden_size <= MAX_UNKNOWNS:
+        least = (-(-own // key_value_heads) + 1) * key_value_heads
+        for heads in range(least, 2 * max(own, key_value_heads) + 1, key_value_heads):
+            if hidden_size % heads == 0:
+                return max(heads, num_heads)
+    return num_heads if unknowns(hidden_size, num_heads, head_dim, num_aux) else None
