@@ -29,6 +29,9 @@ from aurora_vllm.learner.trajectory import Trajectory
 
 MATCH = 16.0  # attention score of a row that follows this token, ...
 MATCH_BEFORE = 10.0  # ... and what it gains where the token before agrees too
+# A code in the hidden state beside everything else there, as vectors. Loud, so that a state's RMS hardly varies: the
+# layer's norm divides by it, and attention would prefer small states.
+LOUDNESS = 1.0
 PROBE_RIDGE = 0.003  # relative to inputs of unit size
 SAMPLE_ROWS = 8192  # the newest ones, to find the codes and where to read them
 FLOOR = 0.1  # of the median variance: what whitening takes the smallest ones for
@@ -127,7 +130,7 @@ def make_induction(
         token=regress(embeddings, codes, PROBE_RIDGE),
         here=regress(aux, codes, PROBE_RIDGE),
         before=regress(aux[follows], codes[:-1][follows[1:]], PROBE_RIDGE),
-        strength=float(rms(last / final_norm).median()) * size**0.5,  # a channel of it is as large as any other
+        strength=LOUDNESS * float(rms(last / final_norm).median()) * last.shape[1] ** 0.5,
     )
 
 

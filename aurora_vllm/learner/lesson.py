@@ -28,13 +28,13 @@ of 1.62 (without induction heads 7 s and 1.56), where a day-0 draft has 1.04.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.eagle3_config import Eagle3Config
-from aurora_vllm.learner.induction import Induction, make_induction, rms, unit
+from aurora_vllm.learner.induction import LOUDNESS, Induction, make_induction, rms, unit
 from aurora_vllm.learner.installation import Solution, install
 from aurora_vllm.learner.lesson_shape import unknowns
 from aurora_vllm.learner.target import TargetHead
@@ -223,12 +223,18 @@ class Lesson:
         return ((estimate.square().sum(-1) + code**2) / self._hidden).sqrt()
 
     def _normed(self, estimate: torch.Tensor) -> torch.Tensor:
-        return estimate / self._sizes(estimate).unsqueeze(-1).clamp(min=1e-6)
+        return self._gain * estimate / self._sizes(estimate).unsqueeze(-1).clamp(min=1e-6)
+
+    @property
+    def _gain(self) -> float:
+        """What makes a normed guess of unit size again, beside a code."""
+        return (1.0 + LOUDNESS**2) ** 0.5 if self._induction is not None else 1.0
 
     def _install(self, solution: Solution, sample: _Features) -> None:
         """Write the solution into the draft, in place. sample: rows to measure typical sizes on."""
         draft, states = self._draft, sample.states[0]
         size = float(self._sizes(next(self._guesses(solution, sample, 1))).mean())
+        solution = replace(solution, guess=solution.guess * self._gain)
         install(draft, solution, self._induction, self._scale, size, sample.aux, sample.copies[0])
         weight = self._final_norm.clone()
         if self._induction is not None:
