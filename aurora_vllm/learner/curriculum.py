@@ -14,6 +14,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner import lesson
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.lesson_shape import is_due
 from aurora_vllm.learner.objective import Objective
 from aurora_vllm.learner.remap import move_to_vocabulary
 from aurora_vllm.learner.replay import Replay
@@ -65,7 +66,7 @@ class Curriculum:
         )
         self.coverage = Coverage(candidate.config.vocab_size)
         self._reselection = Reselection(target, config.vocabulary_coverage)
-        self._lessons_due = list(LESSON_ROWS) if lesson.is_due(candidate) and not worth_keeping else []
+        self._lessons_due = list(LESSON_ROWS) if is_due(candidate) and not worth_keeping else []
         self._teacher = lesson.Lesson(candidate, head) if self._lessons_due else None
         self._lesson: Iterator[None] | None = None
         if worth_keeping:

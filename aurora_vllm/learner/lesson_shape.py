@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
+from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.eagle3_config import Eagle3Config
+
 MAX_UNKNOWNS = 12_288  # of one column of the regression: its normal equations are 600 MB of float32
 
 
@@ -37,3 +42,22 @@ def heads_for(hidden_size: int, num_heads: int, head_dim: int, key_value_heads: 
             if hidden_size % heads == 0:
                 return max(heads, num_heads)
     return num_heads if unknowns(hidden_size, num_heads, head_dim, num_aux) else None
+
+
+def unknowns_of(config: Eagle3Config) -> int:
+    """The same, of a draft that is there."""
+    return unknowns(config.hidden_size, config.num_key_value_heads, config.head_dim, config.num_aux_hidden_states)
+
+
+def is_due(draft: Eagle3Draft) -> bool:
+    """Whether this is a day-0 draft that nothing was taught yet, of a shape that can take the lesson."""
+    config, weight = draft.config, draft.fc.weight
+    hidden = config.hidden_size
+    untaught = bool((weight[:, :-hidden] == 0).all()) and torch.equal(weight[:, -hidden:], torch.eye(hidden))
+    return untaught and _is_plain(config) and unknowns_of(config) > 0
+
+
+def _is_plain(config: Eagle3Config) -> bool:
+    plain = not (config.norm_before_fc or config.fc_norm or config.norm_output or config.norm_before_residual)
+    alike = config.num_key_value_heads == config.num_attention_heads
+    return plain and alike and config.target_hidden_size == config.hidden_size

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_vllm.learner import induction, lesson
+from aurora_vllm.learner import induction, lesson, lesson_shape
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.eagle3_config import Eagle3Config
@@ -143,6 +143,30 @@ def test_what_was_said_before_is_copied(monkeypatch: pytest.MonkeyPatch, blind: 
     assert length < 1.5 if blind else length > 3.0
 
 
+def unevenly(world: list[Trajectory], norm: torch.Tensor) -> list[Trajectory]:
+    """The same traffic, but states differ in size: along one more direction, by how much no token tells."""
+    in_aux, in_state = (torch.randn(n, generator=torch.Generator().manual_seed(5)) for n in (3 * HIDDEN, HIDDEN))
+    done = []
+    for one in world:
+        amount = 1.5 * torch.rand(len(one.token_ids), 1, generator=torch.Generator().manual_seed(one.request))
+        last = one.last.clone()
+        last[1:] += amount[:-1] * in_state * norm
+        done.append(dataclasses.replace(one, aux=one.aux + amount * in_aux / 8, last=last))
+    return done
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_attention_does_not_prefer_small_states(monkeypatch: pytest.MonkeyPatch, quiet: bool) -> None:
+    for module in (induction, lesson) if quiet else ():  # with codes that leave a state's size as it is
+        monkeypatch.setattr(module, "LOUDNESS", 0.1)
+    draft, head = day0_draft()
+    head = TargetHead(head.lm_head, head.lm_head)
+    norm = draft.norm.weight.detach().clone()
+    teach(draft, head, unevenly(repetitive_world(head, norm, 80, seed=0), norm))
+    length = acceptance(draft, head, unevenly(repetitive_world(head, norm, 8, seed=77), norm))
+    assert length < 2.75 if quiet else length > 2.95
+
+
 def test_induction_heads_stay_silent_where_copying_does_not_help() -> None:
     own = HIDDEN  # columns of the heads that hold a value per channel
     silent, head = day0_draft()
@@ -178,22 +202,22 @@ def test_a_draft_without_induction_heads_gets_its_lesson_too() -> None:
     """As day 0 made them before there were any, and as it makes them where they have no room."""
     draft, head = day0_draft(num_attention_heads=2, num_key_value_heads=2)
     norm = draft.norm.weight.detach().clone()
-    assert lesson.is_due(draft)
+    assert lesson_shape.is_due(draft)
     teach(draft, head, linear_world(head, norm, 40, 30))
     assert acceptance(draft, head, linear_world(head, norm, 8, 30, seed=77)) > 1.8
 
 
 def test_is_due_only_for_an_untaught_day0_draft() -> None:
     draft, head = day0_draft()
-    assert lesson.is_due(draft)
+    assert lesson_shape.is_due(draft)
     teach(draft, head, linear_world(head, draft.norm.weight.detach().clone(), 10, 20))
-    assert not lesson.is_due(draft)
+    assert not lesson_shape.is_due(draft)
     grouped, _ = day0_draft(num_key_value_heads=1)
-    assert not lesson.is_due(grouped)  # values have no room
+    assert not lesson_shape.is_due(grouped)  # values have no room
     trained, _ = day0_draft()
     with torch.no_grad():
         trained.fc.weight[0, 0] = 0.01
-    assert not lesson.is_due(trained)
+    assert not lesson_shape.is_due(trained)
 
 
 def test_nothing_to_learn_from_changes_nothing() -> None:
