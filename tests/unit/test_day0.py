@@ -87,6 +87,22 @@ def test_draft_holds_the_targets_weights(tmp_path: Path, tied: bool) -> None:
     torch.testing.assert_close(aux @ draft["fc.weight"].T, aux[:, 96:])
 
 
+def test_heads_the_target_has_too_few_of_are_its_own_again(tmp_path: Path) -> None:
+    """Attention narrower than the residual stream: a value per channel takes six heads, the target has two."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    target = save(LlamaForCausalLM(config), tmp_path / "target")
+    draft = load_file(make_day0_draft(tmp_path / "target", tmp_path / "draft", 100) / "model.safetensors")
+    for name in ("q", "k"):
+        rows = target[f"model.layers.5.self_attn.{name}_proj.weight"]
+        heads = draft[f"midlayer.self_attn.{name}_proj.weight"][:, 48:].view(8, 8, 48)
+        for i, head in enumerate(heads):
+            start = 8 * i % len(rows)
+            assert torch.equal(head, rows[start : start + 8])
+    output = draft["midlayer.self_attn.o_proj.weight"]
+    assert torch.equal(output[:, :16], target["model.layers.5.self_attn.o_proj.weight"]) and not output[:, 16:].any()
+
+
 def test_qwen3_head_norms_are_folded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Qwen3Config(

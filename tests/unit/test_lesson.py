@@ -114,7 +114,7 @@ def test_the_draft_computes_the_solution_step_by_step(
         seen = draft.norm.weight != 0  # the other channels hold codes
         assert int(seen.sum()) == HIDDEN - (HEAD_DIM // 2 if copying else 0)
         similarity = F.cosine_similarity(output[:count, seen], guess[:, seen], dim=-1)
-        assert float(similarity.median()) > 0.97, step
+        assert float(similarity.median()) > 0.985, step
 
 
 def repetitive_world(head: TargetHead, norm: torch.Tensor, count: int, seed: int) -> list[Trajectory]:
