@@ -47,7 +47,11 @@ class AuroraConfig(BaseModel):
     # --- learning ---
     learn: bool = Field(True, description="run the learner")
     learner_cpu_share: float = Field(
-        0.15, gt=0, le=1, description="largest share of one CPU the learner takes while something is served"
+        0.15,
+        gt=0,
+        le=1,
+        description="largest share of one CPU the learner takes while something is served; twice that until its lessons "
+        "are learned",
     )
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"

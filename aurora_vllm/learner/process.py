@@ -40,6 +40,7 @@ from aurora_vllm.transport.segment import Segment
 from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
+WITH_LESSONS = 2.0  # factor on the share until the lessons are learned: a few seconds' work, the most useful there is
 SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
 SCORE_SHARE = 0.25  # of the learner's CPU time goes into scoring, where there is something else to do
 
@@ -248,7 +249,7 @@ def main() -> int:
         worked = learner.turn()
         learner.keeper.save()
         scheduler = learner.control.scheduler
-        factor = scheduler.learner_share or 1.0
+        factor = (scheduler.learner_share or 1.0) * (WITH_LESSONS if learner.curriculum.has_lessons_to_learn else 1.0)
         pause = learner.budget.debt(scheduler.steps, factor) if worked else learner.sleep.idle_s
         learner.control.learner.working = not pause
         stop.wait(pause)

@@ -56,3 +56,12 @@ def test_nothing_served_nothing_to_step_back_for() -> None:
     assert budget.debt(7) == 0.0  # it made none
     clocks.cpu, clocks.wall = 3.0, 6.0
     assert budget.debt(8) == 3.0
+
+
+def test_a_factor_raises_the_share_up_to_the_whole() -> None:
+    clocks = Clocks()
+    budget = CpuBudget(0.25, lambda: clocks.cpu, lambda: clocks.wall)
+    clocks.cpu = clocks.wall = 1.0
+    assert budget.debt(1, factor=2.0) == 1.0
+    clocks.cpu, clocks.wall = 2.0, 3.0
+    assert budget.debt(2, factor=9.0) == 0.0
