@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 
 from aurora_vllm.spec_decode.swap import LiveDraft, StagedWeights, SwapRefused
 from aurora_vllm.transport.bank import TornPublish, WeightBank
 from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.placement import CPU
 
 logger = logging.getLogger("vllm.aurora")
 
@@ -22,11 +26,13 @@ class Stager:
         bank: reader's side of the weight bank.
         draft: the running draft.
         control: the ``worker`` block is updated here; the ``scheduler`` block says which version to roll back.
+        device: that the draft runs on.
     """
 
-    def __init__(self, bank: WeightBank, draft: LiveDraft, control: ControlBlock) -> None:
+    def __init__(self, bank: WeightBank, draft: LiveDraft, control: ControlBlock, device: torch.device = CPU) -> None:
         self.bank = bank
         self.draft = draft
+        self._device = device
         self._worker, self._scheduler = control.worker, control.scheduler
         self._seen = 0  # newest version looked at, taken or refused
         self._ready: StagedWeights | None = None
@@ -104,8 +110,9 @@ class Stager:
                 self._refuse(version, f"{type(error).__name__}: {error}")
 
     def _stage(self, version: int) -> StagedWeights:
-        publication = self.bank.read(version)
-        staged = self.draft.stage(version, publication.tensors)
+        with _stream_of_its_own(self._device):
+            publication = self.bank.read(version)
+            staged = self.draft.stage(version, publication.tensors)
         if not publication.still_valid():
             raise TornPublish(f"version {version} changed while it was being read")
         return staged
@@ -114,3 +121,9 @@ class Stager:
         self._worker.refusals += 1
         self._worker.refusal = f"version {version}: {reason}"
         logger.warning("aurora: version %d refused, version %d stays: %s", version, self._worker.live_version, reason)
+
+
+def _stream_of_its_own(device: torch.device) -> AbstractContextManager[object]:
+    """For what this thread copies on a GPU: on the stream that is current otherwise, the model's next step would wait
+    behind it."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
