@@ -30,8 +30,8 @@ MIB = 2**20
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
 LEARNER_SETTINGS = (
     "learn", "learner_device", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "semantics",
-    "ttt_length", "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s", "evidence_tokens",
-    "sample_rate", "seed",
+    "ttt_length", "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s",
+    "evidence_tokens", "sample_rate", "seed",
 )  # fmt: skip
 
 

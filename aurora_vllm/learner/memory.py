@@ -33,8 +33,8 @@ MIB = 2**20
 # Measured with SmolLM2-135M (torch 2.13, CPU build; D 4608 and 8192, R 128 to 2048, replay 96 to 192 MiB): with these
 # two the prediction is within 5 % of VmHWM less shared memory. 390 MiB of the first are there after one optimizer step.
 PROCESS_BYTES = (460 + 65) * MIB  # the latter for river and the scipy it brings
-# Of a second process on a GPU: context, cuBLAS and its workspaces. ASSUMED (a context alone is known to take some 400 to
-# 600 MiB on cards of 80 GB), not measured here.
+# Of a second process on a GPU: context, cuBLAS and its workspaces. ASSUMED (a context alone is known to take some 400
+# to 600 MiB on cards of 80 GB), not measured here.
 CONTEXT_BYTES = 768 * MIB
 SLACK = 1.25  # of a step: pieces differ in size from those freed before, and seldom fit where they were
 
