@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget
+from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget, DeviceClock
 
 
 class Clocks:
@@ -56,3 +57,23 @@ def test_nothing_served_nothing_to_step_back_for() -> None:
     assert budget.debt(7) == 0.0  # it made none
     clocks.cpu, clocks.wall = 3.0, 6.0
     assert budget.debt(8) == 3.0
+
+
+def test_on_a_gpu_time_counts_until_the_device_is_done() -> None:
+    clocks = Clocks()
+
+    def device_catches_up() -> None:
+        clocks.wall += 0.3
+
+    def work() -> bool:
+        clocks.wall += 0.1
+        return True
+
+    clock = DeviceClock(device_catches_up, lambda: clocks.wall)
+    budget = CpuBudget(0.25, clock, lambda: clocks.wall)
+    assert clock.run(work)
+    assert clock() == pytest.approx(0.4)
+    pause = budget.debt(1)
+    assert pause == pytest.approx(1.2)  # 0.4 of 1.6 seconds
+    clocks.wall += pause
+    assert clock() == pytest.approx(0.4)  # a rest is not counted

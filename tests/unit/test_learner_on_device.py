@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner import lesson
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.checkpoints import newest
 from aurora_vllm.learner.curriculum import Curriculum
@@ -102,8 +103,9 @@ def test_a_draft_from_disk_with_an_embedding_of_its_own(device: torch.device, tm
         assert isinstance(found.embed_tokens, Far) and isinstance(found.fc.weight.data, Far)
 
 
-def test_no_lesson_is_due(device: torch.device, tmp_path: Path) -> None:
+def test_no_lesson_is_due(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
+    monkeypatch.setattr(lesson, "is_due", lambda draft: True)
     head = TargetHead(world.embedding, world.lm_head).to(device)
     curriculum = Curriculum(world.draft().to(device), head, AuroraConfig(**SETTINGS), tmp_path, worth_keeping=False)
     assert not curriculum.has_lessons_to_learn

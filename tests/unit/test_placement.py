@@ -209,6 +209,7 @@ def test_the_worker_places_after_warm_up_and_only_then_may_the_learner_start(
         attachment = Attachment(wanted, StrawRunner(), V2Adapter, torch.device("cuda"))
         assert not stand_in.made and not attachment.control.worker.attached
         attachment._on_step(lambda: pytest.fail("vLLM's warm-up is nobody's traffic"))
+        assert not attachment.control.worker.capture_errors
         attachment.start_serving()
         assert list(stand_in.made) == [RING, BANK] and attachment.control.worker.attached and attachment.serving
 
