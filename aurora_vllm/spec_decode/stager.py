@@ -33,6 +33,7 @@ class Stager:
         self.bank = bank
         self.draft = draft
         self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._worker, self._scheduler = control.worker, control.scheduler
         self._seen = 0  # newest version looked at, taken or refused
         self._ready: StagedWeights | None = None
@@ -110,20 +111,22 @@ class Stager:
                 self._refuse(version, f"{type(error).__name__}: {error}")
 
     def _stage(self, version: int) -> StagedWeights:
-        with _stream_of_its_own(self._device):
+        with self._own_stream():
             publication = self.bank.read(version)
             staged = self.draft.stage(version, publication.tensors)
         if not publication.still_valid():
             raise TornPublish(f"version {version} changed while it was being read")
         return staged
 
+    def _own_stream(self) -> AbstractContextManager[object]:
+        """For what this thread copies on a GPU: on the stream that is current otherwise, the model's next step would
+        wait behind it. One for all versions, because torch keeps freed memory by stream."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        return torch.cuda.stream(self._stream)
+
     def _refuse(self, version: int, reason: str) -> None:
         self._worker.refusals += 1
         self._worker.refusal = f"version {version}: {reason}"
         logger.warning("aurora: version %d refused, version %d stays: %s", version, self._worker.live_version, reason)
-
-
-def _stream_of_its_own(device: torch.device) -> AbstractContextManager[object]:
-    """For what this thread copies on a GPU: on the stream that is current otherwise, the model's next step would wait
-    behind it."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()

@@ -15,8 +15,12 @@ from aurora_vllm import plan, preflight
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.gpu_plan import GpuPlan
 from aurora_vllm.learner.memory import CONTEXT_BYTES, MIB, DraftSizes, GpuMemory, predict, predict_gpu
+from aurora_vllm.runtime import Runtime
+from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.transport.bank import weights_bytes
+from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.ring import HEADER_BYTES
+from aurora_vllm.transport.segment import SHM, Segment
 from tests.unit.test_plan import draft_dir, serve_plan, target
 
 __all__ = ["draft_dir", "serve_plan", "target"]  # fixtures
@@ -30,10 +34,8 @@ def gpu(total: int = 80 * GIB, asked: float = 0.9, takes: int = 8 * GIB, **rest:
 
 
 def test_every_term_counts_what_it_names() -> None:
-    def of(
-        draft: DraftSizes = SIZES, rows: int = 2048, ring: int = 256 * MIB, bank: int = 2400 * MIB
-    ) -> dict[str, int]:
-        return asdict(predict_gpu(draft, 100, rows, 3, ring, bank))
+    def of(draft: DraftSizes = SIZES, rows: int = 2048, ring: int = 256 * MIB) -> dict[str, int]:
+        return asdict(predict_gpu(draft, 100, rows, 3, ring, 2400 * MIB))
 
     base = of()
     assert base["target"] == 100 and base["context"] == CONTEXT_BYTES
@@ -48,7 +50,7 @@ def test_every_term_counts_what_it_names() -> None:
     assert of(small, rows=16)["step"] < lessons  # there the lesson is the peak; a GPU has none
 
 
-@given(st.floats(0.05, 1.0), st.integers(1, 200 * GIB), st.integers(1, 40 * GIB))
+@given(st.floats(0.05, 1.0), st.integers(GIB, 200 * GIB), st.integers(100 * MIB, 40 * GIB))
 def test_together_they_take_what_was_asked_for(asked: float, total: int, takes: int) -> None:
     found = gpu(total, asked, takes)
     told = found.utilization
@@ -106,6 +108,23 @@ def test_settings_that_keep_off_the_gpu(serve_plan: plan.ServePlan, settings: di
     kept_off = replace(serve_plan, config=AuroraConfig(ring_mb=1, **settings))
     found = plan.plan_gpu(kept_off, Namespace(gpu_memory_utilization=0.92), 80 * GIB)
     assert found.refused == said and not found.used and found.utilization == 0.92
+
+
+def test_the_server_says_what_is_wanted_and_removes_what_the_worker_made(
+    serve_plan: plan.ServePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT_KEY, "")  # so that it is put back
+    monkeypatch.setattr("aurora_vllm.runtime.atexit.register", lambda close: None)
+    monkeypatch.setattr("aurora_vllm.runtime.stopping.cleanups", [])
+    silent = replace(serve_plan, config=AuroraConfig(ring_mb=1, learn=False))
+    for found, wanted in ((None, False), (gpu(), True), (gpu(refused="x"), False)):
+        with Runtime(replace(silent, gpu=found), routes_installed=True) as runtime:
+            assert runtime.session.on_device is wanted
+            made = SHM / "aurora-1-1-0123456789abcdef-ring_memory"
+            made.touch()
+            control = ControlBlock.attach(Segment.attach(runtime.session.control))
+            control.worker.ring_memory = made.name
+        assert not made.exists()
 
 
 def test_this_machine_has_no_gpu_or_says_its_size() -> None:
