@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Branch
 from aurora_vllm.learner.vocabulary import Coverage, Reselection
 from aurora_vllm.transport import placement
-from aurora_vllm.transport.placement import place
+from aurora_vllm.transport.placement import CPU, place
 from tests.unit.pretend_device import DEVICE, Far, pretend_device
 from tests.unit.test_placement import StandIn, parts
 from tests.unit.tiny_world import DRAFT, SETTINGS, V, World, serve, session, trajectory
@@ -52,27 +51,26 @@ def test_the_device_refuses_what_a_gpu_refuses(device: torch.device) -> None:
             mixed()
 
 
+def steps_on(where: torch.device, direction: str) -> list[float]:
+    """What three optimizer steps on two trajectories, one with a branch, and a simulation come to."""
+    world = World()
+    one, other = trajectory(world), trajectory(world, 7)
+    one.branches.append(Branch(8, 0, torch.tensor([3, 5]), one.aux[:2].clone(), one.last[:2].clone()))
+    draft = World(1).draft().to(where)
+    head = TargetHead(world.embedding, world.lm_head).to(where)
+    objective = Objective(direction, 0.5)  # type: ignore[arg-type]
+    trainer = Trainer(draft, head, 1e-2, 3, objective=objective, matmul_dtype=torch.float32)
+    found = [float(trainer.step(collate([one, other], where)).total) for _ in range(3)]
+    state = {name: tensor.cpu() for name, tensor in trainer.state_tensors().items()}
+    trainer.load_state_tensors(state, 3, None)
+    found.append(float(trainer.step(collate([one, other], where)).total))
+    score = simulate(draft, head, other, 2)
+    return [*found, float(draft.fc.weight.detach().sum()), score.steps, *score.accepted]
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse+next-token"])
 def test_a_step_is_the_one_of_the_cpu(device: torch.device, direction: str) -> None:
-    world = World()
-    one = trajectory(world)
-    branch = Branch(8, 0, torch.tensor([3, 5]), one.aux[:2].clone(), one.last[:2].clone())
-    chosen = [copy.copy(one), trajectory(world, 7)]
-    chosen[0].branches.append(branch)
-    losses = []
-    for where in (torch.device("cpu"), device):
-        draft = copy.deepcopy(World(1).draft()).to(where)
-        head = TargetHead(world.embedding, world.lm_head).to(where)
-        objective = Objective(direction, 0.5)  # type: ignore[arg-type]
-        trainer = Trainer(draft, head, 1e-2, 3, objective=objective, matmul_dtype=torch.float32)
-        losses.append([float(trainer.step(collate(chosen, where)).total) for _ in range(3)])
-        losses[-1].append(float(draft.fc.weight.detach().sum()))
-        score = simulate(draft, head, chosen[1], 2)
-        losses[-1] += [score.steps, *score.accepted]
-        state = {name: tensor.cpu() for name, tensor in trainer.state_tensors().items()}
-        trainer.load_state_tensors(state, 3, None)
-        trainer.step(collate(chosen, where))
-    assert losses[1] == pytest.approx(losses[0])
+    assert steps_on(device, direction) == pytest.approx(steps_on(CPU, direction))
 
 
 def test_another_vocabulary(device: torch.device, tmp_path: Path) -> None:
