@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.learner import lesson
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.checkpoints import newest
 from aurora_vllm.learner.curriculum import Curriculum
@@ -103,7 +102,7 @@ def test_a_draft_from_disk_with_an_embedding_of_its_own(device: torch.device, tm
 
 def test_no_lesson_is_due(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
-    monkeypatch.setattr(lesson, "is_due", lambda draft: True)
+    monkeypatch.setattr("aurora_vllm.learner.curriculum.is_due", lambda draft: True)
     head = TargetHead(world.embedding, world.lm_head).to(device)
     curriculum = Curriculum(world.draft().to(device), head, AuroraConfig(**SETTINGS), tmp_path, worth_keeping=False)
     assert not curriculum.has_lessons_to_learn
