@@ -115,7 +115,9 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     config = preflight.take_speculative_config(args, invocation.config, invocation.explicit)
     target = preflight.resolve_target(args, weights=not invocation.plan)
     plan = plans.make_plan(config, server.version, target, preflight.resolve_draft(config, target), probes)
-    return replace(plan, aurora_file=invocation.aurora_file)
+    total = preflight.gpu_total_bytes()
+    gpu = plans.plan_gpu(plan, args, total) if total is not None else None
+    return replace(plan, aurora_file=invocation.aurora_file, gpu=gpu)
 
 
 def _probes() -> tuple[ModelRunner, tuple[Probe, ...]]:

@@ -15,11 +15,12 @@ from rich.table import Table
 from aurora_vllm.checkpoint import Draft, Target, target_head_bytes
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
-from aurora_vllm.learner.memory import DraftSizes, LearnerMemory, predict
+from aurora_vllm.gpu_plan import GpuPlan
+from aurora_vllm.learner.memory import DraftSizes, LearnerMemory, predict, predict_gpu
 from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
 from aurora_vllm.semantics.aurora_yaml import AuroraFile
-from aurora_vllm.transport.bank import bank_bytes
-from aurora_vllm.transport.ring import ring_bytes
+from aurora_vllm.transport.bank import bank_bytes, weights_bytes
+from aurora_vllm.transport.ring import HEADER_BYTES, ring_bytes
 from aurora_vllm.transport.rows import RowLayout
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 MIB = 2**20
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
 LEARNER_SETTINGS = (
-    "learn", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "semantics", "ttt_length",
-    "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s", "evidence_tokens",
-    "sample_rate", "seed",
+    "learn", "learner_device", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "semantics",
+    "ttt_length", "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s",
+    "evidence_tokens", "sample_rate", "seed",
 )  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class ServePlan:
     probes: tuple[Probe, ...]
     aurora_file: AuroraFile | None = None
     model_runner: ModelRunner | None = None
+    gpu: GpuPlan | None = None  # None where the target runs on a CPU
 
     @property
     def fits(self) -> bool:
@@ -96,6 +98,7 @@ class ServePlan:
                 "replay_bytes": self.config.replay_mb * MIB,
                 "learner_peak_bytes": self.learner.total if self.config.learn else 0,
                 "learner_peak": asdict(self.learner) if self.config.learn else {},
+                "gpu": self.gpu.as_dict() if self.gpu else None,
             },
             "learner": {name: getattr(self.config, name) for name in LEARNER_SETTINGS},
             "aurora_file": self.aurora_file.as_dict() if self.aurora_file else None,
@@ -132,22 +135,48 @@ def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> Learn
 
     from aurora_vllm.learner.train import fast_matmul_dtype
 
-    longest = min(config.max_trajectory_tokens, target.max_model_len or config.max_trajectory_tokens)
-    shapes = {spec.name: spec.shape for spec in draft.specs}
     return predict(
-        DraftSizes.of(shapes, draft.num_parameters, target.hidden_size, draft.embedding),
+        _draft_sizes(target, draft),
         target_head_bytes(target),
         config.replay_mb * MIB,
-        max(config.batch_tokens, longest),
+        _most_rows(config, target),
         config.ttt_length,
         fast_matmul_dtype(torch.device("cpu")) == torch.bfloat16,
     )
 
 
+def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
+    """What this plan takes on a GPU of ``total`` bytes, and what vLLM's arguments become by it."""
+    config, target, draft = plan.config, plan.target, plan.draft
+    memory = predict_gpu(
+        _draft_sizes(target, draft),
+        target_head_bytes(target),
+        _most_rows(config, target),
+        config.ttt_length,
+        plan.ring_bytes - HEADER_BYTES,
+        weights_bytes(draft.specs),
+    )
+    refused = "there is no learner" if not config.learn else ""
+    if config.learner_device == "cpu":
+        refused = refused or "learner_device is cpu"
+    given = getattr(args, "kv_cache_memory_bytes", None) is not None
+    return GpuPlan(total, float(args.gpu_memory_utilization), memory, given, refused)
+
+
+def _draft_sizes(target: Target, draft: Draft) -> DraftSizes:
+    shapes = {spec.name: spec.shape for spec in draft.specs}
+    return DraftSizes.of(shapes, draft.num_parameters, target.hidden_size, draft.embedding)
+
+
+def _most_rows(config: AuroraConfig, target: Target) -> int:
+    longest = min(config.max_trajectory_tokens, target.max_model_len or config.max_trajectory_tokens)
+    return max(config.batch_tokens, longest)
+
+
 def with_draft(plan: ServePlan, draft: Draft) -> ServePlan:
     """The same plan, once its day-0 draft is made."""
     made = make_plan(plan.config, plan.vllm_version, plan.target, draft, plan.probes)
-    return replace(made, aurora_file=plan.aurora_file, model_runner=plan.model_runner)
+    return replace(made, aurora_file=plan.aurora_file, model_runner=plan.model_runner, gpu=plan.gpu)
 
 
 def apply(plan: ServePlan, args: Namespace) -> None:
@@ -162,6 +191,8 @@ def apply(plan: ServePlan, args: Namespace) -> None:
         # To vLLM this is how many proposed tokens it may have to verify, and some are copied.
         "num_speculative_tokens": max(most, plan.copied_tokens),
     }
+    if plan.gpu is not None:
+        args.gpu_memory_utilization = plan.gpu.utilization
     if plan.model_runner is not None and plan.model_runner.name == "V2":
         # V2 captures CUDA graphs for the draft lengths that vLLM's own table of them names, and only for those. Our
         # scheduler does not look into the table.
@@ -207,6 +238,10 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
     if config.learn:
         parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in asdict(plan.learner).items())
         yield "learner's peak", f"{plan.learner.total / MIB:.0f} MiB, besides ring and bank ({parts})"
+    if plan.gpu is not None:
+        yield "GPU", plan.gpu.why
+        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in asdict(plan.gpu.memory).items())
+        yield "", f"{parts} of {plan.gpu.total / MIB:.0f} MiB"
     yield "learner", " ".join(f"{name}={getattr(config, name)}" for name in LEARNER_SETTINGS)
     misfits = [probe for probe in plan.probes if not probe.ok]
     yield (

@@ -61,6 +61,13 @@ def check_supported(args: Namespace) -> None:
         raise AuroraError("Aurora does not support VLLM_USE_RUST_FRONTEND yet", PLAIN)
 
 
+def gpu_total_bytes() -> int | None:
+    """Memory of the GPU that vLLM will take, by vLLM's own word, which makes no CUDA context; None where it is none of
+    CUDA's."""
+    platform = importlib.import_module("vllm.platforms").current_platform
+    return int(platform.get_device_total_memory()) if platform.is_cuda() else None
+
+
 def check_port(args: Namespace) -> None:
     """See that the address is free before minutes go into loading a model.
 

@@ -38,6 +38,7 @@ class Runtime:
         """
         self._owner = os.getpid()
         self._supervisor: Supervisor | None = None
+        self._control: ControlBlock | None = None
         atexit.register(self.close)
         stopping.cleanups.append(self.close)
         sweep()
@@ -49,7 +50,7 @@ class Runtime:
             raise AuroraError(str(error), "the ring is what --aurora-ring-mb says") from None
         RingProducer.create(ring, plan.layout.row_bytes, plan.ring_rows)
         WeightBank.create(bank, plan.draft.specs)
-        control = ControlBlock.create(block)
+        control = self._control = ControlBlock.create(block)
         control.server.owner_pid = self._owner
         self.session = Session(
             config=plan.config,
@@ -61,6 +62,7 @@ class Runtime:
             ring=ring.name,
             bank=bank.name,
             control=block.name,
+            on_device=plan.gpu is not None and plan.gpu.used,
             resume=plan.draft.directory if plan.draft.origin == "resumed" else None,
             model=str(plan.target.directory) if Path(plan.target.model).is_dir() else plan.target.model,
             command=without_secrets(sys.argv),
@@ -83,6 +85,10 @@ class Runtime:
         # By name, not from a list: a signal may come between the making of a segment and its entry in one.
         for path in SHM.glob(f"aurora-{self._owner}-*"):
             path.unlink(missing_ok=True)
+        if self._control is not None:  # what the worker made: transport/placement.py
+            worker = self._control.worker
+            for name in filter(None, (worker.ring_memory, worker.bank_memory)):
+                (SHM / name).unlink(missing_ok=True)
 
     def __enter__(self) -> Runtime:
         return self

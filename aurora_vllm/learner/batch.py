@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -50,8 +50,8 @@ class Batch:
     branches: list[list[Branch]] = field(default_factory=list)  # rejected ones of each sequence, or none at all
 
 
-def collate(trajectories: Sequence[TrajectoryLike]) -> Batch:
-    """Put trajectories into one batch.
+def collate(trajectories: Sequence[TrajectoryLike], device: torch.device | None = None) -> Batch:
+    """Put trajectories into one batch, on a device (the CPU unless told; branches stay where they are).
 
     A greedy request emitted its target's argmax: the next token *is* it, and the loss is spared a product with the
     whole lm_head. (Where a penalty or a grammar made a greedy target emit something else, that is what a draft has to
@@ -89,4 +89,11 @@ def collate(trajectories: Sequence[TrajectoryLike]) -> Batch:
         batch.emitted[b, length - 1] = one.next_token
         if one.temperature == 0:
             batch.target_argmax[b] = batch.emitted[b]
-    return batch
+    return batch if device is None else _moved(batch, device)
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+    }
+    return replace(batch, **moved)

@@ -1,6 +1,6 @@
-"""The learner's share of a CPU: after each piece of work it sleeps long enough to have taken no more than its share.
+"""The learner's share of a CPU, or of a GPU: after each piece of work it sleeps long enough to have taken no more.
 
-While nothing is served the share is the whole CPU.
+While nothing is served the share is the whole of it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,41 @@ from dataclasses import dataclass
 LONGEST_SLEEP_S = 5.0
 
 
+class DeviceClock:
+    """Seconds of a GPU that this process has taken, as the host sees it: from the beginning of each piece of work until
+    the GPU has done it.
+
+    An upper bound: the host's own part of the work is in it. Without MPS a GPU runs one process at a time, so it is the
+    slices between two rests that bound what serving has to wait for; a stream's priority says nothing across processes.
+
+    Args:
+        settle: returns when all work so far is done.
+        wall_clock: seconds that pass.
+    """
+
+    def __init__(self, settle: Callable[[], None], wall_clock: Callable[[], float] = time.monotonic) -> None:
+        self._settle, self._wall_clock = settle, wall_clock
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        return self._seconds
+
+    def run(self, work: Callable[[], bool]) -> bool:
+        """Do a piece of work, and count it."""
+        began = self._wall_clock()
+        done = work()
+        self._settle()
+        self._seconds += self._wall_clock() - began
+        return done
+
+
 @dataclass
 class CpuBudget:
     """Bounds CPU seconds per second.
 
     Args:
         share: of one CPU while something is served, in (0, 1].
-        cpu_clock: seconds of CPU this process has used, all threads (``time.process_time``).
+        cpu_clock: seconds of CPU this process has used, all threads (``time.process_time``); or a :class:`DeviceClock`.
         wall_clock: seconds that pass (``time.monotonic``).
     """
 

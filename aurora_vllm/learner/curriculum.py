@@ -66,7 +66,9 @@ class Curriculum:
         )
         self.coverage = Coverage(candidate.config.vocab_size)
         self._reselection = Reselection(target, config.vocabulary_coverage)
-        self._lessons_due = list(LESSON_ROWS) if is_due(candidate) and not worth_keeping else []
+        # On a GPU gradient steps come cheap, and lesson.py is written for the CPU.
+        teachable = head.device.type == "cpu" and not worth_keeping and is_due(candidate)
+        self._lessons_due = list(LESSON_ROWS) if teachable else []
         self._teacher = lesson.Lesson(candidate, head) if self._lessons_due else None
         self._lesson: Iterator[None] | None = None
         if worth_keeping:
@@ -158,7 +160,7 @@ class Curriculum:
         chosen = self.replay.sample(self._config.batch_tokens)
         skipped = self.trainer.skipped
         try:
-            output = self.trainer.step(collate(chosen))
+            output = self.trainer.step(collate(chosen, self._head.device))
         except (RuntimeError, ValueError, IndexError) as error:
             self._drop(chosen, f"{type(error).__name__} in a training step")
             return

@@ -174,7 +174,7 @@ def load_tensors(draft: Eagle3Draft, tensors: dict[str, torch.Tensor]) -> None:
     if embedding is None and draft.config.target_hidden_size != draft.config.hidden_size:
         raise AuroraError("the draft is not as wide as the target and has no embed_tokens.weight of its own")
     draft.load_state_dict(tensors)
-    draft.embed_tokens = embedding.float() if embedding is not None else None
+    draft.embed_tokens = embedding.to(draft.d2t.device).float() if embedding is not None else None
 
 
 def save_draft(draft: Eagle3Draft, directory: Path, config: dict[str, Any]) -> None:

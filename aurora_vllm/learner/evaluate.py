@@ -84,7 +84,8 @@ def accepted_prefix(
         return first, torch.zeros(0, dtype=torch.int64)
     asked = torch.zeros(1, rows, dtype=torch.bool)
     asked[0, first : first + count] = True
-    choices = draft_choices(draft, head, collate([trajectory]), length, asked)[:, 0, first : first + count]  # [K, N]
+    batch = collate([trajectory], head.device)
+    choices = draft_choices(draft, head, batch, length, asked.to(head.device)).cpu()[:, 0, first : first + count]
     truth = trajectory.token_ids.unfold(0, length, 1)[first + 2 :].T  # [K, N]: tokens t+2 .. t+1+K
     return first, (choices == truth[:, :count]).long().cumprod(0).sum(0)
 

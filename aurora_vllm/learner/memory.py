@@ -27,11 +27,15 @@ from dataclasses import asdict, dataclass
 
 from aurora_vllm.learner import lesson_shape
 from aurora_vllm.learner.divergence import CHUNK
+from aurora_vllm.transport.cuda import GRANULE
 
 MIB = 2**20
 # Measured with SmolLM2-135M (torch 2.13, CPU build; D 4608 and 8192, R 128 to 2048, replay 96 to 192 MiB): with these
 # two the prediction is within 5 % of VmHWM less shared memory. 390 MiB of the first are there after one optimizer step.
 PROCESS_BYTES = (460 + 65) * MIB  # the latter for river and the scipy it brings
+# Of a second process on a GPU: context, cuBLAS and its workspaces. ASSUMED (a context alone is known to take some 400
+# to 600 MiB on cards of 80 GB), not measured here.
+CONTEXT_BYTES = 768 * MIB
 SLACK = 1.25  # of a step: pieces differ in size from those freed before, and seldom fit where they were
 
 
@@ -84,6 +88,51 @@ class LearnerMemory:
         return sum(asdict(self).values())
 
 
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes on the target's GPU, beside vLLM's own, where ring, bank and learner lie there. See :func:`predict_gpu`."""
+
+    ring: int
+    bank: int
+    swap: int  # the worker's copies of the draft
+    context: int
+    target: int
+    weights: int
+    rows: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def predict_gpu(
+    draft: DraftSizes, target_bytes: int, rows: int, ttt_length: int, ring_bytes: int, weights_bytes: int
+) -> GpuMemory:
+    """What Aurora takes on a GPU. Never compared with one: docs/gpu.md.
+
+    ``target``, ``weights``, ``rows`` and ``step`` are the learner's, as in :class:`LearnerMemory`; its replay and its
+    process lie on the host, and on a GPU it has no lesson.
+
+    Args:
+        target_bytes, rows, ttt_length: as in :func:`predict`. The step is the dearer of one in float32 and one in
+            bfloat16.
+        ring_bytes: of the ring's rows.
+        weights_bytes: of the bank's three slots. A running swap has as much again in the worker: what is live, what
+            was live before, and what is being staged.
+    """
+    return GpuMemory(
+        ring=_granules(ring_bytes),
+        bank=_granules(weights_bytes),
+        swap=weights_bytes,
+        context=CONTEXT_BYTES,
+        target=target_bytes,
+        weights=_weights_bytes(draft),
+        rows=4 * draft.vocabulary * draft.target_hidden,
+        step=max(_step_bytes(draft, rows, ttt_length, bfloat16) for bfloat16 in (False, True)),
+    )
+
+
 def predict(
     draft: DraftSizes, target_bytes: int, replay_bytes: int, rows: int, ttt_length: int, bfloat16: bool
 ) -> LearnerMemory:
@@ -97,6 +146,25 @@ def predict(
         bfloat16: whether products are in bfloat16 (``train.fast_matmul_dtype``). Their inputs are then kept a second
             time, as copies of half the size, their outputs are half as large, and so is a copy of the weights.
     """
+    return LearnerMemory(
+        process=PROCESS_BYTES,
+        target=target_bytes,
+        weights=_weights_bytes(draft),
+        rows=4 * draft.vocabulary * draft.target_hidden,
+        replay=replay_bytes,
+        step=max(_lesson_bytes(draft), _step_bytes(draft, rows, ttt_length, bfloat16)),
+    )
+
+
+def _weights_bytes(draft: DraftSizes) -> int:
+    return 4 * (6 * draft.parameters + 3 * draft.embedding)
+
+
+def _granules(size: int) -> int:
+    return -(-size // GRANULE) * GRANULE
+
+
+def _step_bytes(draft: DraftSizes, rows: int, ttt_length: int, bfloat16: bool) -> int:
     out, copy = (2, 2) if bfloat16 else (4, 0)  # bytes of a product's output, and of the copy of an input
     hidden, key_rows = draft.hidden, draft.key
     inputs = 4 * (
@@ -107,17 +175,7 @@ def predict(
     kept += (8 + out + copy) * draft.query + (8 + 2 * out) * key_rows + 4 * out * draft.inner
     head = hidden * (12 if bfloat16 else 4) + CHUNK * (8 + (4 + out) * ttt_length)
     body_copy = copy * (draft.parameters - draft.vocabulary * hidden)
-    return LearnerMemory(
-        process=PROCESS_BYTES,
-        target=target_bytes,
-        weights=4 * (6 * draft.parameters + 3 * draft.embedding),
-        rows=4 * draft.vocabulary * draft.target_hidden,
-        replay=replay_bytes,
-        step=max(
-            _lesson_bytes(draft),
-            int(SLACK * (rows * (inputs + ttt_length * kept) + draft.vocabulary * head + body_copy)),
-        ),
-    )
+    return int(SLACK * (rows * (inputs + ttt_length * kept) + draft.vocabulary * head + body_copy))
 
 
 def _lesson_bytes(draft: DraftSizes) -> int:

@@ -4,6 +4,9 @@ A turn takes what the ring holds, then does one piece of work: score a trajector
 is scored is scored before anything trains on it; where traffic comes faster than that, the oldest goes into training
 unscored and is no evidence. The learner stays within its share of a CPU, and it may die at any moment: the server goes
 on, and the next learner begins with the version that stands, and with what was saved of its training.
+
+Drafts and batches lie where ring and bank do: on the CPU, or on the target's GPU (transport/placement.py). Trajectories
+and the replay lie on the host in any case.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from aurora_vllm.errors import AuroraError
-from aurora_vllm.learner.budget import CpuBudget
+from aurora_vllm.errors import AuroraError, report
+from aurora_vllm.learner.budget import CpuBudget, DeviceClock
 from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.draft import load_draft
 from aurora_vllm.learner.evaluate import Recent, Score, simulate
@@ -33,9 +36,8 @@ from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.transport import update_request
-from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
-from aurora_vllm.transport.ring import RingConsumer
+from aurora_vllm.transport.placement import CPU, join
 from aurora_vllm.transport.segment import Segment
 from aurora_vllm.transport.update_request import Answer
 
@@ -52,11 +54,11 @@ class Learner:
         config = session.config
         self.config, self.session = config, session
         self.control = ControlBlock.attach(Segment.attach(session.control))
-        self.ring = RingConsumer.attach(Segment.attach(session.ring))
-        self.bank = WeightBank.attach(Segment.attach(session.bank))
+        joined = join(Segment.attach(session.ring), Segment.attach(session.bank), self.control.worker)
+        self.ring, self.bank, self.device = joined.ring, joined.bank, joined.device
         self.assembler = Assembler(session.row_layout, max_tokens=config.max_trajectory_tokens)
-        self.head = load_target_head(session.target)
-        self.incumbent = load_draft(session.draft)
+        self.head = load_target_head(session.target).to(self.device)
+        self.incumbent = load_draft(session.draft).to(self.device)
         self.version = take_standing(self.incumbent, self.bank, self.control.worker)
         self.candidate = copy.deepcopy(self.incumbent)
         given = config.draft is not None or session.resume is not None or self.version != CHECKPOINT_VERSION
@@ -66,7 +68,8 @@ class Learner:
         )
         self.sync = Sync(config.sync, config.sync_interval)
         self.shadow = Recent(config.num_speculative_tokens)
-        self.budget = CpuBudget(config.learner_cpu_share)
+        self.gpu_time = DeviceClock(self.ring.memory.settle) if self.device != CPU else None
+        self.budget = CpuBudget(config.learner_cpu_share, self.gpu_time or time.process_time)
         self.unscored: deque[Trajectory] = deque()
         self.score_seconds = 0.0
         self.candidate_is_ahead = False  # it differs from the incumbent, so it has scores of its own
@@ -84,7 +87,7 @@ class Learner:
         if request := update_request.open_request(self.control):
             self._say("updating from disk")
             update_request.answer(self.control, request, self._update(Path(request.directory)))
-        for trajectory in self.assembler.feed(self.ring.read(READ_ROWS)):
+        for trajectory in self.assembler.feed(self.ring.read(READ_ROWS).cpu()):
             self._arrived(trajectory)
         if self.sleep.asleep:
             self._say("sleeping")
@@ -242,11 +245,14 @@ def main() -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    learner = Learner(session)
+    try:
+        learner = Learner(session)
+    except AuroraError as error:
+        return report(error)
     learner.control.learner.pid = os.getpid()
     while not stop.is_set():
         learner.control.learner.working = True
-        worked = learner.turn()
+        worked = learner.gpu_time.run(learner.turn) if learner.gpu_time else learner.turn()
         learner.keeper.save()
         scheduler = learner.control.scheduler
         factor = (scheduler.learner_share or 1.0) * (WITH_LESSONS if learner.curriculum.has_lessons_to_learn else 1.0)

@@ -30,6 +30,7 @@ def move_to_vocabulary(
         ValueError: no such vocabulary. Nothing was changed.
     """
     old, vocab_size = draft.target_ids, draft.config.vocab_size
+    target_ids = target_ids.to(old.device)
     distinct = target_ids.unique()
     if target_ids.shape != old.shape or len(distinct) < len(old):
         raise ValueError(f"this draft's vocabulary is {len(old)} different target ids, not {len(distinct)}")

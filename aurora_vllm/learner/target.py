@@ -25,6 +25,17 @@ class TargetHead:
         self._ids: torch.Tensor | None = None
         self._rows = torch.empty(0)
 
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.device
+
+    def to(self, device: torch.device) -> TargetHead:
+        """The same on a device; itself where it is there already."""
+        if device == self.device:
+            return self
+        embedding = self.embed_tokens.to(device)
+        return TargetHead(embedding, embedding if self.lm_head is self.embed_tokens else self.lm_head.to(device))
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids: int64 [...] -> float32 [..., H]."""
         return F.embedding(token_ids, self.embed_tokens).float()

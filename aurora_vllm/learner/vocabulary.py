@@ -106,7 +106,7 @@ class Coverage:
     def share(self, target_ids: torch.Tensor) -> float:
         """Share of recent tokens that lie in a draft vocabulary, int64 [D]; 0 before the first token."""
         total = float(self.counts.sum())
-        return float(self.counts[target_ids].sum()) / total if total else 0.0
+        return float(self.counts[target_ids.cpu()].sum()) / total if total else 0.0
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Reselection:
         """A better vocabulary of the same size, int64 [D] ascending, or None where ``current`` is good enough."""
         if coverage.observed - self._chosen_at < self.enough or coverage.share(current) >= self.threshold:
             return None
-        counts = coverage.counts
+        counts, current = coverage.counts, current.cpu()  # counted on the host, whatever device the draft is on
         ending = torch.tensor(ending_tokens(self.target), dtype=torch.int64)
         chosen = select(counts, current, self._day0_rank(len(counts), len(current)), ending)
         entering, leaving = chosen[~torch.isin(chosen, current)], current[~torch.isin(current, chosen)]

@@ -50,7 +50,7 @@ def status(
             **_take(worker, "rollbacks", "rolled_back_version", "rollback"),
         },
         "worker": {
-            **_take(worker, "pid", "attached", "step"),
+            **_take(worker, "pid", "attached", "step", "memory_device"),
             # It beats once a step: an old heartbeat of an idle server is no fault.
             "heartbeat_age_s": age(worker["heartbeat_ns"], now_ns),
         },

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
@@ -16,7 +18,7 @@ from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
-from aurora_vllm.transport.ring import RingProducer
+from aurora_vllm.transport.placement import CPU, place
 from aurora_vllm.transport.segment import Segment
 
 if TYPE_CHECKING:
@@ -39,30 +41,50 @@ def find_adapter(runner: Any) -> type[V1Adapter] | type[V2Adapter] | None:
 class Attachment:
     """Everything aurora does in the worker process. No method raises into the serving path.
 
+    Made after ``load_model``; :meth:`start_serving` when vLLM has warmed up.
+
     Args:
         session: what the entrypoint laid out.
         runner: vLLM's model runner after ``load_model``.
         adapter: the one for this runner, see :func:`find_adapter`.
+        device: that the target runs on.
     """
 
     serving = False  # vLLM warms up with requests of its own, which are nobody's traffic
 
-    def __init__(self, session: Session, runner: Any, adapter: type[V1Adapter] | type[V2Adapter]) -> None:
+    def __init__(
+        self, session: Session, runner: Any, adapter: type[V1Adapter] | type[V2Adapter], device: torch.device = CPU
+    ) -> None:
         self.control = ControlBlock.attach(Segment.attach(session.control))
+        self.session, self.device = session, device
+        self._runner = runner
+        self.stager: Stager | None = None
         worker = self.control.worker
         worker.pid = os.getpid()
         worker.live_version = CHECKPOINT_VERSION
-        self.writer = TraceWriter(
-            sink=RingProducer.attach(Segment.attach(session.ring)),
-            layout=session.row_layout,
-            control=self.control,
-            sample_rate=session.config.sample_rate,
-        )
         self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
-        self.stager = self._make_stager(session, runner)
         adapter(runner, on_step=self._on_step, live_version=lambda: int(worker.live_version))
+
+    def start_serving(self) -> None:
+        """After vLLM's profiling and warm-up, so that none of this counts as the model's: take the ring and the bank,
+        and begin to capture and to swap."""
+        session, worker = self.session, self.control.worker
+        ring, bank = Segment.attach(session.ring), Segment.attach(session.bank)
+        try:
+            producer, weights = place(ring, bank, self.device, worker, wanted=session.on_device)
+            self.writer = TraceWriter(
+                sink=producer,
+                layout=session.row_layout,
+                control=self.control,
+                sample_rate=session.config.sample_rate,
+            )
+            self.stager = self._make_stager(weights)
+        except Exception:
+            logger.exception("aurora: could not start; serving goes on as plain vLLM")
+            return
         worker.capture_on = 1
-        worker.attached = 1
+        worker.attached = 1  # the learner may start
+        self.serving = True
 
     @classmethod
     def to_worker(cls, worker: Any) -> Attachment | None:
@@ -79,7 +101,7 @@ class Attachment:
                 type(runner),
             )
             return None
-        return cls(session, runner, adapter)
+        return cls(session, runner, adapter, getattr(worker, "device", None) or CPU)
 
     def step_starts(self, scheduler_output: SchedulerOutput) -> None:
         """Between two steps: new weights go live, requests come and go."""
@@ -113,6 +135,8 @@ class Attachment:
             self.writer.flush_ends()  # nothing will be sampled: the last request just ended
 
     def _on_step(self, build: Callable[[], StepTrace]) -> None:
+        if not self.serving:
+            return
         self.capture.run(lambda: self.writer.write(build()))
 
     def _count_capture_error(self, message: str) -> None:
@@ -122,14 +146,13 @@ class Attachment:
         if self.capture.open:
             worker.capture_on = 0
 
-    def _make_stager(self, session: Session, runner: Any) -> Stager | None:
+    def _make_stager(self, bank: WeightBank) -> Stager | None:
         """The swapper, or None (said in the control block) where this draft cannot take other weights."""
-        bank = WeightBank.attach(Segment.attach(session.bank))
         try:
-            draft = LiveDraft(runner.get_draft_model(), runner.get_model())
+            draft = LiveDraft(self._runner.get_draft_model(), self._runner.get_model())
             draft.check(bank.specs)
         except SwapRefused as refusal:
             logger.warning("aurora: weights cannot be swapped: %s", refusal)
             self.control.worker.refusal = str(refusal)
             return None
-        return Stager(bank, draft, self.control)
+        return Stager(bank, draft, self.control, self.device)

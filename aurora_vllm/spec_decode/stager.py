@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 
 from aurora_vllm.spec_decode.swap import LiveDraft, StagedWeights, SwapRefused
 from aurora_vllm.transport.bank import TornPublish, WeightBank
 from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.placement import CPU
 
 logger = logging.getLogger("vllm.aurora")
 
@@ -22,11 +26,14 @@ class Stager:
         bank: reader's side of the weight bank.
         draft: the running draft.
         control: the ``worker`` block is updated here; the ``scheduler`` block says which version to roll back.
+        device: that the draft runs on.
     """
 
-    def __init__(self, bank: WeightBank, draft: LiveDraft, control: ControlBlock) -> None:
+    def __init__(self, bank: WeightBank, draft: LiveDraft, control: ControlBlock, device: torch.device = CPU) -> None:
         self.bank = bank
         self.draft = draft
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._worker, self._scheduler = control.worker, control.scheduler
         self._seen = 0  # newest version looked at, taken or refused
         self._ready: StagedWeights | None = None
@@ -104,11 +111,20 @@ class Stager:
                 self._refuse(version, f"{type(error).__name__}: {error}")
 
     def _stage(self, version: int) -> StagedWeights:
-        publication = self.bank.read(version)
-        staged = self.draft.stage(version, publication.tensors)
+        with self._own_stream():
+            publication = self.bank.read(version)
+            staged = self.draft.stage(version, publication.tensors)
         if not publication.still_valid():
             raise TornPublish(f"version {version} changed while it was being read")
         return staged
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        """For what this thread copies on a GPU: on the stream that is current otherwise, the model's next step would
+        wait behind it. One for all versions, because torch keeps freed memory by stream."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        return torch.cuda.stream(self._stream)
 
     def _refuse(self, version: int, reason: str) -> None:
         self._worker.refusals += 1

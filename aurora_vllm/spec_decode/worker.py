@@ -41,7 +41,7 @@ class AuroraWorker(PlatformWorker):
     def compile_or_warm_up_model(self) -> Any:
         done = super().compile_or_warm_up_model()
         if self._aurora is not None:
-            self._aurora.serving = True
+            self._aurora.start_serving()
         return done
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:

@@ -37,6 +37,9 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "heartbeat_ns": INT,
         "attached": BOOL,
         "message": TEXT,
+        "memory_device": TEXT,  # where ring and bank lie; empty in POSIX shared memory: transport/placement.py
+        "ring_memory": TEXT,  # names of what lies there
+        "bank_memory": TEXT,
         "capture_on": BOOL,
         "capture_errors": INT,
         "step": INT,

@@ -22,8 +22,6 @@ the learner's: a dead learner leaves none behind.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import struct
 import time
 import zlib
@@ -32,18 +30,16 @@ from dataclasses import dataclass
 
 import torch
 
+from aurora_vllm.transport import cuda_driver
+from aurora_vllm.transport.cuda_driver import HANDLE_BYTES
+from aurora_vllm.transport.cuda_driver import NoDeviceMemory as NoDeviceMemory
 from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.segment import Segment, owner_is_alive
 
 GRANULE = 2 << 20  # bytes; smaller allocations share such a block, and a handle would export their neighbours
 GRACE_S = 2.0  # after the owner's death, for work that was enqueued before it
-HANDLE_BYTES = 64  # of CUipcMemHandle and cudaIpcEventHandle_t
 _DESCRIPTION = struct.Struct(f"<8sQ40s{HANDLE_BYTES}s{HANDLE_BYTES}s")
 _MAGIC = b"AURORGPU"
-
-
-class NoDeviceMemory(RuntimeError):
-    """No such memory can be made or opened here. One line, fit to be shown to a user."""
 
 
 class OwnerGone(RuntimeError):
@@ -101,10 +97,14 @@ class CudaMemory:
         device = _make_current(device)
         size = -(-size // GRANULE) * GRANULE
         with torch.cuda.device(device):
-            pointer, handle = _allocate(size)
-            event = torch.cuda.Event(interprocess=True)
-            event_handle = event.ipc_handle()
-        segment = Segment.create(kind, 4096)
+            pointer, handle = cuda_driver.allocate(size)
+            try:
+                event = torch.cuda.Event(interprocess=True)
+                event_handle = event.ipc_handle()
+                segment = Segment.create(kind, 4096)
+            except BaseException:
+                cuda_driver.free(pointer)
+                raise
         Description(size, _uuid(device), handle, event_handle).write(segment)
         return cls(segment, device, pointer, size, event, owned=True)
 
@@ -123,7 +123,7 @@ class CudaMemory:
             raise OwnerGone(f"device memory {name}: its process is dead")
         device = _make_current(_device_of(description.device))
         with torch.cuda.device(device):
-            pointer = _open(description.memory_handle)
+            pointer = cuda_driver.open_handle(description.memory_handle)
             event = torch.cuda.Event.from_ipc_handle(device, description.event_handle)
         return cls(segment, device, pointer, description.size, event, owned=False)
 
@@ -164,6 +164,13 @@ class CudaMemory:
         """Take the name away; idempotent. Who has it open keeps the memory."""
         self._segment.unlink()
 
+    def release(self) -> None:
+        """As :meth:`.memory.NamedMemory.release`."""
+        self.unlink()
+        pointer, self.bytes = self.bytes.data_ptr(), torch.empty(0, dtype=torch.uint8)
+        with torch.cuda.device(self.device):
+            cuda_driver.free(pointer)
+
     def _owner_lives(self) -> bool:
         return self._owned or owner_is_alive(self.name)
 
@@ -191,54 +198,6 @@ def tensor_over(pointer: int, size: int, device: torch.device) -> torch.Tensor:
     """
     storage = torch._C._construct_storage_from_data_pointer(pointer, device, size)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-
-
-# --- the driver ---
-
-
-class _MemHandle(ctypes.Structure):
-    """CUipcMemHandle, passed by value."""
-
-    _fields_ = [("reserved", ctypes.c_ubyte * HANDLE_BYTES)]
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise NoDeviceMemory(f"no CUDA driver here: {error}") from None
-    pointer = ctypes.POINTER(ctypes.c_ulonglong)  # CUdeviceptr
-    library.cuMemAlloc_v2.argtypes = [pointer, ctypes.c_size_t]
-    library.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_MemHandle), ctypes.c_ulonglong]
-    library.cuIpcOpenMemHandle_v2.argtypes = [pointer, _MemHandle, ctypes.c_uint]
-    library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
-    return library
-
-
-def _check(result: int, what: str) -> None:
-    if result:
-        name = ctypes.c_char_p()
-        _driver().cuGetErrorName(result, ctypes.byref(name))
-        raise NoDeviceMemory(f"{what}: {(name.value or b'an unknown error').decode()} ({result})")
-
-
-def _allocate(size: int) -> tuple[int, bytes]:
-    """Address and IPC handle of a new allocation in the current context."""
-    driver, address, handle = _driver(), ctypes.c_ulonglong(), _MemHandle()
-    _check(driver.cuMemAlloc_v2(ctypes.byref(address), size), f"cannot allocate {size / 2**20:.1f} MiB on the GPU")
-    _check(driver.cuIpcGetMemHandle(ctypes.byref(handle), address), "cannot share memory of the GPU")
-    return address.value, bytes(handle.reserved)
-
-
-def _open(handle: bytes) -> int:
-    """Address in this process of another process's allocation."""
-    address, lazy_peer_access = ctypes.c_ulonglong(), 1
-    given = _MemHandle.from_buffer_copy(handle)
-    _check(
-        _driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), given, lazy_peer_access), "cannot open memory of the GPU"
-    )
-    return address.value
 
 
 def _make_current(device: torch.device) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from aurora_vllm.transport.cuda import CudaMemory
 from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.segment import Segment
 
@@ -34,6 +35,31 @@ class Memory(Protocol):
 
     def crc32(self, start: int, stop: int, crc: int) -> int:
         """CRC-32 of the bytes start .. stop, going on from `crc`."""
+
+
+class NamedMemory(Memory, Protocol):
+    """Memory of a device that another process opens by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def release(self) -> None:
+        """Free it, name and all. Only its maker, and only where no tensor over it is used any more."""
+
+
+class Place(Protocol):
+    """Where such memory is made and opened. Both raise, with a line fit to be shown, where it cannot be had."""
+
+    def create(self, kind: str, size: int, device: torch.device) -> NamedMemory: ...
+    def open(self, name: str) -> NamedMemory: ...
+
+
+def memory_for(device: torch.device) -> Place | None:
+    """Where the ring and the bank of a target on this device lie; None: in POSIX shared memory."""
+    return CudaMemory if device.type == "cuda" else None
 
 
 class HostMemory:

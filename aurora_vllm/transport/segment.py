@@ -97,6 +97,17 @@ class Segment:
             raise ValueError(f"segment {self.name} is closed")
         return self._buf
 
+    def give_back(self, start: int) -> None:
+        """Return the memory from an offset on to the system; what lies there reads as zeros from now on.
+
+        For what was set aside and is not needed: a later store takes new pages, which may not be there (SIGBUS).
+        """
+        mapping = self.buf.obj
+        assert isinstance(mapping, mmap.mmap)
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        if start < self.size:
+            mapping.madvise(mmap.MADV_REMOVE, start, self.size - start)
+
     def close(self) -> None:
         """Let go of the memory; idempotent.
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Standing
 from aurora_vllm.transport.bank import TensorSpec
+from aurora_vllm.transport.placement import place
 from benchmarks import gpu_processes as processes
 from benchmarks import gpu_ring
+from tests.unit.test_learner_on_device import steps_on
+from tests.unit.test_placement import parts
+from tests.unit.tiny_world import World, session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda:0"
@@ -58,6 +63,24 @@ def test_a_published_version_goes_live_without_synchronising() -> None:
     wanted = processes.weights(specs, 1, torch.device(DEVICE))
     assert all(torch.equal(tensor, wanted[spec.name]) for tensor, spec in zip(live, specs, strict=True))
     processes.remove(names)
+
+
+def test_what_a_worker_places_another_process_reads(tmp_path: Path) -> None:
+    with session(World(), tmp_path) as (shared, _):
+        ring, bank, control = parts(shared)
+        producer, _weights = place(ring, bank, torch.device(DEVICE), control.worker, wanted=True)
+        assert control.worker.memory_device == DEVICE
+        learner, pipe = processes.start(processes.consume, (shared.ring, control.worker.ring_memory), 7)
+        assert gpu_ring._feed(producer, pipe, 200)
+        learner.kill()
+        learner.join()
+        processes.remove((control.worker.ring_memory, control.worker.bank_memory))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse+next-token"])
+def test_a_training_step_is_the_one_of_the_cpu(direction: str) -> None:
+    on_cpu = steps_on(torch.device("cpu"), direction)
+    assert steps_on(torch.device(DEVICE), direction) == pytest.approx(on_cpu, rel=1e-3)
 
 
 def test_kill_of_either_side() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget
+from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget, DeviceClock
 
 
 class Clocks:
@@ -65,3 +66,23 @@ def test_a_factor_raises_the_share_up_to_the_whole() -> None:
     assert budget.debt(1, factor=2.0) == 1.0
     clocks.cpu, clocks.wall = 2.0, 3.0
     assert budget.debt(2, factor=9.0) == 0.0
+
+
+def test_on_a_gpu_time_counts_until_the_device_is_done() -> None:
+    clocks = Clocks()
+
+    def device_catches_up() -> None:
+        clocks.wall += 0.3
+
+    def work() -> bool:
+        clocks.wall += 0.1
+        return True
+
+    clock = DeviceClock(device_catches_up, lambda: clocks.wall)
+    budget = CpuBudget(0.25, clock, lambda: clocks.wall)
+    assert clock.run(work)
+    assert clock() == pytest.approx(0.4)
+    pause = budget.debt(1)
+    assert pause == pytest.approx(1.2)  # 0.4 of 1.6 seconds
+    clocks.wall += pause
+    assert clock() == pytest.approx(0.4)  # a rest is not counted

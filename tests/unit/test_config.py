@@ -20,6 +20,7 @@ OTHER: dict[str, str] = {
     "draft": "/some/draft",
     "speculate": "always",
     "objective": "reverse",
+    "learner_device": "cpu",
     "cache_dir": "/some/cache",
     "prompt_lookup": "false",
     "learn": "false",

@@ -39,19 +39,19 @@ class Side:
     """One process's view: what it writes reaches the device when it has been handed over and somebody waited."""
 
     def __init__(self, device: Device, look: Callable[[], object] = lambda: None) -> None:
-        self.device = device
+        self.shared = device
         self.bytes = device.memory.clone()
         self.calls: list[tuple[str, object]] = []
         self.look = look  # what others can see at the time of the call
 
     def hand_over(self) -> None:
         self.calls.append(("hand_over", self.look()))
-        self.device.enqueued.append(self.bytes.clone())
+        self.shared.enqueued.append(self.bytes.clone())
 
     def take_over(self) -> None:
         self.calls.append(("take_over", self.look()))
-        self.device.run()
-        self.bytes.copy_(self.device.memory)
+        self.shared.run()
+        self.bytes.copy_(self.shared.memory)
 
     def settle(self) -> None:
         self.calls.append(("settle", self.look()))

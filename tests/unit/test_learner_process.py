@@ -59,9 +59,9 @@ def test_a_trajectory_is_scored_before_it_is_trained_on(tmp_path: Path, monkeypa
             done.append(("score", one.request))
             return simulate(draft, head, one, length)
 
-        def batch(chosen: list[Trajectory]) -> Any:
+        def batch(chosen: list[Trajectory], device: torch.device) -> Any:
             done.extend(("train", one.request) for one in chosen)
-            return collate(chosen)
+            return collate(chosen, device)
 
         monkeypatch.setattr(process, "simulate", score)
         monkeypatch.setattr(curriculum, "collate", batch)

@@ -162,7 +162,7 @@ def test_vllms_warm_up_requests_are_no_traffic(tmp_path: Path) -> None:
         attachment = Attachment(current, StrawRunner(), V2Adapter)
         attachment.step_starts(step)  # type: ignore[arg-type]
         assert attachment.control.worker.requests_seen == 0
-        attachment.serving = True
+        attachment.start_serving()
         attachment.step_starts(step)  # type: ignore[arg-type]
         assert attachment.control.worker.requests_seen == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from aurora_vllm.spec_decode.stager import Stager
 from aurora_vllm.spec_decode.swap import StagedWeights
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes
+from aurora_vllm.transport.placement import CPU
 from aurora_vllm.transport.segment import Segment
 
 SPECS = [TensorSpec("w", (1,), torch.float32)]
@@ -35,9 +37,9 @@ class OneNumber:
 
 
 class World:
-    def __init__(self, control: ControlBlock, bank: WeightBank) -> None:
+    def __init__(self, control: ControlBlock, bank: WeightBank, device: torch.device = CPU) -> None:
         self.control, self.bank, self.draft = control, bank, OneNumber()
-        self.stager = Stager(bank, self.draft, control)  # type: ignore[arg-type]
+        self.stager = Stager(bank, self.draft, control, device)  # type: ignore[arg-type]
 
     def publish(self, version: int) -> None:
         """Published and staged, not yet live."""
@@ -98,3 +100,32 @@ def test_a_condemned_version_that_is_not_live_changes_nothing(world: World) -> N
     world.control.scheduler.roll_back_version = 1
     assert world.step() == (2, 1, 2.0)
     assert world.control.worker.rollbacks == 0
+
+
+def test_on_a_gpu_versions_are_staged_on_one_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams, current, staged_on = [], [], []
+
+    def stream_of(device: torch.device) -> str:
+        streams.append(device)
+        return f"stream {len(streams)}"
+
+    @contextmanager
+    def on(stream: str) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream_of)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    gpu = torch.device("cuda:0")
+    with Segment.create("control", control_bytes()) as block, Segment.create("bank", bank_bytes(SPECS)) as segment:
+        control = ControlBlock.create(block)
+        control.worker.live_version = 1
+        made = World(control, WeightBank.create(segment, SPECS), gpu)
+        stage = made.draft.stage
+        monkeypatch.setattr(made.draft, "stage", lambda *args: staged_on.append(list(current)) or stage(*args))
+        for version in (2, 3):
+            made.publish(version)
+            assert made.step()[0] == version
+        made.stager.close()
+    assert streams == [gpu] and staged_on == [["stream 1"]] * 2

@@ -1,0 +1,72 @@
+"""What Aurora takes on the target's GPU, and what vLLM is told to leave it. Arithmetic: asks no device anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from aurora_vllm.learner.memory import MIB, GpuMemory
+
+LEAST_SHARE = 0.5  # of what vLLM was to have; with less, the learner is the wrong thing to spend the GPU on
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """One run's GPU. vLLM takes ``--gpu-memory-utilization`` of all of its memory, whoever else is there; so that
+    number is lowered by what Aurora takes, and both together take what the user asked for.
+
+    Args:
+        total: bytes of the GPU.
+        asked: vLLM's ``--gpu-memory-utilization``, given or its default.
+        memory: what Aurora takes.
+        kv_cache_given: ``--kv-cache-memory-bytes`` is set, and vLLM ignores the utilization.
+        refused: why the GPU is not to be used in any case; empty where it may be.
+    """
+
+    total: int
+    asked: float
+    memory: GpuMemory
+    kv_cache_given: bool = False
+    refused: str = ""
+
+    @property
+    def lowered(self) -> float:
+        """The utilization less Aurora's part, rounded down to thousandths."""
+        return math.floor((self.asked - self.memory.total / self.total) * 1000 + 1e-6) / 1000
+
+    @property
+    def used(self) -> bool:
+        """Whether ring, bank and learner are to lie on the GPU."""
+        return not self.refused and (self.kv_cache_given or self.lowered >= LEAST_SHARE * self.asked)
+
+    @property
+    def utilization(self) -> float:
+        """What vLLM is told."""
+        return self.lowered if self.used and not self.kv_cache_given else self.asked
+
+    @property
+    def why(self) -> str:
+        """In words."""
+        need = f"{self.memory.total / MIB:.0f} MiB"
+        if self.refused:
+            return f"not used, {self.refused}: ring and bank in POSIX shared memory, learner on the CPU"
+        if not self.used:
+            return (
+                f"not used: Aurora's {need} would leave vLLM less than half of what it was to have; ring and bank in "
+                "POSIX shared memory, learner on the CPU"
+            )
+        if self.kv_cache_given:
+            return f"{need} must be free beside vLLM: with --kv-cache-memory-bytes it ignores --gpu-memory-utilization"
+        return f"{need} for Aurora: --gpu-memory-utilization {self.asked:g} becomes {self.utilization:g}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "total_bytes": self.total,
+            "used": self.used,
+            "why": self.why,
+            "bytes": self.memory.total,
+            "parts": asdict(self.memory),
+            "gpu_memory_utilization": {"asked": self.asked, "told": self.utilization},
+        }

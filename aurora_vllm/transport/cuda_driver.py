@@ -1,0 +1,67 @@
+"""What torch has no call for of the CUDA driver, by ctypes. WRITTEN AND NEVER RUN: see docs/gpu.md."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+HANDLE_BYTES = 64  # of CUipcMemHandle and cudaIpcEventHandle_t
+
+
+class NoDeviceMemory(RuntimeError):
+    """No such memory can be made or opened here. One line, fit to be shown to a user."""
+
+
+class _MemHandle(ctypes.Structure):
+    """CUipcMemHandle, passed by value."""
+
+    _fields_ = [("reserved", ctypes.c_ubyte * HANDLE_BYTES)]
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NoDeviceMemory(f"no CUDA driver here: {error}") from None
+    pointer = ctypes.POINTER(ctypes.c_ulonglong)  # CUdeviceptr
+    library.cuMemAlloc_v2.argtypes = [pointer, ctypes.c_size_t]
+    library.cuMemFree_v2.argtypes = [ctypes.c_ulonglong]
+    library.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_MemHandle), ctypes.c_ulonglong]
+    library.cuIpcOpenMemHandle_v2.argtypes = [pointer, _MemHandle, ctypes.c_uint]
+    library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
+    return library
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(result, ctypes.byref(name))
+        raise NoDeviceMemory(f"{what}: {(name.value or b'an unknown error').decode()} ({result})")
+
+
+def allocate(size: int) -> tuple[int, bytes]:
+    """Address and IPC handle of a new allocation in the current context."""
+    driver, address, handle = _driver(), ctypes.c_ulonglong(), _MemHandle()
+    _check(driver.cuMemAlloc_v2(ctypes.byref(address), size), f"cannot allocate {size / 2**20:.1f} MiB on the GPU")
+    try:
+        _check(driver.cuIpcGetMemHandle(ctypes.byref(handle), address), "cannot share memory of the GPU")
+    except NoDeviceMemory:
+        free(address.value)
+        raise
+    return address.value, bytes(handle.reserved)
+
+
+def open_handle(handle: bytes) -> int:
+    """Address in this process of another process's allocation."""
+    address, lazy_peer_access = ctypes.c_ulonglong(), 1
+    given = _MemHandle.from_buffer_copy(handle)
+    _check(
+        _driver().cuIpcOpenMemHandle_v2(ctypes.byref(address), given, lazy_peer_access), "cannot open memory of the GPU"
+    )
+    return address.value
+
+
+def free(address: int) -> None:
+    """Give an allocation of this process back."""
+    _driver().cuMemFree_v2(address)

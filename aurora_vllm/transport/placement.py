@@ -1,0 +1,104 @@
+"""Where the ring's rows and the bank's weights of a session lie, decided once, by the worker.
+
+Who creates, who opens, and when:
+
+1. The server lays out ring and bank in POSIX shared memory, whole, before vLLM starts: what everything falls back to is
+   there from the beginning.
+2. The worker, once vLLM has measured the GPU, taken its KV cache and captured its graphs (:func:`place`): where the
+   target is on a device that has memory to share, it makes two pieces of it, has another process open them for a
+   trial, lays ring and bank out again over them, and gives the room in POSIX shared memory back. It writes the names
+   into its part of the control block. Where any of it fails it frees what it made, says so in one warning, and ring
+   and bank stay where they are.
+3. The learner, started after that (:func:`join`), opens what the control block names, and trains on that device; where
+   nothing is named, on the CPU. It only ever opens: killed and started again it opens the same memory, and goes on at
+   its own counter.
+
+The worker owns the memory, because it alone may hand rows over (:mod:`.cuda`), and because without it there is nothing
+to share: where it dies the server ends, the driver frees the memory, and the learner's next wait says ``OwnerGone``.
+The pages that describe the memory are removed with the server's or, after a kill, by the next server's sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.transport.bank import WeightBank, bank_bytes, weights_bytes
+from aurora_vllm.transport.block import Block
+from aurora_vllm.transport.memory import NamedMemory, memory_for
+from aurora_vllm.transport.probe import try_elsewhere
+from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingProducer
+from aurora_vllm.transport.segment import Segment
+
+logger = logging.getLogger("vllm.aurora")
+
+CPU = torch.device("cpu")
+
+
+def place(
+    ring: Segment, bank: Segment, device: torch.device, worker: Block, wanted: bool
+) -> tuple[RingProducer, WeightBank]:
+    """The worker's sides of ring and bank. May take seconds: before anything is served.
+
+    Args:
+        ring, bank: as the server laid them out, nothing written or published yet.
+        device: that the target runs on.
+        worker: the worker's part of the control block; says where things lie.
+        wanted: whether device memory is to be used where there is some.
+    """
+    producer, weights = RingProducer.attach(ring), WeightBank.attach(bank)
+    where = memory_for(device) if wanted else None
+    if where is None:
+        return producer, weights
+    sizes = {"ring_memory": producer.row_bytes * producer.capacity, "bank_memory": weights_bytes(weights.specs)}
+    made: list[NamedMemory] = []
+    try:
+        for kind, size in sizes.items():
+            made.append(where.create(kind, size, device))
+        try_elsewhere(device, [one.name for one in made])
+    except Exception as error:  # whatever it is, serving does not depend on it
+        for one in made:
+            one.release()
+        logger.warning(
+            "aurora: memory of %s cannot be shared (%s): ring and bank stay in POSIX shared memory, a captured step "
+            "waits for its copy to the host, and the learner runs on the CPU",
+            device,
+            " ".join(f"{type(error).__name__}: {error}".split()),
+        )
+        return producer, weights
+    producer = RingProducer.create(ring, producer.row_bytes, producer.capacity, made[0])
+    weights = WeightBank.create(bank, weights.specs, made[1])
+    ring.give_back(HEADER_BYTES)
+    bank.give_back(bank_bytes(weights.specs, weights_elsewhere=True))
+    worker.ring_memory, worker.bank_memory = (one.name for one in made)
+    worker.memory_device = str(device)
+    return producer, weights
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The learner's sides of ring and bank."""
+
+    ring: RingConsumer
+    bank: WeightBank
+    device: torch.device  # where they lie, and where to train
+
+
+def join(ring: Segment, bank: Segment, worker: Block) -> Joined:
+    """Open what the worker placed.
+
+    Raises:
+        AuroraError: it cannot be opened, so there is nothing to learn from.
+    """
+    named = worker.memory_device
+    where = memory_for(torch.device(named)) if named else None
+    if where is None:
+        return Joined(RingConsumer.attach(ring), WeightBank.attach(bank), CPU)
+    try:
+        rows, weights = where.open(worker.ring_memory), where.open(worker.bank_memory)
+    except Exception as error:  # of the driver, of the system, of torch: all of them end here
+        raise AuroraError(f"the learner cannot open the ring and the bank on {named}: {error}") from error
+    return Joined(RingConsumer.attach(ring, rows), WeightBank.attach(bank, weights), rows.device)

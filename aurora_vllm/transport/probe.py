@@ -1,0 +1,50 @@
+"""Whether another process can open device memory: found out by one that does nothing else.
+
+What may stand in the way (a container without IPC, a GPU in exclusive mode, no room for a second context) shows only in
+a second process. Asked once, before anything lies in that memory, so that it is not the learner that finds out::
+
+    python -m aurora_vllm.transport.probe DEVICE NAME...
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from aurora_vllm.transport.cuda import NoDeviceMemory
+from aurora_vllm.transport.memory import memory_for
+
+TIMEOUT_S = 120.0  # importing torch and making a context takes seconds
+
+
+def try_elsewhere(device: torch.device, names: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
+    """Have another process open device memory of this one, and wait for its word.
+
+    Raises:
+        NoDeviceMemory: it cannot, or did not answer in time.
+    """
+    command = [sys.executable, "-m", __name__, str(device), *names]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise NoDeviceMemory(f"another process did not open it within {timeout_s:g} s") from None
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise NoDeviceMemory(f"another process cannot open it: {last[0]}")
+
+
+def main(device: str, names: Sequence[str]) -> int:
+    place = memory_for(torch.device(device))
+    if place is None:
+        print(f"nothing is shared on {device}", file=sys.stderr)
+        return 1
+    for name in names:
+        place.open(name).settle()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

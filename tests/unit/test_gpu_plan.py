@@ -1,0 +1,132 @@
+"""What is taken on a GPU and what vLLM is told, as arithmetic; no GPU has compared it with anything."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aurora_vllm import plan, preflight
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.gpu_plan import GpuPlan
+from aurora_vllm.learner.memory import CONTEXT_BYTES, MIB, DraftSizes, GpuMemory, predict, predict_gpu
+from aurora_vllm.runtime import Runtime
+from aurora_vllm.session import ENVIRONMENT_KEY
+from aurora_vllm.transport.bank import weights_bytes
+from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.ring import HEADER_BYTES
+from aurora_vllm.transport.segment import SHM, Segment
+from tests.unit.test_plan import draft_dir, serve_plan, target
+
+__all__ = ["draft_dir", "serve_plan", "target"]  # fixtures
+GIB = 2**30
+# An EAGLE-3 head for Qwen3-8B: hidden 4096, 32 query and 8 key heads of 128, MLP 12288, 32k of vocabulary.
+SIZES = DraftSizes(400_000_000, 4096, 4096, 1024, 12288, 32000, 3 * 4096, 4096)
+
+
+def gpu(total: int = 80 * GIB, asked: float = 0.9, takes: int = 8 * GIB, **rest: Any) -> GpuPlan:
+    return GpuPlan(total, asked, GpuMemory(takes, 0, 0, 0, 0, 0, 0, 0), **rest)
+
+
+def test_every_term_counts_what_it_names() -> None:
+    def of(draft: DraftSizes = SIZES, rows: int = 2048, ring: int = 256 * MIB) -> dict[str, int]:
+        return asdict(predict_gpu(draft, 100, rows, 3, ring, 2400 * MIB))
+
+    base = of()
+    assert base["target"] == 100 and base["context"] == CONTEXT_BYTES
+    assert base["ring"] == 256 * MIB and base["bank"] == base["swap"] == 2400 * MIB
+    assert of(ring=256 * MIB - 1)["ring"] == 256 * MIB and of(ring=254 * MIB + 1)["ring"] == 256 * MIB  # 2 MiB each
+    on_host = [predict(SIZES, 100, 0, 2048, 3, bfloat16) for bfloat16 in (False, True)]
+    assert base["weights"] == on_host[0].weights and base["rows"] == on_host[0].rows
+    assert base["step"] == max(one.step for one in on_host)  # a target this wide has no lesson there either
+    assert predict_gpu(SIZES, 100, 2048, 3, 256 * MIB, 2400 * MIB).total == sum(base.values())
+    small = replace(SIZES, parameters=10**7, hidden=576, query=576, key=576, inner=1536, vocabulary=64, aux_width=1728)
+    lessons = predict(small, 100, 0, 16, 1, False).step
+    assert of(small, rows=16)["step"] < lessons  # there the lesson is the peak; a GPU has none
+
+
+@given(st.floats(0.05, 1.0), st.integers(GIB, 200 * GIB), st.integers(100 * MIB, 40 * GIB))
+def test_together_they_take_what_was_asked_for(asked: float, total: int, takes: int) -> None:
+    found = gpu(total, asked, takes)
+    told = found.utilization
+    if not found.used:
+        assert told == asked and found.lowered < 0.5 * asked
+        return
+    assert 0.5 * asked <= told < asked
+    assert told * total + takes <= asked * total * (1 + 1e-9) + 1e-5 * total  # rounded down, but for float noise
+    assert (told + 0.002) * total + takes > asked * total  # and by no more than that
+
+
+def test_what_is_said() -> None:
+    assert gpu().utilization == 0.8
+    assert gpu().why == "8192 MiB for Aurora: --gpu-memory-utilization 0.9 becomes 0.8"
+    tight = gpu(total=12 * GIB)
+    assert not tight.used and tight.utilization == 0.9
+    assert "8192 MiB would leave vLLM less than half of what it was to have" in tight.why
+    given_cache = gpu(total=12 * GIB, kv_cache_given=True)
+    assert given_cache.used and given_cache.utilization == 0.9
+    assert given_cache.why.startswith("8192 MiB must be free beside vLLM: with --kv-cache-memory-bytes it ignores")
+    off = gpu(refused="there is no learner")
+    assert not off.used and off.utilization == 0.9 and off.why.startswith("not used, there is no learner: ring and")
+    assert gpu().as_dict()["gpu_memory_utilization"] == {"asked": 0.9, "told": 0.8}
+
+
+def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: Any) -> None:
+    args = Namespace(
+        worker_cls="auto", scheduler_cls=None, speculative_config=None, gpu_memory_utilization=0.9,
+        kv_cache_memory_bytes=None,
+    )  # fmt: skip
+    planned = replace(serve_plan, gpu=plan.plan_gpu(serve_plan, args, 16 * GIB))
+    assert planned.gpu is not None and planned.gpu.used
+    memory = planned.gpu.memory
+    assert memory.swap == weights_bytes(serve_plan.draft.specs)
+    rows = serve_plan.ring_bytes - HEADER_BYTES
+    assert rows <= memory.ring < rows + 2 * MIB
+    assert plan.with_draft(planned, planned.draft).gpu == planned.gpu
+    plan.show(planned, "text")
+    out = capsys.readouterr().out
+    assert planned.gpu.why in out and f"context {CONTEXT_BYTES // MIB}" in out
+    assert json.loads(json.dumps(planned.as_dict()))["memory"]["gpu"]["bytes"] == memory.total
+    plan.apply(planned, args)
+    assert args.gpu_memory_utilization == planned.gpu.utilization < 0.9
+    plan.apply(serve_plan, args)  # on a CPU nothing is changed
+    assert args.gpu_memory_utilization == planned.gpu.utilization
+    plan.show(serve_plan, "text")
+    assert "GPU" not in capsys.readouterr().out and serve_plan.as_dict()["memory"]["gpu"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"learn": False}, "there is no learner"), ({"learner_device": "cpu"}, "learner_device is cpu")],
+)
+def test_settings_that_keep_off_the_gpu(serve_plan: plan.ServePlan, settings: dict[str, Any], said: str) -> None:
+    kept_off = replace(serve_plan, config=AuroraConfig(ring_mb=1, **settings))
+    found = plan.plan_gpu(kept_off, Namespace(gpu_memory_utilization=0.92), 80 * GIB)
+    assert found.refused == said and not found.used and found.utilization == 0.92
+
+
+def test_the_server_says_what_is_wanted_and_removes_what_the_worker_made(
+    serve_plan: plan.ServePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT_KEY, "")  # so that it is put back
+    monkeypatch.setattr("aurora_vllm.runtime.atexit.register", lambda close: None)
+    monkeypatch.setattr("aurora_vllm.runtime.stopping.cleanups", [])
+    silent = replace(serve_plan, config=AuroraConfig(ring_mb=1, learn=False))
+    for found, wanted in ((None, False), (gpu(), True), (gpu(refused="x"), False)):
+        with Runtime(replace(silent, gpu=found), routes_installed=True) as runtime:
+            assert runtime.session.on_device is wanted
+            made = SHM / "aurora-1-1-0123456789abcdef-ring_memory"
+            made.touch()
+            control = ControlBlock.attach(Segment.attach(runtime.session.control))
+            control.worker.ring_memory = made.name
+        assert not made.exists()
+
+
+def test_this_machine_has_no_gpu_or_says_its_size() -> None:
+    total = preflight.gpu_total_bytes()
+    assert total is None or total > GIB
