@@ -94,7 +94,7 @@ def serve_tiny(
         worker_cls="tests.integration.worker.InspectableWorker",
         skip_tokenizer_init=True,
         draft_vocab_size=TINY_VOCABULARY - 32,
-        kv_cache_memory_bytes=1 << 20,
+        kv_cache_memory_bytes=3 << 19,  # 24 blocks: eight requests fit until each needs a third
         speculative=draft,
     )
     yield Served.tiny(made, target, runner)
