@@ -80,6 +80,12 @@ class Learner:
         self._show_shadow()
         update_request.refuse_open(self.control)
 
+    @property
+    def share_factor(self) -> float:
+        """Factor on its share of the CPU: what the guard in the scheduler leaves it, more with lessons to learn."""
+        lessons = WITH_LESSONS if self.curriculum.has_lessons_to_learn else 1.0
+        return (self.control.scheduler.learner_share or 1.0) * lessons
+
     def turn(self) -> bool:
         """One piece of work. Returns whether there was any."""
         self.control.learner.beat()
@@ -254,9 +260,8 @@ def main() -> int:
         learner.control.learner.working = True
         worked = learner.gpu_time.run(learner.turn) if learner.gpu_time else learner.turn()
         learner.keeper.save()
-        scheduler = learner.control.scheduler
-        factor = (scheduler.learner_share or 1.0) * (WITH_LESSONS if learner.curriculum.has_lessons_to_learn else 1.0)
-        pause = learner.budget.debt(scheduler.steps, factor) if worked else learner.sleep.idle_s
+        steps = learner.control.scheduler.steps
+        pause = learner.budget.debt(steps, learner.share_factor) if worked else learner.sleep.idle_s
         learner.control.learner.working = not pause
         stop.wait(pause)
     learner.keeper.save(at_once=True)
