@@ -105,7 +105,8 @@ ENDPOINTS = (
         "get_server_info",
         '`{"model_path", "speculative_*", "internal_states": [{"avg_spec_accept_length", ...}], "version", ...}`',
         "`avg_spec_accept_length` counts the bonus token, as SGLang does, and copied drafts, since the start (at most "
-        "64 draft versions back); null before the first verification. It is in `internal_states[0]` and, as in older SGLang, at the top. "
+        "64 draft versions back); null before the first verification. It is in `internal_states[0]` and, as in older "
+        "SGLang, at the top. "
         "`last_gen_throughput` is tokens/s since the question before this one. `weight_version` is the live draft's.",
     ),
 )
