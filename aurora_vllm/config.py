@@ -50,11 +50,7 @@ class AuroraConfig(BaseModel):
         "auto", description="auto: learn on the target's GPU where there is one (never run yet: docs/gpu.md)"
     )
     learner_cpu_share: float = Field(
-        0.15,
-        gt=0,
-        le=1,
-        description="largest share of one CPU (or of the GPU) the learner takes while serving; twice that until the "
-        "lessons of day 0 are learned",
+        0.1, gt=0, le=1, description="largest share of one CPU (or of the GPU) the learner takes while serving"
     )
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"

@@ -65,12 +65,11 @@ class CpuBudget:
 
         Args:
             engine_steps: of the server, ever; where it is what it was at the last call, nothing is being served.
-            factor: on the share while something is served: less than 1 where the learner slows serving too much, more
-                where little work gains much.
+            factor: on the share while something is served: less than 1 where the learner slows serving too much.
         """
         cpu, wall = self.cpu_clock(), self.wall_clock()
         used, passed = cpu - self._cpu, wall - self._wall
-        share = min(self.share * factor, 1.0) if engine_steps != self._engine_steps else 1.0
+        share = self.share * factor if engine_steps != self._engine_steps else 1.0
         pause = min(max(used / share - passed, 0.0), LONGEST_SLEEP_S)
         self._cpu, self._wall, self._engine_steps = cpu, wall + pause, engine_steps
         return pause

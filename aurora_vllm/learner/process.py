@@ -42,7 +42,6 @@ from aurora_vllm.transport.segment import Segment
 from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
-WITH_LESSONS = 2.0  # factor on the share until the lessons are learned: a few seconds' work, the most useful there is
 SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
 SCORE_SHARE = 0.25  # of the learner's CPU time goes into scoring, where there is something else to do
 
@@ -79,12 +78,6 @@ class Learner:
         self.sync.published(self.curriculum.trainer.steps, 0)
         self._show_shadow()
         update_request.refuse_open(self.control)
-
-    @property
-    def share_factor(self) -> float:
-        """Factor on its share of the CPU: what the guard in the scheduler leaves it, more with lessons to learn."""
-        lessons = WITH_LESSONS if self.curriculum.has_lessons_to_learn else 1.0
-        return (self.control.scheduler.learner_share or 1.0) * lessons
 
     def turn(self) -> bool:
         """One piece of work. Returns whether there was any."""
@@ -260,8 +253,9 @@ def main() -> int:
         learner.control.learner.working = True
         worked = learner.gpu_time.run(learner.turn) if learner.gpu_time else learner.turn()
         learner.keeper.save()
-        steps = learner.control.scheduler.steps
-        pause = learner.budget.debt(steps, learner.share_factor) if worked else learner.sleep.idle_s
+        scheduler = learner.control.scheduler
+        factor = scheduler.learner_share or 1.0
+        pause = learner.budget.debt(scheduler.steps, factor) if worked else learner.sleep.idle_s
         learner.control.learner.working = not pause
         stop.wait(pause)
     learner.keeper.save(at_once=True)

@@ -59,15 +59,6 @@ def test_nothing_served_nothing_to_step_back_for() -> None:
     assert budget.debt(8) == 3.0
 
 
-def test_a_factor_raises_the_share_up_to_the_whole() -> None:
-    clocks = Clocks()
-    budget = CpuBudget(0.25, lambda: clocks.cpu, lambda: clocks.wall)
-    clocks.cpu = clocks.wall = 1.0
-    assert budget.debt(1, factor=2.0) == 1.0
-    clocks.cpu, clocks.wall = 2.0, 3.0
-    assert budget.debt(2, factor=9.0) == 0.0
-
-
 def test_on_a_gpu_time_counts_until_the_device_is_done() -> None:
     clocks = Clocks()
 

@@ -11,7 +11,7 @@ import torch
 from aurora_vllm.learner import curriculum, process
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.evaluate import simulate
-from aurora_vllm.learner.process import SCORE_BACKLOG, WITH_LESSONS, Learner
+from aurora_vllm.learner.process import SCORE_BACKLOG, Learner
 from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.session import ENVIRONMENT_KEY
 from tests.unit.tiny_world import LAYOUT, World, assert_same, send, serve, session, trajectory, weights
@@ -169,15 +169,3 @@ def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: An
     monkeypatch.delenv(ENVIRONMENT_KEY, raising=False)
     assert process.main() == 2
     assert "started by the server" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("lessons", "factor"), [(True, WITH_LESSONS), (False, 1.0)])
-def test_it_takes_more_while_there_are_lessons_and_less_where_the_guard_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lessons: bool, factor: float
-) -> None:
-    monkeypatch.setattr(curriculum.Curriculum, "has_lessons_to_learn", lessons)
-    with session(World(), tmp_path) as (current, _):
-        learner = Learner(current)
-        assert learner.share_factor == factor
-        learner.control.scheduler.learner_share = 0.25
-        assert learner.share_factor == factor / 4
