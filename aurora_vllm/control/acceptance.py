@@ -92,7 +92,7 @@ class AcceptanceEstimate:
 
     def shadow(self, accepted_per_position: Sequence[float]) -> None:
         """The learner's simulation of the live weights: share of steps in which drafts 0..i were all accepted."""
-        self._shadow = conditional(accepted_per_position[: self.positions])
+        self._shadow = _conditional(accepted_per_position[: self.positions])
 
     def chain(self) -> list[float]:
         """Chance that drafts 0..i are all accepted, for each i."""
@@ -103,7 +103,7 @@ class AcceptanceEstimate:
         return 1.0 + sum(self.chain()[:draft_length])
 
 
-def conditional(shares: Sequence[float]) -> list[float]:
+def _conditional(shares: Sequence[float]) -> list[float]:
     """Chance of each draft given those before it, from the share of steps in which drafts 0..i were all accepted."""
     chances, before = [], 1.0
     for share in shares:

@@ -29,7 +29,6 @@ class Copies:
         self._rows = [0.0] * (longest + 1)
         self._simulated = [Acceptance(positions) for _ in range(longest + 1)]
         self._all = Acceptance(positions)
-        self._nothing = [0.0] * positions
 
     def seen(self, match_length: int) -> None:
         """A proposal was made after a match this long."""

@@ -98,7 +98,7 @@ class DraftLengthController:
         bucket, decision = self._last
         if decision.proposals != "worthwhile":
             return decision.draft_length if decision.proposals == "whole" else 0
-        chain = self.copies.chain(match_length) if copied and self.copies else self.acceptance.chain()
+        chain = self._chain(match_length, copied)
         return len(self._likely(copied, chain, decision.draft_length, self._price(bucket)))
 
     def gain(self, bucket: int, draft_length: int) -> float:
@@ -135,14 +135,17 @@ class DraftLengthController:
 
     def _offers(self) -> list[tuple[float, bool, list[float]]]:
         """What there is to propose: how often, whether it is a copy, and the chance that its tokens 0..i are right."""
-        drafted = self.acceptance.chain()
         if self.copies is None:
-            return [(1.0, False, drafted)]
+            return [(1.0, False, self._chain(0, copied=False))]
         offers = []
         for match_length, share in self.copies.shares():
             copied = self.copies.preferred(match_length)
-            offers.append((share, copied, self.copies.chain(match_length) if copied else drafted))
+            offers.append((share, copied, self._chain(match_length, copied)))
         return offers
+
+    def _chain(self, match_length: int, copied: bool) -> list[float]:
+        """Chance that tokens 0..i of such a proposal are all accepted, for each i."""
+        return self.copies.chain(match_length) if copied and self.copies else self.acceptance.chain()
 
     def _plan(
         self, bucket: int, draft_length: int, offers: Sequence[tuple[float, bool, list[float]]], price: float
