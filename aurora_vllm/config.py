@@ -27,7 +27,12 @@ class AuroraConfig(BaseModel):
         description="where a request repeats itself, propose what followed the last time, as long as that is right "
         "more often than the draft",
     )
-    prompt_lookup_tokens: int = Field(6, ge=1, le=8, description="largest number of tokens proposed that way")
+    prompt_lookup_tokens: int = Field(8, ge=1, le=8, description="largest number of tokens proposed that way")
+    prompt_lookup_answers: int = Field(
+        65_536,
+        ge=0,
+        description="tokens of earlier answers, to other requests, that are looked up as well; 0: only the request itself",
+    )
     rollback_confidence: float = Field(
         0.95, ge=0, lt=1, description="confidence that a new version accepts less, at which it is rolled back; 0: never"
     )
@@ -52,11 +57,17 @@ class AuroraConfig(BaseModel):
     learner_cpu_share: float = Field(
         0.1, gt=0, le=1, description="largest share of one CPU (or of the GPU) the learner takes while serving"
     )
+    learner_least_share: float = Field(
+        0.03,
+        gt=0,
+        le=1,
+        description="what it may take of a CPU while speculation gains nothing; above it, half of what speculation gains",
+    )
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"
     )
     learner_nice: int = Field(
-        10, ge=0, le=19, description="niceness of the learner: how far it steps back behind serving"
+        19, ge=0, le=19, description="niceness of the learner: how far it steps back behind serving"
     )
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
     learner_sleep: bool = Field(

@@ -2,52 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.evaluate import Score, accepted_prefix
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
-from aurora_vllm.spec_decode.prompt_lookup import LONGEST_MATCH, PromptLookup
+from aurora_vllm.spec_decode.prompt_lookup import KINDS, EarlierAnswers, PromptLookup
+
+ANSWERS = 65_536  # tokens of earlier answers; the server's default
 
 
 def simulate_with_copies(
-    draft: Eagle3Draft, head: TargetHead, trajectories: Iterable[Trajectory], length: int
+    draft: Eagle3Draft, head: TargetHead, before: Iterable[Trajectory], trajectories: Iterable[Trajectory], length: int
 ) -> tuple[Score, Score]:
     """Greedy speculation with K proposals over answers, one after the other, as ``spec_decode/copying.py`` makes them.
 
     Args:
+        before: answered earlier; may be copied from.
         length: K.
 
     Returns:
-        The score of the better of both by match length, and that of copies alone.
+        The score of the better of both by kind of copy, and that of copies alone.
     """
-    copies = Copies(length, LONGEST_MATCH)
-    chosen = alone = Score(0, (0,) * length)
+    answers = EarlierAnswers(ANSWERS)
+    for one in before:
+        answers.add(_answer(one))
+    chosen, alone = Walk(length, answers, always=False), Walk(length, answers, always=True)
     for one in trajectories:
         first, prefix = accepted_prefix(draft, head, one, length)
         drafted, tokens = prefix.tolist(), one.token_ids.tolist()
-        chosen += _walk(copies, tokens, first + 2, drafted, length, always=False)
-        alone += _walk(Copies(length, LONGEST_MATCH), tokens, first + 2, drafted, length, always=True)
-    return chosen, alone
+        chosen.answer(tokens, first + 2, drafted)
+        alone.answer(tokens, first + 2, drafted)
+        answers.add(_answer(one))
+    return chosen.score, alone.score
 
 
-def _walk(copies: Copies, tokens: list[int], first: int, drafted: list[int], length: int, always: bool) -> Score:
-    """One answer. first: of the tokens proposed by the first verification; drafted[i]: how many of the draft's would be
-    accepted i tokens later."""
-    lookup, steps, position, accepted = PromptLookup(), 0, 0, [0] * length
-    while position < len(drafted):
-        lookup.extend(tokens[len(lookup) : first + position])
-        gained = 0 if always else drafted[position]
-        if (copy := lookup.propose(length)) is not None:
-            truth = tokens[first + position : first + position + length]
-            right = next((i for i, (a, b) in enumerate(zip(copy.tokens, truth, strict=True)) if a != b), length)
-            if always or copies.preferred(copy.match_length):
-                gained = right
-            copies.compare(copy.match_length, right > 0, drafted[position] > 0)
-        steps += 1
-        for i in range(gained):
-            accepted[i] += 1
-        position += gained + 1
-    return Score(steps, tuple(accepted))
+class Walk:
+    """One way to propose. always: copies wherever there are any, and no drafts."""
+
+    def __init__(self, length: int, answers: EarlierAnswers, always: bool) -> None:
+        self.score = Score(0, (0,) * length)
+        self._copies, self._answers, self._always, self._length = Copies(length, KINDS), answers, always, length
+
+    def answer(self, tokens: Sequence[int], first: int, drafted: Sequence[int]) -> None:
+        """first: of the tokens proposed by the first verification; drafted[i]: how many of the draft's would be accepted
+        i tokens later."""
+        copies, length = self._copies, self._length
+        lookup, steps, position, accepted = PromptLookup(), 0, 0, [0] * length
+        while position < len(drafted):
+            lookup.extend(tokens[len(lookup) : first + position])
+            gained = 0 if self._always else drafted[position]
+            both = lookup.propose(length), self._answers.propose(lookup.end(), length)
+            found = [(copy, _right(copy.tokens, tokens[first + position :])) for copy in both if copy is not None]
+            if found:
+                best, right = max(found, key=lambda pair: copies.expected(pair[0].kind))
+                if self._always or copies.preferred(best.kind):
+                    gained = right
+                copies.compare(best.kind, right > 0, drafted[position] > 0)
+            for copy, right in found:
+                copies.simulate(copy.kind, len(copy.tokens), right)
+            steps += 1
+            for i in range(gained):
+                accepted[i] += 1
+            position += gained + 1
+        self.score += Score(steps, tuple(accepted))
+
+
+def _answer(one: Trajectory) -> list[int]:
+    answer: list[int] = one.token_ids.tolist()[max(0, one.prompt_length - one.start) :]
+    return answer
+
+
+def _right(proposed: Sequence[int], truth: Sequence[int]) -> int:
+    """How many of the proposed tokens come true."""
+    pairs = zip(proposed, truth, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(proposed), len(truth)))

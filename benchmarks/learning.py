@@ -91,7 +91,7 @@ class Run:
     accepted: list[int] = field(default_factory=list)  # drafts accepted in them
     unseen: float = 0.0  # acceptance length on unseen prompts at the end
     served: float = 0.0  # the same with drafts replaced by copies where those are better, as a server does
-    copied: float = 0.0  # the same of copies alone
+    copied: float = 0.0  # the same of copies alone: from the request, or from what was answered before
 
     def running(self) -> list[float]:
         """Acceptance length over the last WINDOW trajectories."""
@@ -198,7 +198,7 @@ def learn(
         seconds += clock() - began
     total = sum((simulate(draft, head, one, DRAFT_LENGTH) for one in unseen), Score(0, (0,) * DRAFT_LENGTH))
     run.unseen = total.acceptance_length
-    served, copied = simulate_with_copies(draft, head, unseen, DRAFT_LENGTH)
+    served, copied = simulate_with_copies(draft, head, trajectories, unseen, DRAFT_LENGTH)
     run.served, run.copied = served.acceptance_length, copied.acceptance_length
     return run
 

@@ -23,6 +23,7 @@ PATIENCE = 4  # times as many where the alternative looks bad: the look that sai
 HOPEFUL = 0.95  # of the rate without drafting; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
+PLAN_EVERY = 8  # steps a decision stands: what it rests on moves slowly, and deciding takes 0.1 ms
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Decision:
     """A draft length and, in words, why.
 
     ``proposals``: "whole" proposals are verified as they are, "worthwhile" ones are cut to what pays, "none" are.
+    ``gain``: tokens per second over those of plain decoding, as expected.
     """
 
     draft_length: int
     reason: str
     proposals: str = "worthwhile"
+    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class _BucketState:
     since_drafts: int = 0
     probe_left: int = 0
     probe_length: int = 0
+    stands: Decision | None = None
+    stands_for: int = 0  # steps more
 
 
 @dataclass
@@ -88,17 +93,17 @@ class DraftLengthController:
         self._last = bucket, decision
         return decision
 
-    def worth(self, match_length: int, copied: bool) -> int:
+    def worth(self, kind: int, copied: bool) -> int:
         """Tokens to verify of a proposal that is there now.
 
         Args:
-            match_length: tokens that the proposal's place has in common with an earlier one; 0 for none.
-            copied: what followed there is proposed, not the draft's tokens.
+            kind: of the copy that could be proposed; 0 for none.
+            copied: it is proposed, not the draft's tokens.
         """
         bucket, decision = self._last
         if decision.proposals != "worthwhile":
             return decision.draft_length if decision.proposals == "whole" else 0
-        chain = self._chain(match_length, copied)
+        chain = self._chain(kind, copied)
         return len(self._likely(copied, chain, decision.draft_length, self._price(bucket)))
 
     def gain(self, bucket: int, draft_length: int) -> float:
@@ -119,8 +124,14 @@ class DraftLengthController:
             return Decision(0, f"measuring plain decoding at batch {bucket}", "none")
         if state.probe_left > 0:
             state.probe_left -= 1
+            state.stands = None
             probed = state.probe_length
-            return Decision(probed, f"probing K={probed} at batch {bucket}", "whole" if probed else "none")
+            return Decision(probed, f"probing K={probed} at batch {bucket}", "whole" if probed else "none", state.gain)
+        if state.stands is not None and state.stands_for > 0:
+            state.stands_for -= 1
+            if state.draft_length:
+                state.since_drafts = 0
+            return state.stands
 
         offers, price = self._offers(), self._price(bucket)
         plans = [self._plan(bucket, k, offers, price) for k in range(self.max_draft_length + 1)]
@@ -131,21 +142,22 @@ class DraftLengthController:
         chosen = plans[state.draft_length]
         state.gain = max(chosen.gain, 1.0)
         self._maybe_probe(state, plans)
-        return self._in_words(bucket, state.draft_length, plans)
+        state.stands, state.stands_for = self._in_words(bucket, state.draft_length, plans), PLAN_EVERY - 1
+        return state.stands
 
     def _offers(self) -> list[tuple[float, bool, list[float]]]:
         """What there is to propose: how often, whether it is a copy, and the chance that its tokens 0..i are right."""
         if self.copies is None:
             return [(1.0, False, self._chain(0, copied=False))]
         offers = []
-        for match_length, share in self.copies.shares():
-            copied = self.copies.preferred(match_length)
-            offers.append((share, copied, self._chain(match_length, copied)))
+        for kind, share in self.copies.shares():
+            copied = self.copies.preferred(kind)
+            offers.append((share, copied, self._chain(kind, copied)))
         return offers
 
-    def _chain(self, match_length: int, copied: bool) -> list[float]:
+    def _chain(self, kind: int, copied: bool) -> list[float]:
         """Chance that tokens 0..i of such a proposal are all accepted, for each i."""
-        return self.copies.chain(match_length) if copied and self.copies else self.acceptance.chain()
+        return self.copies.chain(kind) if copied and self.copies else self.acceptance.chain()
 
     def _plan(
         self, bucket: int, draft_length: int, offers: Sequence[tuple[float, bool, list[float]]], price: float
@@ -198,4 +210,4 @@ class DraftLengthController:
             reason = f"copying alone pays at batch {bucket}: it gives {plans[0].gain:.2f}x, {promise}"
         else:
             reason = f"drafting does not pay at batch {bucket}: {promise}"
-        return Decision(chosen, reason, "worthwhile" if plans[chosen].verified else "none")
+        return Decision(chosen, reason, "worthwhile" if plans[chosen].verified else "none", plans[chosen].gain)

@@ -54,7 +54,7 @@ def status(
             # It beats once a step: an old heartbeat of an idle server is no fault.
             "heartbeat_age_s": age(worker["heartbeat_ns"], now_ns),
         },
-        "guard": _take(scheduler, "learner_share", "learner_slowdown", "learner_guard"),
+        "guard": _take(scheduler, "learner_share", "learner_earnings", "learner_slowdown", "learner_guard"),
         "learner": learner(snapshot, bool(settings["learn"]), now_ns),
         "config": dict(settings),
     }

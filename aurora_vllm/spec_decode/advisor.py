@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from aurora_vllm.control.earnings import Earnings
 from aurora_vllm.control.guard import LearnerGuard
 from aurora_vllm.control.profit import Decision, DraftLengthController
 from aurora_vllm.control.rollout import Rollout
@@ -39,7 +40,8 @@ class DraftLengthAdvisor:
         config = session.config
         max_draft_length = min(config.num_speculative_tokens, most_verified)
         self._control = ControlBlock.attach(Segment.attach(session.control))
-        self._copier = None if no_copies else DraftCopier(min(config.prompt_lookup_tokens, most_verified))
+        copied = min(config.prompt_lookup_tokens, most_verified)
+        self._copier = None if no_copies else DraftCopier(copied, config.prompt_lookup_answers)
         self._controller = DraftLengthController(
             max_draft_length=max_draft_length,
             mode=config.speculate,
@@ -48,8 +50,11 @@ class DraftLengthAdvisor:
         )
         self._breaker = CircuitBreaker("choosing the draft length")
         self._guard = LearnerGuard(config.learner_slowdown) if config.learner_slowdown else None
-        self._control.scheduler.learner_share = 1.0
+        self._earnings: Earnings | None = None
+        if config.speculate == "auto":  # otherwise what speculation earns is not why it runs, or does not
+            self._earnings = Earnings(config.learner_cpu_share, config.learner_least_share)
         self._control.scheduler.learner_guard = self._guard.reason if self._guard else "off by the settings"
+        self._show_learner_share()
         self._cost = CircuitBreaker("watching what the learner costs")
         self._rollout = Rollout(max_draft_length, config.rollback_confidence)
         self._watch = CircuitBreaker("watching a new version")
@@ -78,6 +83,8 @@ class DraftLengthAdvisor:
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
         """A step's results are in. sampled: the tokens each request gained."""
         now = time.perf_counter()
+        if (copier := self._copier) is not None:
+            self._copying.run(lambda: copier.forget(scheduler_output.finished_req_ids))
         if not self._started:
             return
         started, worked = self._started.popleft()
@@ -118,6 +125,8 @@ class DraftLengthAdvisor:
         if learner.shadow_version == live and learner.shadow_steps > 0:
             self._controller.acceptance.shadow(learner.shadow_accepted_per_position)
         decision = self._controller.decide(batch_size)
+        if self._earnings is not None and self._earnings.observe(decision.gain):
+            self._show_learner_share()
         scheduler = self._control.scheduler
         scheduler.beat()
         if decision.draft_length != self._last.draft_length:
@@ -130,8 +139,6 @@ class DraftLengthAdvisor:
     def _observe_step(
         self, scheduler_output: Any, sampled: list[list[int]], seconds: float, beside_learner: bool
     ) -> None:
-        if self._copier is not None:
-            self._copier.forget(scheduler_output.finished_req_ids)
         counts = scheduler_output.num_scheduled_tokens
         if not counts:
             return
@@ -155,11 +162,17 @@ class DraftLengthAdvisor:
     def _judge_learner(
         self, guard: LearnerGuard, batch_size: int, drafts: int, seconds: float, beside_learner: bool
     ) -> None:
-        """Does the learner slow serving too much? It reads its share from here."""
-        scheduler = self._control.scheduler
+        """Does the learner slow serving too much?"""
         if guard.observe(batch_size, drafts, seconds, beside_learner):
-            scheduler.learner_share, scheduler.learner_slowdown = guard.share, guard.slowdown
-            scheduler.learner_guard = guard.reason
+            self._control.scheduler.learner_slowdown = guard.slowdown
+            self._control.scheduler.learner_guard = guard.reason
+            self._show_learner_share()
+
+    def _show_learner_share(self) -> None:
+        scheduler = self._control.scheduler
+        earned = self._earnings.factor if self._earnings else 1.0
+        scheduler.learner_share = earned * (self._guard.share if self._guard else 1.0)
+        scheduler.learner_earnings = self._earnings.reason if self._earnings else "all of its share: K is fixed"
 
     def _observe_verdict(self, num_drafts: int, num_accepted: int, copied: bool) -> None:
         if copied:  # says nothing of any version

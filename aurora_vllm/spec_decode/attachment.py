@@ -11,6 +11,7 @@ import torch
 
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from aurora_vllm.spec_decode.consent import may_learn
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.stager import Stager
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.aurora")
 
-LEARN_KEY = "aurora_learn"  # vllm_xargs: {"aurora_learn": false} keeps a request out
 
 
 def find_adapter(runner: Any) -> type[V1Adapter] | type[V2Adapter] | None:
@@ -124,12 +124,11 @@ class Attachment:
             params = new.sampling_params
             if params is None or not new.prompt_token_ids:
                 continue
-            wish = (params.extra_args or {}).get(LEARN_KEY, True)
             self.writer.begin(
                 new.req_id,
                 prompt_length=len(new.prompt_token_ids),
                 temperature=params.temperature,
-                may_learn=str(wish).lower() not in ("false", "0", "no"),
+                may_learn=may_learn(params),
             )
         if not step.total_num_scheduled_tokens:
             self.writer.flush_ends()  # nothing will be sampled: the last request just ended

@@ -1,8 +1,11 @@
-"""Proposals between worker and scheduler: the draft's, or what the request itself said before.
+"""Proposals between worker and scheduler: the draft's, or what the request itself or earlier answers said before.
 
 The scheduler of vLLM's V1 engine is handed every proposal before it is verified, and knows each request's tokens. Here
 a proposal is replaced by a copy where copies have been right more often, and cut where further tokens would not pay
 for being verified. Verification does not ask where greedy proposals come from, so what is emitted stays the target's.
+
+Answers are kept as token ids, in this process's memory only. A request that keeps itself out of learning leaves nothing
+there; one with a ``cache_salt``, vLLM's way to share no cache with others, neither leaves nor takes anything.
 """
 
 from __future__ import annotations
@@ -12,18 +15,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aurora_vllm.control.copying import Copies
-from aurora_vllm.spec_decode.prompt_lookup import LONGEST_MATCH, Copy, PromptLookup
+from aurora_vllm.spec_decode.consent import may_learn
+from aurora_vllm.spec_decode.prompt_lookup import KINDS, Copy, EarlierAnswers, PromptLookup
 
 NO_MATCH = Copy([], 0)
 
 
 @dataclass
+class _Simulation:
+    """A copy that nobody need verify, and how many of its tokens came true."""
+
+    copy: Copy
+    right: int = 0
+
+
+@dataclass
 class _Request:
+    vllm: Any  # vLLM's Request; its tokens are read once more when it has ended
     lookup: PromptLookup = field(default_factory=PromptLookup)
     copied: bool = False  # the proposal that is verified next
-    rivals: tuple[int, int, int] | None = None  # match length, and both first tokens
-    simulated: Copy | None = None  # a copy nobody need verify, and how many of its tokens came true
-    right: int = 0
+    rivals: tuple[int, int, int] | None = None  # kind of copy, and both first tokens
+    simulations: dict[bool, _Simulation] = field(default_factory=dict)  # by where the copy comes from
 
 
 class DraftCopier:
@@ -31,11 +43,13 @@ class DraftCopier:
 
     Args:
         positions: largest draft length.
+        answers: tokens of earlier answers that are remembered for other requests; 0 for none.
     """
 
-    def __init__(self, positions: int) -> None:
-        self.copies = Copies(positions, LONGEST_MATCH)
+    def __init__(self, positions: int, answers: int = 0) -> None:
+        self.copies = Copies(positions, KINDS)
         self._positions = positions
+        self._answers = EarlierAnswers(answers) if answers else None
         self._requests: dict[str, _Request] = {}
 
     def replace(self, proposals: Any, requests: Mapping[str, Any], worth: Callable[[int, bool], int]) -> None:
@@ -44,13 +58,13 @@ class DraftCopier:
         Args:
             proposals: ``req_ids`` and ``draft_token_ids``, a list of int lists.
             requests: vLLM's ``Request`` by id, with the step's tokens appended.
-            worth: how many tokens to verify of a proposal, from its match length and whether it is a copy.
+            worth: how many tokens to verify of a proposal, from the kind of copy there is and whether it is taken.
         """
         for i, name in enumerate(proposals.req_ids):
             request = requests.get(name)
             if request is None or request.is_finished() or request.is_prefill_chunk:
                 continue
-            known = self._requests.setdefault(name, _Request())
+            known = self._requests.get(name) or self._requests.setdefault(name, _Request(request))
             known.copied = False  # until this proposal is replaced, whatever fails below
             self._learn(known, request.all_token_ids)
             proposals.draft_token_ids[i] = self._choose(known, proposals.draft_token_ids[i], worth)
@@ -61,33 +75,48 @@ class DraftCopier:
         return known is not None and known.copied
 
     def forget(self, names: Iterable[str]) -> None:
-        """Requests that ended."""
+        """Requests that ended. Their answers are what others may copy."""
         for name in names:
-            self._requests.pop(name, None)
+            known = self._requests.pop(name, None)
+            if known is None or self._answers is None or known.vllm.cache_salt:
+                continue
+            if may_learn(known.vllm.sampling_params):
+                self._answers.add(known.vllm.output_token_ids)
 
     def _learn(self, known: _Request, tokens: Any) -> None:
         """What was emitted since the last proposal."""
         emitted = tokens[len(known.lookup) :]
         known.lookup.extend(emitted)
         if known.rivals is not None and emitted:
-            match_length, copy, draft = known.rivals
-            self.copies.compare(match_length, copy == emitted[0], draft == emitted[0])
+            kind, copy, draft = known.rivals
+            self.copies.compare(kind, copy == emitted[0], draft == emitted[0])
             known.rivals = None
-        for token in emitted:
-            if known.simulated is None:
-                break
-            if known.right < self._positions and known.simulated.tokens[known.right] == token:
-                known.right += 1
-            else:  # the token after the accepted ones: the simulated step is over
-                self.copies.simulate(known.simulated.match_length, self._positions, known.right)
-                known.simulated = None
+        for source, simulation in list(known.simulations.items()):
+            copy = simulation.copy
+            for token in emitted:
+                if simulation.right < len(copy.tokens) and copy.tokens[simulation.right] == token:
+                    simulation.right += 1
+                else:  # the token after the accepted ones: the simulated step is over
+                    self.copies.simulate(copy.kind, len(copy.tokens), simulation.right)
+                    del known.simulations[source]
+                    break
 
     def _choose(self, known: _Request, draft: list[int], worth: Callable[[int, bool], int]) -> list[int]:
-        copy = known.lookup.propose(self._positions) or NO_MATCH
-        self.copies.seen(copy.match_length)
-        if known.simulated is None and copy.tokens:
-            known.simulated, known.right = copy, 0
+        copy = self._best_copy(known)
+        self.copies.seen(copy.kind)
         if copy.tokens and draft:
-            known.rivals = copy.match_length, copy.tokens[0], draft[0]
-        known.copied = self.copies.preferred(copy.match_length)
-        return (copy.tokens if known.copied else draft)[: worth(copy.match_length, known.copied)]
+            known.rivals = copy.kind, copy.tokens[0], draft[0]
+        known.copied = self.copies.preferred(copy.kind)
+        return (copy.tokens if known.copied else draft)[: worth(copy.kind, known.copied)]
+
+    def _best_copy(self, known: _Request) -> Copy:
+        """Of the request's own text and of earlier answers, what is expected to be right for longer."""
+        found = [known.lookup.propose(self._positions)]
+        if self._answers is not None and not known.vllm.cache_salt:
+            found.append(self._answers.propose(known.lookup.end(), self._positions))
+        copies = [copy for copy in found if copy is not None]
+        for copy in copies:
+            known.simulations.setdefault(copy.from_others, _Simulation(copy))
+        if len(copies) < 2:
+            return copies[0] if copies else NO_MATCH
+        return max(copies, key=lambda copy: self.copies.expected(copy.kind))

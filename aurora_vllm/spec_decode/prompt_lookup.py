@@ -1,9 +1,9 @@
-"""Prompt lookup: what followed the last time the newest tokens of a request stood in it.
+"""Lookup: what followed the last time the newest tokens of a request stood somewhere.
 
-Text repeats itself: code names its variables again, an answer takes up the words of its question. The continuation of
-the longest earlier occurrence of the newest tokens is a draft that costs no forward pass (Saxena, "Prompt Lookup
-Decoding", 2023; vLLM's method "ngram"). vLLM's own function for it searches the whole text in every step and does not
-say how many tokens matched, which is what tells whether a copy can be trusted; here the text is indexed once.
+Text repeats itself: code names its variables again, an answer takes up the words of its question, and answers to like
+questions begin and end alike. The continuation of the longest earlier occurrence of the newest tokens is a draft that
+costs no forward pass (Saxena, "Prompt Lookup Decoding", 2023; vLLM's methods "ngram", within a request, and "suffix",
+across requests: Oliaro et al., "SuffixDecoding", 2024). How many tokens matched tells whether a copy can be trusted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 LONGEST_MATCH = 10  # tokens; a longer match is not more often right
 CANDIDATES = 32  # earlier occurrences of the last two tokens that are looked at, the newest first
 WINDOW = 8192  # tokens at the end of a prompt that are indexed: about 3 ms and 1 MB, once a request
+SEPARATOR = -1  # stands between two answers; no token has this id
+KINDS = 2 * LONGEST_MATCH + 1  # of copies, see Copy.kind
 
 
 @dataclass(frozen=True)
@@ -23,55 +25,121 @@ class Copy:
 
     tokens: list[int]
     match_length: int
+    from_others: bool = False
+
+    @property
+    def kind(self) -> int:
+        """Copies that are alike in how far they can be trusted: 0 stands for none, then by match length those from the
+        request itself, then those from others."""
+        return self.match_length + LONGEST_MATCH * self.from_others
+
+
+class _PairIndex:
+    """A text by pairs of tokens. Each pair's occurrences are chained, as in a Lempel-Ziv coder."""
+
+    def __init__(self) -> None:
+        self.tokens = array("i")
+        self.newest: dict[int, int] = {}  # pair -> where it ends, its newest occurrence
+        self.older = array("i")  # where a pair ends -> where its occurrence before ends, or -1
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            end = len(self.tokens)
+            self.tokens.append(token)
+            if not end:
+                self.older.append(-1)
+                continue
+            pair = _pair(self.tokens[end - 1], token)
+            self.older.append(self.newest.get(pair, -1))
+            self.newest[pair] = end
+
+    def longest_match(self, text: Sequence[int], candidate: int) -> tuple[int, int]:
+        """Where the longest match with the end of ``text`` ends, the newest of those equally long, and its length.
+
+        Args:
+            candidate: where the newest occurrence of the last two tokens ends; -1 for none.
+        """
+        tokens, last = self.tokens, len(text) - 1
+        best, longest = -1, 0
+        for _ in range(CANDIDATES):
+            if candidate < 0 or longest == LONGEST_MATCH:
+                break
+            length, limit = 2, min(LONGEST_MATCH, candidate + 1, last + 1)
+            while length < limit and tokens[candidate - length] == text[last - length]:
+                length += 1
+            if length > longest:
+                best, longest = candidate, length
+            candidate = self.older[candidate]
+        return best, longest
 
 
 class PromptLookup:
-    """The text of one request, by pairs of tokens. Each pair's occurrences are chained, as in a Lempel-Ziv coder."""
+    """The text of one request."""
 
     def __init__(self) -> None:
-        self._tokens = array("i")
-        self._newest: dict[int, int] = {}  # pair -> where it ends, its newest occurrence
-        self._older = array("i")  # where a pair ends -> where its occurrence before ends, or -1
+        self._index = _PairIndex()
         self._skipped = 0
 
     def __len__(self) -> int:
         """Tokens of the request so far."""
-        return self._skipped + len(self._tokens)
+        return self._skipped + len(self._index.tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """More of the request: the prompt first, then what was emitted."""
-        if not self._tokens and len(tokens) > WINDOW:
+        if not len(self) and len(tokens) > WINDOW:
             self._skipped = len(tokens) - WINDOW
             tokens = tokens[self._skipped :]
-        for token in tokens:
-            end = len(self._tokens)
-            self._tokens.append(token)
-            if not end:
-                self._older.append(-1)
-                continue
-            pair = self._tokens[end - 1] << 32 | token
-            self._older.append(self._newest.get(pair, -1))
-            self._newest[pair] = end
+        self._index.extend(tokens)
+
+    def end(self) -> Sequence[int]:
+        """The newest tokens, as many as can match."""
+        return self._index.tokens[-LONGEST_MATCH:]
 
     def propose(self, count: int) -> Copy | None:
-        """``count`` tokens that followed the longest match, the newest of those equally long; None without a match.
+        """``count`` tokens that followed the longest match; None without a match.
 
         Where the match lies so near the end that fewer than ``count`` tokens follow it, the copy goes on into itself,
         as a text that repeats a short phrase does.
         """
-        tokens, last = self._tokens, len(self._tokens) - 1
-        best, longest = -1, 0
-        candidate = self._older[last] if last > 0 else -1
-        for _ in range(CANDIDATES):
-            if candidate < 0 or longest == LONGEST_MATCH:
-                break
-            length = 2
-            while length < min(LONGEST_MATCH, candidate + 1) and tokens[candidate - length] == tokens[last - length]:
-                length += 1
-            if length > longest:
-                best, longest = candidate, length
-            candidate = self._older[candidate]
+        tokens, last = self._index.tokens, len(self._index.tokens) - 1
+        best, length = self._index.longest_match(tokens, self._index.older[last] if last > 0 else -1)
         if best < 0:
             return None
         period = last - best
-        return Copy([tokens[best + 1 + i % period] for i in range(count)], longest)
+        return Copy([tokens[best + 1 + i % period] for i in range(count)], length)
+
+
+class EarlierAnswers:
+    """What was answered to others, the newest of it.
+
+    Args:
+        capacity: tokens. When it is full the older half is dropped, which takes about 10 ms for 32,768 tokens.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._index = _PairIndex()
+
+    def add(self, answer: Sequence[int]) -> None:
+        """An answer that has ended; of one longer than half the capacity, its end."""
+        half = self._capacity // 2
+        answer = answer[-half:] if half else ()
+        if len(self._index.tokens) + len(answer) + 1 > self._capacity:
+            kept = self._index.tokens[-half:]
+            self._index = _PairIndex()
+            self._index.extend(kept)
+        self._index.extend([*answer, SEPARATOR])
+
+    def propose(self, text: Sequence[int], count: int) -> Copy | None:
+        """Up to ``count`` tokens that followed the longest match with the end of ``text``; None without a match."""
+        if len(text) < 2:
+            return None
+        best, length = self._index.longest_match(text, self._index.newest.get(_pair(text[-2], text[-1]), -1))
+        following = self._index.tokens[best + 1 : best + 1 + count].tolist() if best >= 0 else []
+        if SEPARATOR in following:
+            following = following[: following.index(SEPARATOR)]
+        return Copy(following, length, from_others=True) if following else None
+
+
+def _pair(first: int, second: int) -> int:
+    return first << 32 | second

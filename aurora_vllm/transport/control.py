@@ -71,7 +71,8 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "copied_drafts": INT,  # verifications of copied drafts; the acceptance table has the draft's own
         "copied_tokens": INT,
         "copied_accepted": INT,
-        "learner_share": FLOAT,  # factor on the share the learner may take: control/guard.py
+        "learner_share": FLOAT,  # factor on the share the learner may take: control/earnings.py times control/guard.py
+        "learner_earnings": TEXT,  # in words, what it may take by what speculation gains
         "learner_slowdown": FLOAT,  # what it adds to the time per output token, as a share of it
         "learner_guard": TEXT,
         "probation_version": INT,  # the newest that drafted

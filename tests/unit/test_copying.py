@@ -6,17 +6,28 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
 from aurora_vllm.spec_decode.copying import DraftCopier
+from aurora_vllm.spec_decode.prompt_lookup import KINDS, LONGEST_MATCH
 from tests.unit.tiny_world import World, session
 
 
-def request(tokens: list[int], prefill: bool = False, finished: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(all_token_ids=tokens, is_prefill_chunk=prefill, is_finished=lambda: finished)
+def request(
+    tokens: list[int], prefill: bool = False, finished: bool = False, salt: str | None = None, **sampling: object
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        all_token_ids=tokens,
+        output_token_ids=tokens,
+        is_prefill_chunk=prefill,
+        is_finished=lambda: finished,
+        cache_salt=salt,
+        sampling_params=SimpleNamespace(extra_args=sampling),
+    )
 
 
 def proposals(**drafts: list[int]) -> SimpleNamespace:
@@ -24,12 +35,12 @@ def proposals(**drafts: list[int]) -> SimpleNamespace:
 
 
 def whole(length: int) -> Callable[[int, bool], int]:
-    return lambda match_length, copied: length
+    return lambda kind, copied: length
 
 
 @pytest.mark.parametrize(("copied", "drafted", "wins"), [(0.8, 0.4, True), (0.3, 0.6, False)])
-def test_the_better_one_is_chosen_by_match_length(copied: float, drafted: float, wins: bool) -> None:
-    rng, copies = random.Random(0), Copies(3, 10)
+def test_the_better_one_is_chosen_by_kind(copied: float, drafted: float, wins: bool) -> None:
+    rng, copies = random.Random(0), Copies(3, KINDS)
     for _ in range(300):
         copies.compare(4, rng.random() < copied, rng.random() < drafted)
         copies.compare(5, rng.random() < drafted, rng.random() < copied)
@@ -39,7 +50,7 @@ def test_the_better_one_is_chosen_by_match_length(copied: float, drafted: float,
 
 
 def test_a_turn_of_the_traffic_turns_the_choice() -> None:
-    copies = Copies(3, 10)
+    copies = Copies(3, KINDS)
     for _ in range(5000):
         copies.compare(3, True, False)
     for _ in range(400):
@@ -47,8 +58,8 @@ def test_a_turn_of_the_traffic_turns_the_choice() -> None:
     assert not copies.preferred(3)
 
 
-def test_what_little_is_known_of_a_match_length_is_completed_by_the_others() -> None:
-    copies = Copies(2, 10)
+def test_what_little_is_known_of_a_kind_is_completed_by_the_others() -> None:
+    copies = Copies(2, KINDS)
     assert copies.chain(4) == [0.0, 0.0]
     for _ in range(200):
         copies.simulate(3, 2, 2)
@@ -59,7 +70,7 @@ def test_what_little_is_known_of_a_match_length_is_completed_by_the_others() -> 
     assert list(copies.shares()) == [(0, 1.0)]
     copies.seen(3)
     copies.seen(0)
-    assert [match_length for match_length, _ in copies.shares()] == [0, 3]
+    assert [kind for kind, _ in copies.shares()] == [0, 3]
     assert sum(share for _, share in copies.shares()) == pytest.approx(1.0)
 
 
@@ -113,6 +124,58 @@ def test_what_copies_would_give_is_known_without_verifying_any(drafting: bool) -
     assert max(copier.copies.chain(2)) < 0.1 and min(copier.copies.chain(10)) > 0.8
     unmatched = dict(copier.copies.shares())[0]
     assert 0.5 < unmatched < 0.9
+
+
+def ask(copier: DraftCopier, name: str, asked: SimpleNamespace) -> list[int]:
+    arrived = proposals(**{name: [0, 0]})
+    copier.replace(arrived, {name: asked}, whole(2))
+    return arrived.draft_token_ids[0]
+
+
+def test_an_answer_that_ended_is_copied_for_others() -> None:
+    copier = DraftCopier(2, answers=100)
+    answered = request([5, 6, 7, 8])
+    ask(copier, "a", answered)
+    answered.output_token_ids = [5, 6, 7, 8, 9]  # the last step's tokens are in it
+    assert ask(copier, "b", request([1, 7, 8])) == [0, 0]  # not while it is being written
+    copier.forget(["a"])
+    assert ask(copier, "c", request([1, 5, 6])) == [7, 8]
+    assert ask(copier, "d", request([1, 7, 8])) == [9]
+    assert copier.copied("d")
+    alone = DraftCopier(2)
+    ask(alone, "a", answered)
+    alone.forget(["a"])
+    assert ask(alone, "c", request([1, 5, 6])) == [0, 0]
+
+
+@pytest.mark.parametrize("kept_out", [{"aurora_learn": False}, {"aurora_learn": "false"}, {"salt": "tenant"}])
+def test_who_wants_no_part_in_it_leaves_nothing(kept_out: dict[str, Any]) -> None:
+    copier = DraftCopier(2, answers=100)
+    ask(copier, "a", request([5, 6, 7, 8], **kept_out))
+    copier.forget(["a"])
+    assert ask(copier, "b", request([1, 5, 6])) == [0, 0]
+
+
+def test_a_request_with_a_salt_takes_nothing() -> None:
+    copier = DraftCopier(2, answers=100)
+    ask(copier, "a", request([5, 6, 7, 8]))
+    copier.forget(["a"])
+    assert ask(copier, "b", request([1, 5, 6], salt="tenant")) == [0, 0]
+    assert ask(copier, "c", request([1, 5, 6], aurora_learn=False)) == [7, 8]
+
+
+def test_of_two_copies_the_one_that_has_been_right_is_taken() -> None:
+    copier = DraftCopier(2, answers=100)
+    ask(copier, "a", request([5, 6, 7, 8]))
+    copier.forget(["a"])
+    for _ in range(40):
+        copier.copies.simulate(2, 2, 0)
+        copier.copies.simulate(LONGEST_MATCH + 2, 2, 2)
+    assert ask(copier, "b", request([5, 6, 3, 4, 5, 6])) == [7, 8]
+    for _ in range(400):
+        copier.copies.simulate(2, 2, 2)
+        copier.copies.simulate(LONGEST_MATCH + 2, 2, 0)
+    assert ask(copier, "c", request([5, 6, 3, 4, 5, 6])) == [3, 4]
 
 
 def test_copied_verdicts_count_for_the_draft_length_and_for_no_version(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from aurora_vllm.control.copying import Copies
 from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.trajectory import Assembler
-from aurora_vllm.spec_decode.prompt_lookup import LONGEST_MATCH
-from benchmarks.copies import _walk, simulate_with_copies
+from aurora_vllm.spec_decode.prompt_lookup import EarlierAnswers
+from benchmarks.copies import Walk, simulate_with_copies
 from benchmarks.learning import ARMS, DRAFT_LENGTH, RELEASE_BATCH, WINDOW, Arm, Run, _names, learn, summary
 from tests.unit.tiny_world import LAYOUT, World
 
@@ -91,16 +91,27 @@ def test_a_replay_scores_what_it_has_not_trained_on_and_leaves_the_draft_alone(t
 
 def test_copies_are_walked_as_a_server_would() -> None:
     """A phrase of five tokens three times; the draft is right about one token of every step."""
-    text, copies = [*range(10, 15)] * 3, Copies(3, LONGEST_MATCH)
-    drafted = [1] * 8
-    alone = _walk(Copies(3, LONGEST_MATCH), text, 5, drafted, 3, always=True)
+    text, drafted, none = [*range(10, 15)] * 3, [1] * 8, EarlierAnswers(100)
+    alone = Walk(3, none, always=True)
+    alone.answer(text, 5, drafted)
     # nothing to copy before the phrase begins again with two tokens; then every step gains four
-    assert alone == Score(4, (2, 2, 2))
-    chosen = _walk(copies, text, 5, drafted, 3, always=False)
-    assert chosen == Score(3, (3, 2, 2)) and copies.preferred(2)
+    assert alone.score == Score(4, (2, 2, 2))
+    chosen = Walk(3, none, always=False)
+    chosen.answer(text, 5, drafted)
+    assert chosen.score == Score(3, (3, 2, 2)) and chosen._copies.preferred(2)
+    wrong = Walk(3, none, always=False)
     for _ in range(9):
-        copies.compare(2, False, True)
-    assert _walk(copies, text[:10], 5, [1] * 3, 3, always=False) == Score(2, (2, 0, 0))  # copies have been wrong
+        wrong._copies.compare(2, False, True)
+    wrong.answer(text[:10], 5, [1] * 3)
+    assert wrong.score == Score(2, (2, 0, 0))  # copies have been wrong
+
+
+def test_what_was_answered_before_is_copied_too() -> None:
+    answers = EarlierAnswers(100)
+    answers.add(list(range(20, 32)))
+    walk = Walk(3, answers, always=True)
+    walk.answer([1, 2, 20, 21, 22, 23, 24, 25, 26, 27], 4, [0] * 6)
+    assert walk.score == Score(2, (2, 2, 1))  # 22, 23, 24 after 20, 21; then 26, 27 and the answer ends
 
 
 def test_without_anything_to_copy_it_is_the_draft_alone(tmp_path: Path) -> None:
@@ -108,6 +119,6 @@ def test_without_anything_to_copy_it_is_the_draft_alone(tmp_path: Path) -> None:
     draft, head = world.draft(), load_target_head(world.save_target(tmp_path))
     (one,) = Assembler(LAYOUT).feed(world.rows(3, answer=24))
     one = replace(one, token_ids=torch.arange(len(one.token_ids)))
-    served, copied = simulate_with_copies(draft, head, [one], DRAFT_LENGTH)
+    served, copied = simulate_with_copies(draft, head, [], [one], DRAFT_LENGTH)
     assert served == simulate(draft, head, one, DRAFT_LENGTH) and served.steps > 10
     assert copied.acceptance_length == 1.0

@@ -1,11 +1,19 @@
-"""The index of a request's text against a search through all of it."""
+"""The index of a text against a search through all of it."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_vllm.spec_decode.prompt_lookup import CANDIDATES, LONGEST_MATCH, WINDOW, Copy, PromptLookup
+from aurora_vllm.spec_decode.prompt_lookup import (
+    CANDIDATES,
+    KINDS,
+    LONGEST_MATCH,
+    WINDOW,
+    Copy,
+    EarlierAnswers,
+    PromptLookup,
+)
 
 texts = st.lists(st.integers(0, 3), max_size=40)
 
@@ -56,3 +64,41 @@ def test_of_a_long_prompt_the_end_is_indexed() -> None:
     lookup.extend([0, 1])  # these stood together only in the part that was left out
     assert lookup.propose(2) is None
     assert len(lookup) == WINDOW + 10
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=4), st.lists(st.integers(0, 3), min_size=2, max_size=12))
+def test_earlier_answers_are_searched_as_one_text_with_gaps(answers: list[list[int]], text: list[int]) -> None:
+    earlier = EarlierAnswers(1000)
+    for answer in answers:
+        earlier.add(answer)
+    found = earlier.propose(text, 3)
+    # Every occurrence of the end of the text, with what followed it in the same answer, the newest last.
+    matches = {
+        length: [
+            answer[start + length : start + length + 3]
+            for answer in answers
+            for start in range(len(answer) - length + 1)
+            if answer[start : start + length] == text[-length:]
+        ]
+        for length in range(2, min(LONGEST_MATCH, len(text)) + 1)
+    }
+    if len(matches[2]) > CANDIDATES:
+        return
+    longest = max((length for length, after in matches.items() if after), default=0)
+    if not longest or not matches[longest][-1]:
+        assert found is None
+    else:
+        assert found == Copy(matches[longest][-1], longest, from_others=True)
+        assert LONGEST_MATCH < found.kind < KINDS
+
+
+def test_of_many_answers_the_newest_are_remembered() -> None:
+    earlier = EarlierAnswers(20)
+    for first in range(0, 100, 5):
+        earlier.add(range(first, first + 5))
+        assert len(earlier._index.tokens) <= 20
+    assert earlier.propose([95, 96], 3) == Copy([97, 98, 99], 2, from_others=True)
+    assert earlier.propose([0, 1], 3) is None
+    earlier.add(range(200, 300))
+    assert earlier.propose([297, 298], 3) == Copy([299], 2, from_others=True)
+    assert earlier.propose([200, 201], 3) is None
