@@ -31,7 +31,7 @@ class AuroraConfig(BaseModel):
     prompt_lookup_answers: int = Field(
         65_536,
         ge=0,
-        description="tokens of earlier answers, to other requests, that are looked up as well; 0: only the request itself",
+        description="tokens of answers to other requests that are looked up, too; 0: only the request's own text",
     )
     rollback_confidence: float = Field(
         0.95, ge=0, lt=1, description="confidence that a new version accepts less, at which it is rolled back; 0: never"
@@ -61,7 +61,7 @@ class AuroraConfig(BaseModel):
         0.03,
         gt=0,
         le=1,
-        description="what it may take of a CPU while speculation gains nothing; above it, half of what speculation gains",
+        description="what it may take while speculation gains nothing; else at most half of what speculation gains",
     )
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"

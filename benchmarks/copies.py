@@ -47,7 +47,7 @@ class Walk:
         self._copies, self._answers, self._always, self._length = Copies(length, KINDS), answers, always, length
 
     def answer(self, tokens: Sequence[int], first: int, drafted: Sequence[int]) -> None:
-        """first: of the tokens proposed by the first verification; drafted[i]: how many of the draft's would be accepted
+        """first: of the tokens proposed by the first verification; drafted[i]: how many of the draft's would be right
         i tokens later."""
         copies, length = self._copies, self._length
         lookup, steps, position, accepted = PromptLookup(), 0, 0, [0] * length

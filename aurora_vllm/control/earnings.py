@@ -29,7 +29,7 @@ class Earnings:
     _steps: int = 0
 
     def observe(self, gain: float) -> bool:
-        """What speculation gains at the step being scheduled. Returns whether it is time to look at ``factor`` again."""
+        """What speculation gains at the step being scheduled. Returns whether it is time to read ``factor`` again."""
         self.gain += (gain - self.gain) / MEMORY
         self._steps += 1
         return self._steps % EVERY == 0

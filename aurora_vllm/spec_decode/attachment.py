@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.aurora")
 
 
-
 def find_adapter(runner: Any) -> type[V1Adapter] | type[V2Adapter] | None:
     """The adapter for a model runner, by what it has rather than by its class or version."""
     if callable(getattr(getattr(runner, "speculator", None), "propose", None)) and hasattr(runner, "sample"):

@@ -88,8 +88,8 @@ class DraftCopier:
         emitted = tokens[len(known.lookup) :]
         known.lookup.extend(emitted)
         if known.rivals is not None and emitted:
-            kind, copy, draft = known.rivals
-            self.copies.compare(kind, copy == emitted[0], draft == emitted[0])
+            kind, copied, drafted = known.rivals
+            self.copies.compare(kind, copied == emitted[0], drafted == emitted[0])
             known.rivals = None
         for source, simulation in list(known.simulations.items()):
             copy = simulation.copy

@@ -10,7 +10,6 @@ import pytest
 import torch
 import typer
 
-from aurora_vllm.control.copying import Copies
 from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.trajectory import Assembler

@@ -66,7 +66,7 @@ def test_of_a_long_prompt_the_end_is_indexed() -> None:
     assert len(lookup) == WINDOW + 10
 
 
-@given(st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=4), st.lists(st.integers(0, 3), min_size=2, max_size=12))
+@given(st.lists(texts, max_size=4), texts.filter(lambda text: len(text) > 1))
 def test_earlier_answers_are_searched_as_one_text_with_gaps(answers: list[list[int]], text: list[int]) -> None:
     earlier = EarlierAnswers(1000)
     for answer in answers:
