@@ -43,7 +43,9 @@ from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
 SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
-SCORE_SHARE = 0.25  # of the learner's CPU time goes into scoring, where there is something else to do
+# Of the learner's CPU time, what goes into scoring where there is something else to do: with a candidate to judge, and
+# without one, where scores only tell what the draft in use is worth.
+JUDGING_SHARE, WATCHING_SHARE = 0.25, 0.05
 
 
 class Learner:
@@ -92,7 +94,8 @@ class Learner:
             self._say("sleeping")
             return self.sleep.turn()
         work = self.curriculum.next()
-        may_score = not work or self.score_seconds <= SCORE_SHARE * time.process_time()
+        share = JUDGING_SHARE if self.candidate_is_ahead else WATCHING_SHARE
+        may_score = not work or self.score_seconds <= share * time.process_time()
         if self.unscored and may_score:
             self._say("evaluating")
             self._score(self.unscored.popleft())

@@ -65,7 +65,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("aurora_steps_total", "speculation.steps", "Engine steps"),
     Metric("aurora_speculative_steps_total", "speculation.spec_steps", "Engine steps that verified drafts"),
     Metric(
-        "aurora_copied_drafts_total", "speculation.copied_drafts", "Verifications of drafts copied from the request"
+        "aurora_copied_drafts_total", "speculation.copied_drafts", "Verifications of copied drafts"
     ),
     Metric("aurora_copied_tokens_total", "speculation.copied_tokens", "Copied tokens verified"),
     Metric("aurora_copied_accepted_tokens_total", "speculation.copied_accepted", "Copied tokens accepted"),

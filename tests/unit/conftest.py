@@ -12,4 +12,5 @@ from aurora_vllm.learner import process
 def same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """No chance, and no clock: scoring goes first, whatever it costs."""
     torch.manual_seed(0)
-    monkeypatch.setattr(process, "SCORE_SHARE", 1e9)
+    monkeypatch.setattr(process, "JUDGING_SHARE", 1e9)
+    monkeypatch.setattr(process, "WATCHING_SHARE", 1e9)

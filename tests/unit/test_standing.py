@@ -18,7 +18,8 @@ from tests.unit.tiny_world import World, session
 @pytest.fixture(autouse=True)
 def same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(process, "SCORE_SHARE", 1e9)
+    monkeypatch.setattr(process, "JUDGING_SHARE", 1e9)
+    monkeypatch.setattr(process, "WATCHING_SHARE", 1e9)
 
 
 def learn_until(world: World, learner: Learner, producer: RingProducer, version: int, request: int) -> int:

@@ -1,0 +1,34 @@
+"""The arithmetic of the post-swap benchmark, on answers whose acceptance is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.swap_dip import AGES, BEFORE, Answer, summary
+
+
+def answer(gains: list[int]) -> Answer:
+    lengths = [1]
+    for gain in gains:
+        lengths.append(lengths[-1] + gain)
+    return Answer(lengths)
+
+
+def test_a_verification_counts_by_where_it_begins() -> None:
+    one = answer([2, 1, 3, 4])  # begins at 1, 3, 4, 7
+    assert one.verifications(1, 0, 3) == [2, 1]
+    assert one.verifications(1, 3, 7) == [3, 4]
+    assert one.verifications(4, 0, 100) == [3, 4]
+
+
+def test_what_is_lost_after_the_swap_is_found() -> None:
+    """Two tokens a step on the new weights, only one for 16 tokens after the swap, two behind the cached prompt."""
+    total = BEFORE + AGES[-1] + 16
+    whole = answer([2] * (total // 2))
+    swapped = answer([1] * (BEFORE + 16) + [2] * 24)
+    cached = answer([2] * 10)
+    figures, spread, curves = summary([(whole, swapped, cached, 1 + BEFORE)] * 4, seed=0)
+    assert figures["post_swap_dip"] == pytest.approx(0.5) and figures["prefix_cache_dip"] == pytest.approx(1.0)
+    assert curves["swapped while running"] == [1.0, 2.0, 2.0, 2.0]
+    assert curves["wholly on the new weights"] == [2.0] * 4
+    assert figures["requests"] == 4 and len(spread["post_swap_dip"]) == 4
