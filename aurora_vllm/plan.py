@@ -60,7 +60,7 @@ class ServePlan:
 
     @property
     def copied_tokens(self) -> int:
-        """Most tokens copied from the request; 0 where the scheduler is handed no proposals it could replace."""
+        """Most tokens copied in place of a draft; 0 where the scheduler is handed no proposals it could replace."""
         possible = self.config.prompt_lookup and self.model_runner is not None and self.model_runner.name == "V1"
         return self.config.prompt_lookup_tokens if possible else 0
 

@@ -67,7 +67,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "steps": INT,
         "generated_tokens": INT,
         "spec_steps": INT,
-        "copying": TEXT,  # "on", or why drafts are not copied from the request
+        "copying": TEXT,  # "on", or why nothing is copied
         "copied_drafts": INT,  # verifications of copied drafts; the acceptance table has the draft's own
         "copied_tokens": INT,
         "copied_accepted": INT,

@@ -147,7 +147,7 @@ def versions(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
 
 
 def copied(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of what was copied from the request; empty where nothing was."""
+    """The same of what was copied; empty where nothing was."""
     drafts, accepted = (after[name] - before[name] for name in ("copied_drafts", "copied_accepted"))
     return {"drafts": drafts, "acceptance_length": 1.0 + accepted / drafts} if drafts else {}
 

@@ -89,7 +89,9 @@ class _Planner:
 
     def day0(self) -> list[Slot]:
         """One domain: the learner's first requests, then problems nobody asked about before."""
-        slots = self._learning("day0", CODING, self._sizes.learn_windows, ("plain", "k0", "aurora"), ("aurora",))
+        # Suffix decoding learns, too: it copies from what it answered before.
+        arms, between = ("plain", "k0", "suffix", "aurora"), ("suffix", "aurora")
+        slots = self._learning("day0", CODING, self._sizes.learn_windows, arms, between)
         for concurrency in (1, LEARN_CONCURRENCY):
             for i in range(self._sizes.measure_windows):
                 arms = ("plain", "ngram", "suffix", "static", "aurora") if i == 0 else ("plain", "aurora")
@@ -103,7 +105,7 @@ class _Planner:
         measured = max(1, self._sizes.domain_windows // 3)
         for domain in there:
             unmeasured = self._sizes.domain_windows - measured
-            slots += self._learning("shift", domain, unmeasured, ("plain", "static", "aurora"), ("static", "aurora"))
+            slots += self._learning("shift", domain, unmeasured, ("plain", "frozen", "aurora"), ("frozen", "aurora"))
             for i in range(measured):
                 # Against the static draft; plain vLLM, the slowest, only where the run has learned longest.
                 last = domain == there[-1] and i == measured - 1
