@@ -67,7 +67,8 @@ def test_no_prompt_is_sent_twice_and_windows_are_whole(sizes: Sizes, seed: int) 
     shifted = [slot for slot in slots if slot.workload == "shift"]
     last = max(1, sizes.domain_windows // 3)
     assert sum(slot.part == MEASURE for slot in shifted) == 2 * last
-    assert all({"aurora", "static"} <= set(slot.arms) for slot in shifted)
+    assert all({"aurora", "frozen"} <= set(slot.arms) for slot in shifted)
+    assert all(("static" in slot.arms) == (slot.part == MEASURE) for slot in shifted)
 
 
 def test_coding_alone_is_enough_for_the_default_plan() -> None:
