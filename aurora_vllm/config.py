@@ -27,7 +27,7 @@ class AuroraConfig(BaseModel):
         description="where a text repeats itself, propose what followed the last time, as long as that is right more "
         "often than the draft",
     )
-    prompt_lookup_tokens: int = Field(8, ge=1, le=8, description="largest number of tokens proposed that way")
+    prompt_lookup_tokens: int = Field(8, ge=1, le=16, description="largest number of tokens proposed that way")
     prompt_lookup_answers: int = Field(
         65_536,
         ge=0,

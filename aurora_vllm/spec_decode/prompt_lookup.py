@@ -121,11 +121,11 @@ class EarlierAnswers:
         self._index = _PairIndex()
 
     def add(self, answer: Sequence[int]) -> None:
-        """An answer that has ended; of one longer than half the capacity, its end."""
-        half = self._capacity // 2
-        answer = answer[-half:] if half else ()
-        if len(self._index.tokens) + len(answer) + 1 > self._capacity:
-            kept = self._index.tokens[-half:]
+        """An answer that has ended; of one longer than about half the capacity, its end."""
+        half, there = (self._capacity - 1) // 2, len(self._index.tokens)
+        answer = answer[max(0, len(answer) - half) :]
+        if there + len(answer) + 1 > self._capacity:
+            kept = self._index.tokens[max(0, there - half) :]
             self._index = _PairIndex()
             self._index.extend(kept)
         self._index.extend([*answer, SEPARATOR])

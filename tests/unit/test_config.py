@@ -36,6 +36,7 @@ OTHER: dict[str, str] = {
         for name, field in AuroraConfig.model_fields.items()
         if type(field.default) in (int, float)
     },
+    "learner_nice": "10",  # its default is the largest value
 }
 
 

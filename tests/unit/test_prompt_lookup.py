@@ -102,3 +102,11 @@ def test_of_many_answers_the_newest_are_remembered() -> None:
     earlier.add(range(200, 300))
     assert earlier.propose([297, 298], 3) == Copy([299], 2, from_others=True)
     assert earlier.propose([200, 201], 3) is None
+
+
+@given(st.integers(1, 12), st.lists(texts, max_size=8))
+def test_never_more_is_remembered_than_was_asked_for(capacity: int, answers: list[list[int]]) -> None:
+    earlier = EarlierAnswers(capacity)
+    for answer in answers:
+        earlier.add(answer)
+        assert len(earlier._index.tokens) <= capacity
