@@ -34,7 +34,7 @@ from aurora_vllm.learner.trajectory import Trajectory
 from benchmarks.copies import simulate_with_copies
 from benchmarks.learning_plot import plot
 from benchmarks.openmp import restart_with_intel_openmp
-from benchmarks.recording import record
+from benchmarks.recording import load_recording, record, save_recording
 from benchmarks.report import median_and_spread, write_report
 from demo.model import ensure_model
 
@@ -115,29 +115,40 @@ def main(
     processes: Annotated[int, typer.Option(help="learners at a time, one thread each")] = 2,
     unseen: Annotated[int, typer.Option(help="requests to measure on that nobody learned from")] = 32,
     answer_tokens: Annotated[int, typer.Option(help="longest answer")] = 128,
+    capture: Annotated[
+        Path | None, typer.Option(help="recorded traffic: read where it is there, else recorded and written")
+    ] = None,
 ) -> None:
     """Measure tokens_to_1_5_ratio and acceptance_length_unseen."""
     restart_with_intel_openmp()
     chosen = {name: arm for name, arm in (ARMS | DISCARD).items() if name in _names(arms)}
-    trajectories, domain = record(tokens, unseen, answer_tokens, 0, console)
-    rows = sum(len(one.token_ids) for one in trajectories[:-unseen])
-    console.print(f"{domain}: {len(trajectories) - unseen} requests, {rows} rows; {unseen} unseen requests")
     with TemporaryDirectory() as scratch:
-        capture = Path(scratch) / "capture.pt"
-        torch.save([vars(one) | {"branches": [vars(b) for b in one.branches]} for one in trajectories], capture)
-        jobs = [(name, seed, str(capture), unseen) for seed in range(seeds) for name in chosen]
+        recorded = capture or Path(scratch) / "capture.pt"
+        if not recorded.exists():
+            trajectories, domain = record(tokens, unseen, answer_tokens, 0, console)
+            save_recording(recorded, trajectories, domain, unseen)
+        trajectories, domain, unseen = load_recording(recorded)
+        rows = sum(len(one.token_ids) for one in trajectories[:-unseen])
+        console.print(f"{domain}: {len(trajectories) - unseen} requests, {rows} rows; {unseen} unseen requests")
+        jobs = [(name, seed, str(recorded)) for seed in range(seeds) for name in chosen]
         runs: dict[str, list[Run]] = {name: [] for name in chosen}
+        about = {"domain": domain, "rows": rows, "seeds": seeds}
         with get_context("spawn").Pool(processes) as pool, Progress(console=console) as progress:
             bar = progress.add_task("learning", total=len(jobs))
-            for name, run in pool.imap(_run, jobs):
+            for done, (name, run) in enumerate(pool.imap(_run, jobs), 1):
                 runs[name].append(run)
                 progress.update(bar, advance=1, description=f"{name}: {run.unseen:.2f} unseen")
-    figures, spread = summary(runs, rows)
-    console.print(figures)
-    if json is not None:
-        detail = {name: [asdict(run) for run in some] for name, some in runs.items()}
-        write_report(json, figures, spread, 0, {"domain": domain, "rows": rows, "seeds": seeds, "runs": detail})
-        plot({chosen[name].label: some for name, some in runs.items()}, GOAL, json.with_suffix(".png"))
+                if json is not None:  # after every run: one that is cut short keeps what it measured
+                    _write(json, runs, rows, about | {"complete": done == len(jobs)})
+    console.print(summary(runs, rows)[0])
+
+
+def _write(json: Path, runs: dict[str, list[Run]], rows: int, about: dict[str, Any]) -> None:
+    there = {name: some for name, some in runs.items() if some}
+    figures, spread = summary(there, rows)
+    detail = {name: [asdict(run) for run in some] for name, some in there.items()}
+    write_report(json, figures, spread, 0, about | {"runs": detail})
+    plot({(ARMS | DISCARD)[name].label: some for name, some in there.items()}, GOAL, json.with_suffix(".png"))
 
 
 def summary(runs: dict[str, list[Run]], rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -224,13 +235,10 @@ def _forget(draft: Eagle3Draft) -> None:
                 parameter.fill_(1.0)
 
 
-def _run(job: tuple[str, int, str, int]) -> tuple[str, Run]:
-    name, seed, capture, unseen = job
+def _run(job: tuple[str, int, str]) -> tuple[str, Run]:
+    name, seed, capture = job
     torch.set_num_threads(1)
-    from aurora_vllm.learner.trajectory import Branch
-
-    stored = torch.load(capture, weights_only=True)
-    trajectories = [Trajectory(**(one | {"branches": [Branch(**b) for b in one["branches"]]})) for one in stored]
+    trajectories, _, unseen = load_recording(Path(capture))
     target = ensure_model()
     with TemporaryDirectory() as scratch:
         draft = load_draft(make_day0_draft(target, Path(scratch) / "draft"))

@@ -6,10 +6,11 @@ import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora_vllm.learner.trajectory import Assembler, Trajectory
+from aurora_vllm.learner.trajectory import Assembler, Branch, Trajectory
 from benchmarks.engine import SERVER, Engine
 from demo.model import ensure_model
 from demo.workload import GSM8K, gsm8k, humaneval
@@ -56,3 +57,19 @@ def record(rows: int, unseen: int, tokens: int, seed: int, console: Console) -> 
         finally:
             engine.close()
     raise ValueError(f"{domain} has only {recorded} rows")
+
+
+def save_recording(path: Path, trajectories: list[Trajectory], domain: str, unseen: int) -> None:
+    """As one file. It holds token ids and hidden states of the benchmark's own prompts."""
+    rows = [vars(one) | {"branches": [vars(branch) for branch in one.branches]} for one in trajectories]
+    torch.save({"trajectories": rows, "domain": domain, "unseen": unseen}, path)
+
+
+def load_recording(path: Path) -> tuple[list[Trajectory], str, int]:
+    """Trajectories, the domain's name, and how many of the last ones are for measuring."""
+    stored = torch.load(path, weights_only=True)
+    trajectories = [
+        Trajectory(**(one | {"branches": [Branch(**branch) for branch in one["branches"]]}))
+        for one in stored["trajectories"]
+    ]
+    return trajectories, stored["domain"], stored["unseen"]
