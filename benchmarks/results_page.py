@@ -42,8 +42,8 @@ def page(report: Mapping[str, Any]) -> str:
         "![Tokens per second over the requests](../benchmarks/results/adaptation.png)",
         "![Speed over plain vLLM](../benchmarks/results/adaptation_speedups.png)",
         "## Every kind of window\n\n" + _kinds(report["table"]),
-        "## Acceptance length by draft version\n\nOf the draft's own proposals, and of what was copied from the request "
-        "or from earlier answers.",
+        "## Acceptance length by draft version\n\nOf the draft's own proposals, and of what was copied from the "
+        "request or from earlier answers.",
         _versions(by_version(windows, "aurora")),
         "## The learner\n\n" + _learner([window for window in windows if window.arm == "aurora"]),
     ]
