@@ -61,7 +61,7 @@ class AuroraConfig(BaseModel):
         0.03,
         gt=0,
         le=1,
-        description="what it may take while speculation gains nothing; else at most half of what speculation gains",
+        description="what it may take while speculation gains nothing; else at most a quarter of what it gains",
     )
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"

@@ -90,7 +90,9 @@ def summary(
     """
 
     def length(chosen: Sequence[tuple[Answer, Answer, Answer, int]], which: int, after: int, before: int) -> float:
-        gained = [n for run in chosen for n in run[which].verifications(run[3] if which < 2 else 1, after, before)]
+        gained: list[int] = []
+        for *answers, first in chosen:
+            gained += answers[which].verifications(first if which < 2 else 1, after, before)
         return sum(gained) / len(gained) if gained else 0.0
 
     def ratio(chosen: Sequence[tuple[Answer, Answer, Answer, int]], which: int) -> float:
@@ -193,7 +195,8 @@ def _go_live(engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
     version = max(engine.bank.published(), worker.live_version) + 1
     engine.bank.publish(version, tensors, {"why": "benchmark"})
     engine.wait_for(lambda: worker.staged_version == version)
-    engine.attachment.stager.commit_if_ready()
+    if (stager := engine.attachment.stager) is not None:
+        stager.commit_if_ready()
     if worker.live_version != version:
         raise RuntimeError(f"version {version} did not go live: {worker.refusal}")
 

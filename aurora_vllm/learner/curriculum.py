@@ -27,9 +27,12 @@ from aurora_vllm.learner.vocabulary import Coverage, Reselection
 # second is what a few dozen requests allow.
 LESSON_ROWS = (3072, 12_288)
 LESSON_REQUESTS = 12
-LARGEST_LESSON_ROWS = 32_768  # the newest ones; more would only take longer
+LARGEST_LESSON_ROWS = 16_384  # the newest ones; a lesson costs in proportion to them
+# Another vocabulary means other traffic. What fewer optimizer steps than this have learned since the last lesson, a new
+# one on the newest traffic makes up for at once, at less cost than relearning it step by step.
+FEW_STEPS = 300
 
-Work = Literal["", "first lesson", "second lesson", "training"]
+Work = Literal["", "first lesson", "lesson", "training"]
 
 
 class Curriculum:
@@ -90,6 +93,10 @@ class Curriculum:
         """Whether a lesson is still to come, or under way."""
         return bool(self._lessons_due) or self._lesson is not None
 
+    @property
+    def _steps_since_lesson(self) -> int:
+        return self.trainer.steps - (self.trainer.refining_since or 0)
+
     def refine(self) -> None:
         """The candidate is a trained one now, whoever trained it: no lessons, gentle steps."""
         self.skip_lessons()
@@ -97,7 +104,7 @@ class Curriculum:
 
     def skip_lessons(self) -> None:
         """Go on with gradient steps alone; a lesson under way is given up."""
-        self._lessons_due, self._lesson = [], None
+        self._lessons_due, self._lesson, self._teacher = [], None, None
 
     def add(self, trajectory: Trajectory, owed: bool = True) -> bool:
         """Take a trajectory that may be learned from. Returns whether the candidate got another vocabulary.
@@ -114,6 +121,8 @@ class Curriculum:
             return False
         move_to_vocabulary(self.candidate, self._head, chosen, self.trainer.optimizer)
         self.vocabulary_changes += 1
+        if self._teacher is not None and not self.has_lessons_to_learn and self._steps_since_lesson < FEW_STEPS:
+            self._lessons_due.append(0)
         return True
 
     def owe(self, tokens: int) -> None:
@@ -123,7 +132,7 @@ class Curriculum:
     def next(self) -> Work:
         """What the next piece of work is; empty where there is none."""
         if self._lesson is not None or self._lesson_is_due():
-            return "first lesson" if self.awaits_first_lesson else "second lesson"
+            return "first lesson" if self.awaits_first_lesson else "lesson"
         if self.awaits_first_lesson or not len(self.replay):
             return ""
         owed = (self.tokens_seen - self._not_owed) * self._config.replay_passes

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from aurora_vllm.learner.draft import Attention
+from aurora_vllm.learner.normal_equations import add_gram
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
@@ -126,11 +127,14 @@ def make_induction(
     embeddings = unit(head.embed(tokens))
     codes = embeddings @ _projection(unit(head.embed(tokens.unique())), size)
     codes = codes / codes.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    # A sequence's first row has no token before it, and its state is far off.
+    both = torch.cat([codes[follows], codes[:-1][follows[1:]]], 1)
+    here, before = regress(aux[follows], both, PROBE_RIDGE).split(size, dim=1)
     return Induction(
         channels=(rms(last.T) * weight).argsort()[: 2 * size].view(2, size),  # those that move the logits least
         token=regress(embeddings, codes, PROBE_RIDGE),
-        here=regress(aux, codes, PROBE_RIDGE),
-        before=regress(aux[follows], codes[:-1][follows[1:]], PROBE_RIDGE),
+        here=here,
+        before=before,
         strength=LOUDNESS * float(rms(last / final_norm).median()) * last.shape[1] ** 0.5,
     )
 
@@ -156,7 +160,8 @@ def _projection(embeddings: torch.Tensor, size: int) -> torch.Tensor:
 
 def regress(inputs: torch.Tensor, outputs: torch.Tensor, ridge: float) -> torch.Tensor:
     """Ridge regression. [n, X], [n, Y] -> [X, Y]"""
-    normal = inputs.T @ inputs
+    normal = torch.zeros(inputs.shape[1], inputs.shape[1])
+    add_gram(normal, inputs)
     normal.diagonal().add_(ridge * len(inputs))
     return torch.cholesky_solve(inputs.T @ outputs, torch.linalg.cholesky(normal))
 

@@ -40,6 +40,7 @@ from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.induction import LOUDNESS, Induction, make_induction, rms, unit
 from aurora_vllm.learner.installation import Solution, install
 from aurora_vllm.learner.lesson_shape import unknowns_of
+from aurora_vllm.learner.normal_equations import Eliminated, NormalEquations, add_gram
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
@@ -91,39 +92,35 @@ class Lesson:
         self._prepare(usable)
         yield
         learned, held_out = (_pieces(part) for part in _split(usable))
-        pieces = learned + held_out
-        width, hidden = self._width, self._hidden
-        size = unknowns_of(self._draft.config)
-        first, first_right = torch.zeros(size, size), torch.zeros(size, hidden)  # step 0, in every round
-        count, solution = 0, None
-        for round_ in range(STEPS):  # round k knows the guesses of the steps below k
-            left, right = torch.zeros(size - width, size - width), torch.zeros(size - width, hidden)
-            for number, piece in enumerate(pieces):
-                if self._induction is not None and round_ == 0 and number == len(learned):
-                    if not self._copying_helps(first, first_right, count, held_out):
-                        self._induction = None
-                        size = width + 2 * hidden
-                        first, first_right = first[:size, :size].clone(), first_right[:size]
-                    yield
+        pieces, hidden = learned + held_out, self._hidden
+        rest = unknowns_of(self._draft.config) - self._width
+        normal = NormalEquations(self._width, rest, hidden)  # of the first step
+        for number, piece in enumerate(pieces):
+            if self._induction is not None and number == len(learned):
+                if not self._copying_helps(normal, held_out):
+                    self._induction = None
+                    rest = 2 * hidden
+                    normal.leave_out(rest)
+                yield
+            features = self._features(piece)
+            normal.add(features.aux, torch.cat([features.tokens[0], features.copies[0]], 1), features.states[0])
+            yield
+        eliminated = self._eliminate(normal)
+        yield
+        solution = self._solution(eliminated.solve())
+        yield
+        for round_ in range(1, STEPS):  # round k knows the guesses of the steps below k
+            left, right = torch.zeros(rest, rest), torch.zeros(rest, hidden)
+            for piece in pieces:
                 features = self._features(piece)
-                if round_ == 0:
-                    none = torch.zeros(len(features.aux), hidden)
-                    x = torch.cat([features.aux, none, features.tokens[0], features.copies[0]], 1)
-                    first.addmm_(x.T, x)
-                    first_right.addmm_(x.T, features.states[0])
-                    count += len(x)
                 for k, estimate in enumerate(self._guesses(solution, features, round_), start=1):
                     x = torch.cat([self._normed(estimate), features.tokens[k], features.copies[k]], 1)
-                    left.addmm_(x.T, x, alpha=STEP_DECAY**k)
-                    right.addmm_(x.T, features.states[k], alpha=STEP_DECAY**k)
+                    x *= STEP_DECAY ** (k / 2)
+                    add_gram(left, x)
+                    right.addmm_(x.T, features.states[k], alpha=STEP_DECAY ** (k / 2))
                 yield
-            normal, wanted = first.clone(), first_right.clone()
-            if round_ > 0:
-                normal[width:, width:] += left
-                wanted[width:] += right
-            solution = self._solve(normal, wanted, count, self._induction)
+            solution = self._solution(eliminated.solve(left, right))
             yield
-        assert solution is not None
         self._install(solution, self._features(pieces[-1]))
 
     def _prepare(self, trajectories: Sequence[Trajectory]) -> None:
@@ -141,17 +138,15 @@ class Lesson:
         """How much a unit of each channel moves the draft's logits. [H]"""
         return torch.linalg.vector_norm(self._draft.lm_head.weight, dim=0)
 
-    def _copying_helps(
-        self, normal: torch.Tensor, wanted: torch.Tensor, count: int, held_out: Sequence[Sequence[Trajectory]]
-    ) -> bool:
+    def _copying_helps(self, normal: NormalEquations, held_out: Sequence[Sequence[Trajectory]]) -> bool:
         """Whether induction heads, with the channels they take, make first guesses better where none was learned from.
 
         Args:
-            normal, wanted: normal equations of the first step, over ``count`` other rows; not changed.
+            normal: of the first step, over other rows.
         """
-        without = self._width + 2 * self._hidden
-        either = self._solve(normal.clone(), wanted.clone(), count, self._induction)
-        neither = self._solve(normal[:without, :without].clone(), wanted[:without].clone(), count, None)
+        eliminated = self._eliminate(normal)
+        either = self._solution(eliminated.solve())
+        neither = self._split_up(eliminated.solve(rest=2 * self._hidden))
         weight = self._column_norms() * self._final_norm
         errors = torch.zeros(2)
         for piece in held_out:
@@ -162,17 +157,18 @@ class Lesson:
                 errors[i] += ((guess - features.states[0]) * weight).square().sum()
         return bool(errors[0] < errors[1])
 
-    def _solve(self, normal: torch.Tensor, wanted: torch.Tensor, count: int, induction: Induction | None) -> Solution:
-        """Ridge regression, from normal equations over ``count`` rows, which are overwritten."""
-        guess = slice(self._width, self._width + self._hidden)
-        ridge = torch.full((len(normal),), RIDGE * count)
-        ridge[guess] = PERSISTENCE_RIDGE * count
-        normal.diagonal().add_(ridge)
-        wanted[guess].diagonal().add_(PERSISTENCE_RIDGE * count * PERSISTENCE)
-        solved = torch.cholesky_solve(wanted, torch.linalg.cholesky(normal))
-        if induction is not None:
-            codes = induction.channels.flatten()
-            solved[:, codes] = solved[guess][codes] = 0.0
+    def _eliminate(self, normal: NormalEquations) -> Eliminated:
+        return normal.eliminate(RIDGE, PERSISTENCE_RIDGE, PERSISTENCE)
+
+    def _solution(self, solved: torch.Tensor) -> Solution:
+        """Of the solved weights; where codes stand they have no say. [inputs, H]"""
+        if self._induction is not None:
+            codes = self._induction.channels.flatten()
+            solved[:, codes] = 0.0
+            solved[self._width + codes] = 0.0
+        return self._split_up(solved)
+
+    def _split_up(self, solved: torch.Tensor) -> Solution:
         hidden = self._hidden
         return Solution(*solved.split([self._width, hidden, hidden, len(solved) - self._width - 2 * hidden]))
 
@@ -189,11 +185,10 @@ class Lesson:
             torch.cat(aux), *([torch.cat(step) for step in zip(*x, strict=True)] for x in (tokens, copies, states))
         )
 
-    def _guesses(self, solution: Solution | None, features: _Features, count: int) -> Iterator[torch.Tensor]:
-        """The guesses of steps 0 .. count-1, each [n, H]; none before the first solution."""
+    def _guesses(self, solution: Solution, features: _Features, count: int) -> Iterator[torch.Tensor]:
+        """The guesses of steps 0 .. count-1, each [n, H]."""
         estimate = torch.empty(0)
-        for k in range(count if solution is not None else 0):
-            assert solution is not None
+        for k in range(count):
             before = features.aux @ solution.aux if k == 0 else self._normed(estimate) @ solution.guess
             estimate = before + features.tokens[k] @ solution.token + features.copies[k] @ solution.copy
             yield estimate

@@ -90,8 +90,8 @@ class _Planner:
     def day0(self) -> list[Slot]:
         """One domain: the learner's first requests, then problems nobody asked about before."""
         # Suffix decoding learns, too: it copies from what it answered before.
-        arms, between = ("plain", "k0", "suffix", "aurora"), ("suffix", "aurora")
-        slots = self._learning("day0", CODING, self._sizes.learn_windows, arms, between)
+        everybody, between = ("plain", "k0", "suffix", "aurora"), ("suffix", "aurora")
+        slots = self._learning("day0", CODING, self._sizes.learn_windows, everybody, between)
         for concurrency in (1, LEARN_CONCURRENCY):
             for i in range(self._sizes.measure_windows):
                 arms = ("plain", "ngram", "suffix", "static", "aurora") if i == 0 else ("plain", "aurora")

@@ -22,7 +22,7 @@ def after(gain: float, share: float = 0.1, least: float = 0.03) -> Earnings:
 
 
 @given(st.floats(0.5, 4.0), st.floats(0.01, 1.0), st.floats(0.001, 1.0))
-def test_it_takes_half_of_the_gain_within_its_bounds(gain: float, share: float, least: float) -> None:
+def test_it_takes_a_part_of_the_gain_within_its_bounds(gain: float, share: float, least: float) -> None:
     taken = after(gain, share, least).factor * share
     assert 0 < taken <= share * (1 + 1e-9)
     assert taken >= min(least, share) * (1 - 1e-9)
@@ -32,7 +32,7 @@ def test_it_takes_half_of_the_gain_within_its_bounds(gain: float, share: float, 
 
 def test_it_says_what_it_takes_and_why() -> None:
     assert after(1.0).reason == "0.030 of a CPU, its least share: speculation gains 1.00x"
-    assert after(1.1).reason == "0.050 of a CPU, half of what speculation gains (1.10x)"
+    assert after(1.2).reason == "0.050 of a CPU, a quarter of what speculation gains (1.20x)"
     assert after(1.6).reason == "0.100 of a CPU, all of its share: speculation gains 1.60x"
 
 
