@@ -1,12 +1,14 @@
-"""What a swap leaves behind: draft KV by the old weights, in requests that run on and in the prefix cache.
+"""What a swap leaves behind: draft KV by the old weights, in requests that run on and in the prefix cache; and what K = 0
+leaves behind: none at all.
 
     python -m benchmarks.swap_dip --json benchmarks/results/swap_dip.json
 
-Greedy requests run three times, so that all runs draft behind the same tokens: wholly on the new weights (prefix cache
-emptied before); begun on the old ones, which are swapped for the new between two steps; and begun on the new ones with
-the prompt's KV of the second run, by the old weights, in the prefix cache. Acceptance length is compared by tokens
-since the swap, at the same positions of the same answers. A verification counts where it begins; the one whose drafts
-were under way at the swap is the old weights' and counts for nobody. Old and new are two drafts learned from 12 and 24
+Greedy requests run four times, so that all runs draft behind the same tokens: wholly on the new weights (prefix cache
+emptied before); begun on the old ones, which are swapped for the new between two steps; begun on the new ones with the
+prompt's KV of the second run, by the old weights, in the prefix cache; and begun without drafts, which come when the
+others swap. Acceptance length is compared by tokens since then, at the same positions of the same answers. A
+verification counts where it begins; the one whose drafts were under way at the swap is the old weights' and counts for
+nobody. Old and new are two drafts learned from 12 and 24
 requests (``--old day0``: the untrained one), none of them measured on.
 """
 
@@ -53,6 +55,17 @@ class Answer:
         return [end - start for start, end in pairwise(self.lengths) if after <= start - first < before]
 
 
+@dataclass
+class Runs:
+    """One request's answers, and how long two of them were when the first of the drafts that count were verified."""
+
+    whole: Answer  # on the new weights
+    swapped: Answer
+    cached: Answer  # behind a prompt cached by the old weights
+    late: Answer  # drafts only from some token on
+    first: dict[str, int]  # by run
+
+
 def main(
     json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
     requests: Annotated[int, typer.Option(help="requests measured, in batches of 8")] = 32,
@@ -60,7 +73,7 @@ def main(
     eager: Annotated[bool, typer.Option(help="vLLM's eager mode instead of its compiled one")] = True,
     seed: int = 0,
 ) -> None:
-    """Measure post_swap_dip and prefix_cache_dip."""
+    """Measure post_swap_dip, prefix_cache_dip and catch_up_dip: acceptance length over that without, just after."""
     if old not in ("lesson", "day0"):
         raise typer.BadParameter(f"--old is lesson or day0, not {old}")
     restart_with_intel_openmp()
@@ -68,7 +81,7 @@ def main(
         engine.scheduler._advisor._rollout = Rollout(DRAFTS, 0.0)  # the old draft is rightly worse, and has to stay
         weights = _drafts(engine, prompts[: LEARN[1]], "day0" if old == "day0" else "lesson")
         measured = prompts[LEARN[1] : LEARN[1] + requests]
-        runs: list[tuple[Answer, Answer, Answer, int]] = []
+        runs: list[Runs] = []
         for i in track(range(0, len(measured), BATCH), "requests", console=console):
             runs += _measure(engine, measured[i : i + BATCH], weights)
 
@@ -79,44 +92,45 @@ def main(
         _plot(curves, json.with_suffix(".png"))
 
 
-def summary(
-    runs: Sequence[tuple[Answer, Answer, Answer, int]], seed: int
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[float]]]:
-    """Figures, their spread (95 % of bootstrapped sets of requests), acceptance lengths by age.
+def summary(runs: Sequence[Runs], seed: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[float]]]:
+    """Figures, their spread (95 % of bootstrapped sets of requests), acceptance lengths by age."""
 
-    Args:
-        runs: for each request the answers wholly on new weights, across the swap and behind the prefix cache, and
-            how long the second was when the first drafts of the new weights were verified.
-    """
-
-    def length(chosen: Sequence[tuple[Answer, Answer, Answer, int]], which: int, after: int, before: int) -> float:
-        gained: list[int] = []
-        for *answers, first in chosen:
-            gained += answers[which].verifications(first if which < 2 else 1, after, before)
-        return sum(gained) / len(gained) if gained else 0.0
-
-    def ratio(chosen: Sequence[tuple[Answer, Answer, Answer, int]], which: int) -> float:
-        if which == 1:
-            reference = length(chosen, 0, 0, AGES[1])
-        else:  # compared from the answer's first token on
-            gained = [n for run in chosen for n in run[0].verifications(1, 0, AGES[1])]
-            reference = sum(gained) / len(gained)
-        return length(chosen, which, 0, AGES[1]) / reference
+    def dips(chosen: Sequence[Runs]) -> dict[str, float]:
+        soon = AGES[1]
+        whole = _length(chosen, "whole", "swapped", 0, soon)
+        return {
+            "post_swap_dip": _length(chosen, "swapped", "swapped", 0, soon) / whole,
+            "prefix_cache_dip": _length(chosen, "cached", "", 0, soon) / _length(chosen, "whole", "", 0, soon),
+            "catch_up_dip": _length(chosen, "late", "late", 0, soon) / _length(chosen, "whole", "late", 0, soon),
+        }
 
     rng = random.Random(seed)
-    samples = [rng.choices(runs, k=len(runs)) for _ in range(RESAMPLES)]
-    figures: dict[str, Any] = {"post_swap_dip": ratio(runs, 1), "prefix_cache_dip": ratio(runs, 2)}
+    samples = [dips(rng.choices(runs, k=len(runs))) for _ in range(RESAMPLES)]
+    figures: dict[str, Any] = dict(dips(runs))
     spread = {}
-    for which, name in ((1, "post_swap_dip"), (2, "prefix_cache_dip")):
-        ordered = sorted(ratio(sample, which) for sample in samples)
+    for name in figures:
+        ordered = sorted(sample[name] for sample in samples)
         spread[name] = [ordered[int(q * (RESAMPLES - 1))] for q in (0.025, 0.25, 0.75, 0.975)]
     ends = (*AGES[1:], AGES[-1] + 16)
     curves = {
-        name: [length(runs, which, after, before) for after, before in zip(AGES, ends, strict=True)]
-        for which, name in ((0, "wholly on the new weights"), (1, "swapped while running"))
+        label: [_length(runs, which, since, *age) for age in zip(AGES, ends, strict=True)]
+        for label, which, since in (
+            ("wholly on the new weights", "whole", "swapped"),
+            ("swapped while running", "swapped", "swapped"),
+            ("drafts only since then", "late", "late"),
+        )
     }
-    figures["acceptance_length_new"], figures["acceptance_length_swapped"] = (curve[0] for curve in curves.values())
+    figures["acceptance_length_new"] = curves["wholly on the new weights"][0]
     return figures | {"requests": len(runs)}, spread, curves
+
+
+def _length(chosen: Sequence[Runs], which: str, since: str, after: int, before: int) -> float:
+    """Acceptance length of one run, ``after`` to ``before`` tokens since the change in another one, or since the answer
+    began."""
+    gained: list[int] = []
+    for runs in chosen:
+        gained += getattr(runs, which).verifications(runs.first.get(since, 1), after, before)
+    return sum(gained) / len(gained) if gained else 0.0
 
 
 def _drafts(
@@ -139,8 +153,8 @@ def _drafts(
 
 def _measure(
     engine: Engine, prompts: list[str], weights: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-) -> list[tuple[Answer, Answer, Answer, int]]:
-    """The three runs of a batch, as :func:`summary` takes them."""
+) -> list[Runs]:
+    """The runs of a batch."""
     old, new = weights
     total = BEFORE + 2 * (1 + DRAFTS) + AGES[-1] + 16
     _go_live(engine, new)
@@ -148,20 +162,30 @@ def _measure(
     whole = _Batch(engine, prompts, total)
     whole.run()
 
+    engine.llm.reset_prefix_cache()
+    late = _Batch(engine, prompts, total)
+    with engine.draft_length("never"):
+        late.run(BEFORE)
+    late.step()  # drafts for the first time
+    late_first = late.lengths()
+    late.run()
+
     _go_live(engine, old)
     engine.llm.reset_prefix_cache()
     swapped = _Batch(engine, prompts, total)
-    while min(len(answer.lengths) and answer.lengths[-1] for answer in swapped.answers) < BEFORE:
-        swapped.step()
+    swapped.run(BEFORE)
     _go_live(engine, new)
     swapped.step()  # verifies what the old weights had drafted
-    first = [answer.lengths[-1] for answer in swapped.answers]
+    swapped_first = swapped.lengths()
     swapped.run()
 
     cached = _Batch(engine, prompts, BEFORE + 1 + DRAFTS)
     cached.run()
     engine.drain()
-    return list(zip(whole.answers, swapped.answers, cached.answers, first, strict=True))
+    rows = zip(
+        whole.answers, swapped.answers, cached.answers, late.answers, swapped_first, late_first, strict=True
+    )  # fmt: skip
+    return [Runs(*answers, {"swapped": swap, "late": start}) for *answers, swap, start in rows]
 
 
 class _Batch:
@@ -185,8 +209,13 @@ class _Batch:
             if output.finished:
                 self._running.discard(int(output.request_id))
 
-    def run(self) -> None:
-        while self._running:
+    def lengths(self) -> list[int]:
+        """Of the answers so far."""
+        return [answer.lengths[-1] if answer.lengths else 0 for answer in self.answers]
+
+    def run(self, until: int | None = None) -> None:
+        """To the end, or until every answer has so many tokens."""
+        while self._running and (until is None or min(self.lengths()) < until):
             self.step()
 
 
@@ -210,7 +239,7 @@ def _plot(curves: dict[str, list[float]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
     for label, lengths in curves.items():
         axes.plot([age + 8 for age in AGES], lengths, marker="o", label=label)
-    axes.set_xlabel("answer tokens since the swap")
+    axes.set_xlabel("answer tokens since the change")
     axes.set_ylabel("acceptance length")
     axes.set_xticks([*AGES, AGES[-1] + 16])
     axes.set_ylim(bottom=1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.swap_dip import AGES, BEFORE, Answer, summary
+from benchmarks.swap_dip import AGES, BEFORE, Answer, Runs, summary
 
 
 def answer(gains: list[int]) -> Answer:
@@ -27,8 +27,11 @@ def test_what_is_lost_after_the_swap_is_found() -> None:
     whole = answer([2] * (total // 2))
     swapped = answer([1] * (BEFORE + 16) + [2] * 24)
     cached = answer([2] * 10)
-    figures, spread, curves = summary([(whole, swapped, cached, 1 + BEFORE)] * 4, seed=0)
+    late = answer([1] * (BEFORE + 1) + [1, 2, 2, 2, 2, 2, 2, 2] + [2] * 24)
+    runs = Runs(whole, swapped, cached, late, {"swapped": 1 + BEFORE, "late": 2 + BEFORE})
+    figures, spread, curves = summary([runs] * 4, seed=0)
     assert figures["post_swap_dip"] == pytest.approx(0.5) and figures["prefix_cache_dip"] == pytest.approx(1.0)
+    assert figures["catch_up_dip"] == pytest.approx(17 / 9 / 2)  # one verification of nine gained one token less
     assert curves["swapped while running"] == [1.0, 2.0, 2.0, 2.0]
     assert curves["wholly on the new weights"] == [2.0] * 4
     assert figures["requests"] == 4 and len(spread["post_swap_dip"]) == 4
