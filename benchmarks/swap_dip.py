@@ -1,4 +1,4 @@
-"""What a swap leaves behind: draft KV by the old weights, in requests that run on and in the prefix cache; and what K = 0
+"""What a swap leaves behind: draft KV by the old weights, in running requests and in the prefix cache; and what K = 0
 leaves behind: none at all.
 
     python -m benchmarks.swap_dip --json benchmarks/results/swap_dip.json
