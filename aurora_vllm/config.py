@@ -55,13 +55,13 @@ class AuroraConfig(BaseModel):
         "auto", description="auto: learn on the target's GPU where there is one (never run yet: docs/gpu.md)"
     )
     learner_cpu_share: float = Field(
-        0.1, gt=0, le=1, description="largest share of one CPU (or of the GPU) the learner takes while serving"
+        0.05, gt=0, le=1, description="largest share of one CPU (or of the GPU) the learner takes while serving"
     )
     learner_least_share: float = Field(
-        0.03,
+        0.02,
         gt=0,
         le=1,
-        description="what it may take while speculation gains nothing; else at most a quarter of what it gains",
+        description="what it may take while speculation saves nothing; else at most a quarter of the time saved",
     )
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"

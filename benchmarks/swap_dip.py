@@ -182,10 +182,8 @@ def _measure(
     cached = _Batch(engine, prompts, BEFORE + 1 + DRAFTS)
     cached.run()
     engine.drain()
-    rows = zip(
-        whole.answers, swapped.answers, cached.answers, late.answers, swapped_first, late_first, strict=True
-    )  # fmt: skip
-    return [Runs(*answers, {"swapped": swap, "late": start}) for *answers, swap, start in rows]
+    answers = zip(whole.answers, swapped.answers, cached.answers, late.answers, swapped_first, late_first, strict=True)
+    return [Runs(a, b, c, d, {"swapped": swap, "late": start}) for a, b, c, d, swap, start in answers]
 
 
 class _Batch:

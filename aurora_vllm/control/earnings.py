@@ -1,18 +1,18 @@
 """The learner spends what speculation earns.
 
 On a machine that is busy, what the learner takes serving loses. So that a server is not slower than a plain one on the
-way to being faster, the learner takes no more than a quarter of what speculation gains in decoding at present (prompts
-gain nothing, and are a large part of some traffic), and the least share where it gains nothing yet: a draft that nobody
-trains would never earn anything. Numbers in, decisions out.
+way to being faster, the learner's share is bounded by a part of the time that speculation saves at present: a decode
+step with a gain of g spares g - 1 times its own time, a step with a prompt in it nothing. There is a least share where
+nothing is saved yet: a draft that nobody trains would never earn anything. Numbers in, decisions out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SPENT = 0.25  # of the gain; the rest is the users'
-MEMORY = 40.0  # steps after which one has lost 1 - 1/e of its weight
-EVERY = 10  # steps between two decisions
+SPENT = 0.25  # of what is saved. A step beside the learner loses more than the learner takes; the rest is the users'
+MEMORY_S = 20.0  # after which a step has lost 1 - 1/e of its weight
+EVERY_S = 1.0  # between two decisions
 
 
 @dataclass
@@ -26,26 +26,32 @@ class Earnings:
 
     share: float
     least: float
-    gain: float = 1.0  # tokens per second with speculation over those without
-    _steps: int = 0
+    saved: float = 0.0  # seconds for each second of the engine's steps
+    _since: float = 0.0
 
-    def observe(self, gain: float) -> bool:
-        """What speculation gains at the step being scheduled. Returns whether it is time to read ``factor`` again."""
-        self.gain += (gain - self.gain) / MEMORY
-        self._steps += 1
-        return self._steps % EVERY == 0
+    def observe(self, seconds: float, gain: float) -> bool:
+        """A step. Returns whether it is time to read ``factor`` again.
+
+        Args:
+            gain: tokens per second over those of plain decoding; 1 for a step that is not decoding alone.
+        """
+        self.saved += (max(gain - 1.0, 0.0) - self.saved) * min(seconds / MEMORY_S, 1.0)
+        self._since += seconds
+        due = self._since >= EVERY_S
+        self._since = 0.0 if due else self._since
+        return due
 
     @property
     def factor(self) -> float:
         """On the learner's share, in 0..1."""
-        return min(1.0, max(self.least, SPENT * (self.gain - 1.0)) / self.share)
+        return min(1.0, max(self.least, SPENT * self.saved) / self.share)
 
     @property
     def reason(self) -> str:
         """In words."""
-        allowed = f"{self.factor * self.share:.3f} of a CPU"
+        allowed, earned = f"{self.factor * self.share:.3f} of a CPU", f"speculation saves {self.saved:.2f} s a second"
         if self.factor >= 1.0:
-            return f"{allowed}, all of its share: speculation gains {self.gain:.2f}x"
+            return f"{allowed}, all of its share: {earned}"
         if self.factor * self.share <= self.least:
-            return f"{allowed}, its least share: speculation gains {self.gain:.2f}x"
-        return f"{allowed}, a quarter of what speculation gains ({self.gain:.2f}x)"
+            return f"{allowed}, its least share: {earned}"
+        return f"{allowed}, a quarter of what is saved: {earned}"

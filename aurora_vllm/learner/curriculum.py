@@ -28,9 +28,6 @@ from aurora_vllm.learner.vocabulary import Coverage, Reselection
 LESSON_ROWS = (3072, 12_288)
 LESSON_REQUESTS = 12
 LARGEST_LESSON_ROWS = 16_384  # the newest ones; a lesson costs in proportion to them
-# Another vocabulary means other traffic. What fewer optimizer steps than this have learned since the last lesson, a new
-# one on the newest traffic makes up for at once, at less cost than relearning it step by step.
-FEW_STEPS = 300
 
 Work = Literal["", "first lesson", "lesson", "training"]
 
@@ -93,10 +90,6 @@ class Curriculum:
         """Whether a lesson is still to come, or under way."""
         return bool(self._lessons_due) or self._lesson is not None
 
-    @property
-    def _steps_since_lesson(self) -> int:
-        return self.trainer.steps - (self.trainer.refining_since or 0)
-
     def refine(self) -> None:
         """The candidate is a trained one now, whoever trained it: no lessons, gentle steps."""
         self.skip_lessons()
@@ -104,7 +97,7 @@ class Curriculum:
 
     def skip_lessons(self) -> None:
         """Go on with gradient steps alone; a lesson under way is given up."""
-        self._lessons_due, self._lesson, self._teacher = [], None, None
+        self._lessons_due, self._lesson = [], None
 
     def add(self, trajectory: Trajectory, owed: bool = True) -> bool:
         """Take a trajectory that may be learned from. Returns whether the candidate got another vocabulary.
@@ -121,8 +114,6 @@ class Curriculum:
             return False
         move_to_vocabulary(self.candidate, self._head, chosen, self.trainer.optimizer)
         self.vocabulary_changes += 1
-        if self._teacher is not None and not self.has_lessons_to_learn and self._steps_since_lesson < FEW_STEPS:
-            self._lessons_due.append(0)
         return True
 
     def owe(self, tokens: int) -> None:

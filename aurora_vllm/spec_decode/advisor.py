@@ -125,8 +125,6 @@ class DraftLengthAdvisor:
         if learner.shadow_version == live and learner.shadow_steps > 0:
             self._controller.acceptance.shadow(learner.shadow_accepted_per_position)
         decision = self._controller.decide(batch_size)
-        if self._earnings is not None and self._earnings.observe(decision.gain):
-            self._show_learner_share()
         scheduler = self._control.scheduler
         scheduler.beat()
         if decision.draft_length != self._last.draft_length:
@@ -151,7 +149,12 @@ class DraftLengthAdvisor:
         # Only steps of nothing but decoding tell what K costs. What a burst of the learner's adds to a step is no
         # property of K; of two draft lengths it would hit the one being probed.
         verified = sum(map(len, drafts.values()))
-        if sum(counts.values()) != len(counts) + verified:
+        decodes_alone = sum(counts.values()) == len(counts) + verified
+        if (earnings := self._earnings) is not None and earnings.observe(
+            seconds, self._last.gain if decodes_alone else 1.0
+        ):
+            self._show_learner_share()
+        if not decodes_alone:
             return
         if not (self._learner_rests and beside_learner):
             proposed = scheduler_output.num_spec_tokens_to_schedule

@@ -86,32 +86,3 @@ def test_steps_stop_after_the_passes_they_were_given(tmp_path: Path) -> None:
         curriculum.add(one)
     assert len(do_all(curriculum)) == 3 * 4 and curriculum.next() == ""
     assert curriculum.replay.mean_uses() == 3.0
-
-
-@pytest.mark.parametrize(("steps", "lesson"), [(10, True), (module.FEW_STEPS, False)])
-def test_another_vocabulary_means_another_lesson_unless_much_was_learned_since(
-    small_lessons: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, lesson: bool
-) -> None:
-    draft, head = day0_draft()
-    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
-    traffic = linear_world(head, draft.norm.weight.detach().clone(), 41, 30)
-    for one in traffic[:40]:
-        curriculum.add(one)
-        do_all(curriculum)
-    assert not curriculum.has_lessons_to_learn
-    curriculum.trainer.steps = (curriculum.trainer.refining_since or 0) + steps
-    monkeypatch.setattr(curriculum._reselection, "propose", lambda *_: draft.target_ids)
-    assert curriculum.add(traffic[40])
-    assert (curriculum.next() == "lesson") == lesson
-    assert ("lesson" in do_all(curriculum)) == lesson
-    assert not curriculum.has_lessons_to_learn
-
-
-def test_a_draft_that_somebody_trained_gets_no_lesson_for_another_vocabulary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draft, head = day0_draft()
-    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=True)
-    monkeypatch.setattr(curriculum._reselection, "propose", lambda *_: draft.target_ids)
-    assert curriculum.add(linear_world(head, draft.norm.weight.detach().clone(), 1, 30)[0])
-    assert not curriculum.has_lessons_to_learn
