@@ -41,7 +41,8 @@ class Server:
             *(sys.executable, "-m", "aurora_vllm.entrypoint", str(target), "--served-model-name", "m"),
             *("--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
             *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(128 << 20), "--aurora-evidence-tokens", "150"),
-            *("--aurora-publish-interval-s", "1", "--aurora-learner-cpu-share", "1", "--aurora-sglang-api"),
+            *("--aurora-publish-interval-s", "1", "--aurora-sglang-api"),
+            *("--aurora-learner-cpu-share", "1", "--aurora-learner-least-share", "1"),
             *("--aurora-checkpoint-dir", str(directory / "kept"), *more),
         ]
         environment = {

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora_vllm.control.earnings import EVERY_S, MEMORY_S, SPENT, Earnings
@@ -27,6 +27,7 @@ def after(steps: list[tuple[float, float]], share: float = 0.1, least: float = 0
     return earnings
 
 
+@settings(deadline=None)
 @given(st.floats(0.5, 4.0), st.floats(0.01, 1.0), st.floats(0.001, 1.0))
 def test_it_takes_a_part_of_what_is_saved_within_its_bounds(gain: float, share: float, least: float) -> None:
     taken = after([(0.5, gain)], share, least).factor * share
@@ -65,8 +66,8 @@ def test_the_learner_is_told(
         num_spec_tokens_to_schedule=0,
         finished_req_ids=set(),
     )
-    settings = {"learner_cpu_share": 0.05, "learner_least_share": 0.02}
-    with session(World(), tmp_path, speculate=speculate, **settings) as (current, _):
+    shares = {"learner_cpu_share": 0.05, "learner_least_share": 0.02}
+    with session(World(), tmp_path, speculate=speculate, **shares) as (current, _):
         advisor = DraftLengthAdvisor(current, 2)
         saving: Callable[[int], Decision] = lambda _: Decision(0, "copying pays", gain=1.8)  # noqa: E731
         monkeypatch.setattr(advisor._controller, "decide", saving)
