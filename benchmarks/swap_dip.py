@@ -8,7 +8,8 @@ emptied before); begun on the old ones, which are swapped for the new between tw
 prompt's KV of the second run, by the old weights, in the prefix cache; and begun without drafts, which come when the
 others swap. Acceptance length is compared by tokens since then, at the same positions of the same answers. A
 verification counts where it begins; the one whose drafts were under way at the swap is the old weights' and counts for
-nobody. Old and new are two drafts learned from 12 and 24
+nobody. ``catch_up_dip`` is a best case: the blocks without draft KV may hold what the same weights left there for the
+same prompt. Old and new are two drafts learned from 12 and 24
 requests (``--old day0``: the untrained one), none of them measured on.
 """
 
