@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from aurora_vllm.config import AuroraConfig
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.evaluate import Score, accepted_prefix
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.spec_decode.prompt_lookup import KINDS, EarlierAnswers, PromptLookup
-
-ANSWERS = 65_536  # tokens of earlier answers; the server's default
 
 
 def simulate_with_copies(
@@ -26,16 +25,16 @@ def simulate_with_copies(
     Returns:
         The score of the better of both by kind of copy, and that of copies alone.
     """
-    answers = EarlierAnswers(ANSWERS)
+    answers = EarlierAnswers(AuroraConfig().prompt_lookup_answers)
     for one in before:
-        answers.add(_answer(one))
+        answers.add(one.response_ids.tolist())
     chosen, alone = Walk(length, answers, always=False), Walk(length, answers, always=True)
     for one in trajectories:
         first, prefix = accepted_prefix(draft, head, one, length)
         drafted, tokens = prefix.tolist(), one.token_ids.tolist()
         chosen.answer(tokens, first + 2, drafted)
         alone.answer(tokens, first + 2, drafted)
-        answers.add(_answer(one))
+        answers.add(one.response_ids.tolist())
     return chosen.score, alone.score
 
 
@@ -68,11 +67,6 @@ class Walk:
                 accepted[i] += 1
             position += gained + 1
         self.score += Score(steps, tuple(accepted))
-
-
-def _answer(one: Trajectory) -> list[int]:
-    answer: list[int] = one.token_ids.tolist()[max(0, one.prompt_length - one.start) :]
-    return answer
 
 
 def _right(proposed: Sequence[int], truth: Sequence[int]) -> int:

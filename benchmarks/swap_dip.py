@@ -9,8 +9,8 @@ prompt's KV of the second run, by the old weights, in the prefix cache; and begu
 others swap. Acceptance length is compared by tokens since then, at the same positions of the same answers. A
 verification counts where it begins; the one whose drafts were under way at the swap is the old weights' and counts for
 nobody. ``catch_up_dip`` is a best case: the blocks without draft KV may hold what the same weights left there for the
-same prompt. Old and new are two drafts learned from 12 and 24
-requests (``--old day0``: the untrained one), none of them measured on.
+same prompt. Old and new are two drafts learned from 12 and 24 requests (``--old day0``: the untrained one), none of
+them measured on.
 """
 
 from __future__ import annotations

@@ -26,17 +26,15 @@ class Copies:
 
     def __init__(self, positions: int, kinds: int) -> None:
         self._lead = [0.0] * kinds
-        self._rows, self._total = [0.0] * kinds, 0.0
+        self._rows = [0.0] * kinds
         self._simulated = [Acceptance(positions) for _ in range(kinds)]
         self._all = Acceptance(positions)
 
     def seen(self, kind: int) -> None:
         """A proposal could have been such a copy."""
         self._rows[kind] += 1.0
-        self._total += 1.0
-        if self._total > 2 * ROWS:
+        if sum(self._rows) > 2 * ROWS:
             self._rows = [count / 2.0 for count in self._rows]
-            self._total = sum(self._rows)
 
     def compare(self, kind: int, copy_was_right: bool, draft_was_right: bool) -> None:
         """The target emitted the token both had proposed for."""
@@ -63,8 +61,9 @@ class Copies:
 
     def shares(self) -> Iterator[tuple[int, float]]:
         """Kinds, and how often each is met; no copy where nothing is known."""
-        if not self._total:
+        total = sum(self._rows)
+        if not total:
             yield 0, 1.0
         for kind, count in enumerate(self._rows):
             if count:
-                yield kind, count / self._total
+                yield kind, count / total

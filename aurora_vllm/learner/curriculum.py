@@ -108,7 +108,7 @@ class Curriculum:
         self.replay.add(trajectory)
         self.tokens_seen += len(trajectory.token_ids)
         self._not_owed += 0 if owed else len(trajectory.token_ids)
-        self.coverage.observe(trajectory.token_ids[max(0, trajectory.prompt_length - trajectory.start) :])
+        self.coverage.observe(trajectory.response_ids)
         chosen = self._reselection.propose(self.coverage, self.candidate.target_ids)
         if chosen is None:
             return False

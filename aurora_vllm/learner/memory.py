@@ -9,8 +9,8 @@ chunk of rows: all of the unroll's activations are alive then, and so are the gr
     rows       the target's lm_head on the draft vocabulary, in float32
     replay     its budget
     step       R rows x (inputs + K x what a step keeps for the backward pass) + D x (gradient and logits of a chunk),
-               and the allocator's slack; or what a lesson takes, where that is more: three matrices of its normal
-               equations
+               and the allocator's slack; or what a lesson takes at most, where that is more: three matrices of its
+               unknowns
     process    Python and torch with what an optimizer imports, and river, which is there once the learner has slept:
                measured
 
@@ -179,6 +179,7 @@ def _step_bytes(draft: DraftSizes, rows: int, ttt_length: int, bfloat16: bool) -
 
 
 def _lesson_bytes(draft: DraftSizes) -> int:
-    """Normal equations, their first step's part, and the triangle they are solved by; 0 where no lesson is given."""
+    """At most: normal equations, what is left of them to solve, and a round's own (learner/normal_equations.py keeps
+    none of them as one whole matrix, so it is less); 0 where no lesson is given."""
     heads = draft.key  # of one channel: only their width matters here
     return 3 * 4 * lesson_shape.unknowns(draft.hidden, heads, 1, draft.aux_width // draft.hidden) ** 2

@@ -62,6 +62,11 @@ class Trajectory:
         return max(0, self.start + len(self.token_ids) - max(self.start, self.prompt_length))
 
     @property
+    def response_ids(self) -> torch.Tensor:
+        """These words. int64 [response_tokens]"""
+        return self.token_ids[len(self.token_ids) - self.response_tokens :]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of every tensor it holds."""
         parts = [(self.token_ids, self.aux, self.last), *((b.token_ids, b.aux, b.last) for b in self.branches)]

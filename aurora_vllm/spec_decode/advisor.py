@@ -150,9 +150,8 @@ class DraftLengthAdvisor:
         # property of K; of two draft lengths it would hit the one being probed.
         verified = sum(map(len, drafts.values()))
         decodes_alone = sum(counts.values()) == len(counts) + verified
-        if (earnings := self._earnings) is not None and earnings.observe(
-            seconds, self._last.gain if decodes_alone else 1.0
-        ):
+        gain = self._last.gain if decodes_alone else 1.0
+        if self._earnings is not None and self._earnings.observe(seconds, gain):
             self._show_learner_share()
         if not decodes_alone:
             return

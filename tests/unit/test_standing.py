@@ -7,19 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from aurora_vllm.learner import process
 from aurora_vllm.learner.process import Learner
 from aurora_vllm.learner.standing import follow_rollback
 from aurora_vllm.transport.ring import RingProducer
 from tests.unit.test_learner_process import assert_same, serve, weights
 from tests.unit.tiny_world import World, session
 
-
-@pytest.fixture(autouse=True)
-def same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    monkeypatch.setattr(process, "JUDGING_SHARE", 1e9)
-    monkeypatch.setattr(process, "WATCHING_SHARE", 1e9)
+pytestmark = pytest.mark.usefixtures("same_every_time")
 
 
 def learn_until(world: World, learner: Learner, producer: RingProducer, version: int, request: int) -> int:
