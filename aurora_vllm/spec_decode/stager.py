@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -36,7 +37,7 @@ class Stager:
         self._stream: torch.cuda.Stream | None = None
         self._worker, self._scheduler = control.worker, control.scheduler
         self._seen = 0  # newest version looked at, taken or refused
-        self._ready: StagedWeights | None = None
+        self._ready: deque[StagedWeights] = deque(maxlen=1)  # for the next boundary; appending and taking are atomic
         self._previous: StagedWeights | None = None
         self._stop = threading.Event()
         self._hold()
@@ -50,9 +51,14 @@ class Stager:
         """
         if condemned := self._scheduler.roll_back_version:
             self._undo(condemned)
-        staged, self._ready = self._ready, None
-        if staged is not None:
+        if (staged := self._take()) is not None:
             self._go_live(staged)
+
+    def _take(self) -> StagedWeights | None:
+        try:
+            return self._ready.pop()
+        except IndexError:
+            return None
 
     def _go_live(self, staged: StagedWeights) -> None:
         started = time.perf_counter_ns()
@@ -98,11 +104,12 @@ class Stager:
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             version = self.bank.published()
-            if version <= self._seen or self._ready is not None or version == self._worker.rolled_back_version:
+            if version <= self._seen or version == self._worker.rolled_back_version:
                 continue
             self._seen = version
+            self._take()  # what an idle server never made live is out of date; two would take memory twice
             try:
-                self._ready = self._stage(version)
+                self._ready.append(self._stage(version))
                 self._worker.staged_version = version
             except (SwapRefused, TornPublish) as refusal:
                 self._refuse(version, str(refusal))

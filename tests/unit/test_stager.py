@@ -94,6 +94,13 @@ def test_a_newer_version_that_waits_comes_after_the_rollback(world: World) -> No
     assert world.control.worker.rollbacks == 1
 
 
+def test_while_nothing_is_served_the_newest_version_takes_the_place_of_the_one_that_waits(world: World) -> None:
+    world.publish(2)
+    world.publish(3)
+    assert world.step() == (3, 1, 3.0)
+    assert world.control.worker.swaps == 1
+
+
 def test_a_condemned_version_that_is_not_live_changes_nothing(world: World) -> None:
     world.publish(2)
     world.step()
