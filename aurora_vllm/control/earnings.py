@@ -1,13 +1,15 @@
 """The learner spends what speculation earns.
 
 On a machine that is busy, what the learner takes serving loses. So that a server is not slower than a plain one on the
-way to being faster, the learner's share is bounded by a part of the time that speculation saves at present: a decode
-step with a gain of g spares g - 1 times its own time, a step with a prompt in it nothing. There is a least share where
-nothing is saved yet: a draft that nobody trains would never earn anything. Numbers in, decisions out.
+way to being faster, the learner's share is bounded by a part of the time that speculation saves at present. What a step
+saved is known when it is over (:meth:`DraftLengthController.saved`): from tokens that were accepted, not from hopes.
+There is a least share where nothing is saved yet: a draft that nobody trains would never earn anything. Numbers in,
+decisions out.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 SPENT = 0.25  # of what is saved. A step beside the learner loses more than the learner takes; the rest is the users'
@@ -29,13 +31,14 @@ class Earnings:
     saved: float = 0.0  # seconds for each second of the engine's steps
     _since: float = 0.0
 
-    def observe(self, seconds: float, gain: float) -> bool:
+    def observe(self, seconds: float, saved: float) -> bool:
         """A step. Returns whether it is time to read ``factor`` again.
 
         Args:
-            gain: tokens per second over those of plain decoding; 1 for a step that is not decoding alone.
+            seconds: it took, prompts in it included.
+            saved: seconds that plain decoding would have taken longer; negative where speculation lost.
         """
-        self.saved += (max(gain - 1.0, 0.0) - self.saved) * min(seconds / MEMORY_S, 1.0)
+        self.saved = self.saved * math.exp(-seconds / MEMORY_S) + saved / MEMORY_S
         self._since += seconds
         due = self._since >= EVERY_S
         self._since = 0.0 if due else self._since
@@ -49,7 +52,8 @@ class Earnings:
     @property
     def reason(self) -> str:
         """In words."""
-        allowed, earned = f"{self.factor * self.share:.3f} of a CPU", f"speculation saves {self.saved:.2f} s a second"
+        allowed = f"{self.factor * self.share:.3f} of a CPU"
+        earned = f"speculation {'saves' if self.saved >= 0 else 'loses'} {abs(self.saved):.2f} s a second"
         if self.factor >= 1.0:
             return f"{allowed}, all of its share: {earned}"
         if self.factor * self.share <= self.least:

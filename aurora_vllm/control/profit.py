@@ -31,13 +31,11 @@ class Decision:
     """A draft length and, in words, why.
 
     ``proposals``: "whole" proposals are verified as they are, "worthwhile" ones are cut to what pays, "none" are.
-    ``gain``: tokens per second over those of plain decoding, as expected.
     """
 
     draft_length: int
     reason: str
     proposals: str = "worthwhile"
-    gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,23 @@ class DraftLengthController:
             return 1.0 if draft_length == 0 else 0.0
         return self._plan(bucket, draft_length, self._offers(), self._price(bucket)).gain
 
+    def saved(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
+        """Seconds by which a step that is over was better than plain decoding; negative where it was worse.
+
+        An accepted token is worth its part of a plain step of decoding, whatever else was in this step: it spares a
+        later one. What proposing and verifying cost comes off.
+
+        Args:
+            batch_size: requests in it.
+            drafted, verified: as for :meth:`StepCosts.observe`.
+            accepted: of the verified ones, over all requests.
+        """
+        bucket = batch_bucket(batch_size)
+        if not self.costs.known(bucket):
+            return 0.0
+        plain = self.costs.predict(bucket)
+        return plain * accepted / batch_size - (self.costs.predict(bucket, drafted, verified) - plain)
+
     def _decide(self, bucket: int) -> Decision:
         if self.mode == "never":
             return Decision(0, "speculation is switched off by the settings", "none")
@@ -126,7 +141,7 @@ class DraftLengthController:
             state.probe_left -= 1
             state.stands = None
             probed = state.probe_length
-            return Decision(probed, f"probing K={probed} at batch {bucket}", "whole" if probed else "none", state.gain)
+            return Decision(probed, f"probing K={probed} at batch {bucket}", "whole" if probed else "none")
         if state.stands is not None and state.stands_for > 0:
             state.stands_for -= 1
             if state.draft_length:
@@ -210,4 +225,4 @@ class DraftLengthController:
             reason = f"copying alone pays at batch {bucket}: it gives {plans[0].gain:.2f}x, {promise}"
         else:
             reason = f"drafting does not pay at batch {bucket}: {promise}"
-        return Decision(chosen, reason, "worthwhile" if plans[chosen].verified else "none", plans[chosen].gain)
+        return Decision(chosen, reason, "worthwhile" if plans[chosen].verified else "none")

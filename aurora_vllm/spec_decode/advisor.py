@@ -146,17 +146,18 @@ class DraftLengthAdvisor:
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if drafts:
             scheduler.spec_steps += 1
+        verified = sum(map(len, drafts.values()))
+        proposed = scheduler_output.num_spec_tokens_to_schedule
+        if self._earnings is not None:
+            accepted = sum(max(len(tokens) - 1, 0) for tokens in sampled)
+            saved = self._controller.saved(len(counts), proposed, verified, accepted)
+            if self._earnings.observe(seconds, saved):
+                self._show_learner_share()
         # Only steps of nothing but decoding tell what K costs. What a burst of the learner's adds to a step is no
         # property of K; of two draft lengths it would hit the one being probed.
-        verified = sum(map(len, drafts.values()))
-        decodes_alone = sum(counts.values()) == len(counts) + verified
-        gain = self._last.gain if decodes_alone else 1.0
-        if self._earnings is not None and self._earnings.observe(seconds, gain):
-            self._show_learner_share()
-        if not decodes_alone:
+        if sum(counts.values()) != len(counts) + verified:
             return
         if not (self._learner_rests and beside_learner):
-            proposed = scheduler_output.num_spec_tokens_to_schedule
             self._controller.costs.observe(len(counts), proposed, verified, seconds)
         if (guard := self._guard) is not None:
             self._cost.run(lambda: self._judge_learner(guard, len(counts), verified, seconds, beside_learner))
