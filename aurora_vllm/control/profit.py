@@ -23,6 +23,7 @@ PATIENCE = 4  # times as many where the alternative looks bad: the look that sai
 HOPEFUL = 0.95  # of the rate without drafting; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
+WORTHWHILE = 1.03  # of plain decoding's rate, that copying alone must promise: below it is a gamble for nothing
 PLAN_EVERY = 8  # steps a decision stands: what it rests on moves slowly, and deciding takes 0.1 ms
 
 
@@ -183,7 +184,7 @@ class DraftLengthController:
             tokens += share * sum(likely)
             verified += share * len(likely)
         gain = tokens * self.costs.predict(bucket) / self.costs.predict(bucket, draft_length, verified * bucket)
-        if draft_length == 0 and gain <= 1.0:
+        if draft_length == 0 and gain < WORTHWHILE:
             return _Plan(1.0, 1.0, 0.0)
         return _Plan(gain, tokens, verified)
 

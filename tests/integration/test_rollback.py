@@ -19,6 +19,7 @@ from aurora_vllm.server.status import status
 from benchmarks.engine import Engine
 
 WITHIN = 200  # verified drafts
+ANSWER_TOKENS = 44
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def good(engine: Engine, prompts: list[str]) -> Iterator[dict[str, torch.Tensor]
     """A draft that had a lesson on these prompts, so that there is something to lose. The engine's own comes back."""
     engine.drain()
     with engine.draft_length("never"):
-        engine.generate(prompts, max_tokens=64)
+        engine.generate(prompts, max_tokens=ANSWER_TOKENS)
     draft = load_draft(engine.session.draft)
     for _ in Lesson(draft, load_target_head(engine.session.target)).run(
         Assembler(engine.session.row_layout).feed(engine.drain())
@@ -81,7 +82,7 @@ def shuffled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def answers(engine: Engine, prompts: list[str]) -> list[list[int]]:
-    return [list(one.outputs[0].token_ids) for one in engine.generate(prompts, max_tokens=64)]
+    return [list(one.outputs[0].token_ids) for one in engine.generate(prompts, max_tokens=ANSWER_TOKENS)]
 
 
 def rollout_of(engine: Engine) -> dict[str, Any]:

@@ -210,6 +210,7 @@ def test_ending_a_server_ends_what_it_started(tmp_path: Path, monkeypatch: pytes
         "time.sleep(600)\n"
     )
     monkeypatch.setattr(servers, "PROGRAM", (sys.executable, str(script)))
+    monkeypatch.setattr(servers, "STOP_S", 1.0)
     server = servers.Server("plain", [], tmp_path / "log", {})
     marker = tmp_path / "child"
     while not (marker.exists() and marker.read_text()):
