@@ -19,7 +19,7 @@ demo: model      ## serve, learn, swap, measure: at most 15 minutes, writes buil
 	@$(RUN) -m demo.run $(ARGS)
 
 test: model      ## the whole suite, at most 15 minutes on 2 cores
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quality: setup   ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -3,14 +3,14 @@ leaves behind: none at all.
 
     python -m benchmarks.swap_dip --json benchmarks/results/swap_dip.json
 
-Greedy requests run four times, so that all runs draft behind the same tokens: wholly on the new weights (prefix cache
+Greedy requests run several times, so that all runs draft behind the same tokens: wholly on the new weights (prefix cache
 emptied before); begun on the old ones, which are swapped for the new between two steps; begun on the new ones with the
-prompt's KV of the second run, by the old weights, in the prefix cache; and begun without drafts, which come when the
+prompt's KV of the second run, by the old weights, in the prefix cache; the last two once more where the swap drops the
+old draft KV, as a server does after a lesson (spec_decode/draft_kv.py); and begun without drafts, which come when the
 others swap. Acceptance length is compared by tokens since then, at the same positions of the same answers. A
 verification counts where it begins; the one whose drafts were under way at the swap is the old weights' and counts for
-nobody. ``catch_up_dip`` is a best case: the blocks without draft KV may hold what the same weights left there for the
-same prompt. Old and new are two drafts learned from 12 and 24 requests (``--old day0``: the untrained one), none of
-them measured on.
+nobody. Old and new are two drafts learned from 12 and 24 requests (``--old day0``: the untrained one), none of them
+measured on.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ class Answer:
 
 @dataclass
 class Runs:
-    """One request's answers, and how long two of them were when the first of the drafts that count were verified."""
+    """One request's answers, and how long some of them were when the first of the drafts that count were verified."""
 
     whole: Answer  # on the new weights
-    swapped: Answer
+    swapped: Answer  # draft KV by the old weights is kept
     cached: Answer  # behind a prompt cached by the old weights
+    dropped: Answer  # as swapped, where the swap drops it
+    cached_dropped: Answer
     late: Answer  # drafts only from some token on
     first: dict[str, int]  # by run
 
@@ -74,7 +76,7 @@ def main(
     eager: Annotated[bool, typer.Option(help="vLLM's eager mode instead of its compiled one")] = True,
     seed: int = 0,
 ) -> None:
-    """Measure post_swap_dip, prefix_cache_dip and catch_up_dip: acceptance length over that without, just after."""
+    """Measure acceptance length just after a change, over that without one."""
     if old not in ("lesson", "day0"):
         raise typer.BadParameter(f"--old is lesson or day0, not {old}")
     restart_with_intel_openmp()
@@ -97,12 +99,15 @@ def summary(runs: Sequence[Runs], seed: int) -> tuple[dict[str, Any], dict[str, 
     """Figures, their spread (95 % of bootstrapped sets of requests), acceptance lengths by age."""
 
     def dips(chosen: Sequence[Runs]) -> dict[str, float]:
-        soon = AGES[1]
-        whole = _length(chosen, "whole", "swapped", 0, soon)
+        def dip(which: str, since: str) -> float:
+            return _length(chosen, which, since, 0, AGES[1]) / _length(chosen, "whole", since, 0, AGES[1])
+
         return {
-            "post_swap_dip": _length(chosen, "swapped", "swapped", 0, soon) / whole,
-            "prefix_cache_dip": _length(chosen, "cached", "", 0, soon) / _length(chosen, "whole", "", 0, soon),
-            "catch_up_dip": _length(chosen, "late", "late", 0, soon) / _length(chosen, "whole", "late", 0, soon),
+            "post_swap_dip": dip("dropped", "dropped"),
+            "prefix_cache_dip": dip("cached_dropped", ""),
+            "post_swap_dip_kv_kept": dip("swapped", "swapped"),
+            "prefix_cache_dip_kv_kept": dip("cached", ""),
+            "catch_up_dip": dip("late", "late"),
         }
 
     rng = random.Random(seed)
@@ -117,7 +122,8 @@ def summary(runs: Sequence[Runs], seed: int) -> tuple[dict[str, Any], dict[str, 
         label: [_length(runs, which, since, *age) for age in zip(AGES, ends, strict=True)]
         for label, which, since in (
             ("wholly on the new weights", "whole", "swapped"),
-            ("swapped while running", "swapped", "swapped"),
+            ("swapped while running, KV dropped", "dropped", "dropped"),
+            ("swapped while running, KV kept", "swapped", "swapped"),
             ("drafts only since then", "late", "late"),
         )
     }
@@ -159,32 +165,43 @@ def _measure(
     old, new = weights
     total = BEFORE + 2 * (1 + DRAFTS) + AGES[-1] + 16
     _go_live(engine, new)
-    engine.llm.reset_prefix_cache()
+    _forget(engine)
     whole = _Batch(engine, prompts, total)
     whole.run()
 
-    engine.llm.reset_prefix_cache()
+    _forget(engine)
     late = _Batch(engine, prompts, total)
     with engine.draft_length("never"):
         late.run(BEFORE)
     late.step()  # drafts for the first time
-    late_first = late.lengths()
+    first = {"late": late.lengths()}
     late.run()
 
-    _go_live(engine, old)
-    engine.llm.reset_prefix_cache()
-    swapped = _Batch(engine, prompts, total)
-    swapped.run(BEFORE)
-    _go_live(engine, new)
-    swapped.step()  # verifies what the old weights had drafted
-    swapped_first = swapped.lengths()
-    swapped.run()
-
-    cached = _Batch(engine, prompts, BEFORE + 1 + DRAFTS)
-    cached.run()
+    answers = {"whole": whole.answers, "late": late.answers}
+    for swapped, cached, drops in (("swapped", "cached", False), ("dropped", "cached_dropped", True)):
+        _go_live(engine, old)
+        _forget(engine)
+        running = _Batch(engine, prompts, total)
+        running.run(BEFORE)
+        _go_live(engine, new, drops)
+        running.step()  # verifies what the old weights had drafted
+        first[swapped] = running.lengths()
+        running.run()
+        behind = _Batch(engine, prompts, BEFORE + 1 + DRAFTS)
+        behind.run()
+        answers |= {swapped: running.answers, cached: behind.answers}
     engine.drain()
-    answers = zip(whole.answers, swapped.answers, cached.answers, late.answers, swapped_first, late_first, strict=True)
-    return [Runs(a, b, c, d, {"swapped": swap, "late": start}) for a, b, c, d, swap, start in answers]
+    return [
+        Runs(**{name: some[i] for name, some in answers.items()}, first={name: of[i] for name, of in first.items()})
+        for i in range(len(prompts))
+    ]
+
+
+def _forget(engine: Engine) -> None:
+    """No prompt is cached, and the blocks that will be used hold no draft KV of anybody's."""
+    engine.llm.reset_prefix_cache()
+    if (stager := engine.attachment.stager) is not None:
+        stager.draft.kv.drop()
 
 
 class _Batch:
@@ -218,10 +235,10 @@ class _Batch:
             self.step()
 
 
-def _go_live(engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
+def _go_live(engine: Engine, tensors: dict[str, torch.Tensor], another_draft: bool = False) -> None:
     worker = engine.control.worker
     version = max(engine.bank.published(), worker.live_version) + 1
-    engine.bank.publish(version, tensors, {"why": "benchmark"})
+    engine.bank.publish(version, tensors, {"why": "benchmark", "kv_since": version if another_draft else 0})
     engine.wait_for(lambda: worker.staged_version == version)
     if (stager := engine.attachment.stager) is not None:
         stager.commit_if_ready()
