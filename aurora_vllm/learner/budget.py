@@ -1,6 +1,7 @@
-"""The learner's share of a CPU, or of a GPU: after each piece of work it sleeps long enough to have taken no more.
+"""The learner's share of a CPU, or of a GPU: after each piece of work it rests long enough to have taken no more.
 
-While nothing is served the share is the whole of it.
+It sleeps no longer than it may be deaf to the server; what is still owed then it rests from in further sleeps, between
+which it looks around and works on nothing. While nothing is served the share is the whole of it, and nothing is owed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-LONGEST_SLEEP_S = 5.0
+LONGEST_SLEEP_S = 2.0
 
 
 class DeviceClock:
@@ -57,11 +58,12 @@ class CpuBudget:
     def __post_init__(self) -> None:
         self._cpu, self._wall = self.cpu_clock(), self.wall_clock()
         self._engine_steps = 0
+        self._owed = 0.0
 
     def debt(self, engine_steps: int, factor: float = 1.0) -> float:
-        """Seconds to sleep now, so that the CPU taken since the last call stays within the share.
+        """Seconds to sleep now, so that the CPU taken so far stays within the share.
 
-        Waiting counts as rest: at low priority some of the rest happens by itself, where serving needs the CPU.
+        Time that passes counts as rest: at low priority some of it comes by itself, where serving needs the CPU.
 
         Args:
             engine_steps: of the server, ever; where it is what it was at the last call, nothing is being served.
@@ -69,7 +71,14 @@ class CpuBudget:
         """
         cpu, wall = self.cpu_clock(), self.wall_clock()
         used, passed = cpu - self._cpu, wall - self._wall
-        share = self.share * factor if engine_steps != self._engine_steps else 1.0
-        pause = min(max(used / share - passed, 0.0), LONGEST_SLEEP_S)
-        self._cpu, self._wall, self._engine_steps = cpu, wall + pause, engine_steps
-        return pause
+        if engine_steps == self._engine_steps:
+            self._owed = 0.0
+        else:
+            self._owed = max(self._owed + used / (self.share * factor) - passed, 0.0)
+        self._cpu, self._wall, self._engine_steps = cpu, wall, engine_steps
+        return min(self._owed, LONGEST_SLEEP_S)
+
+    @property
+    def owes_more(self) -> bool:
+        """Whether a sleep as long as was just said is not enough: work has to wait for the next."""
+        return self._owed > LONGEST_SLEEP_S

@@ -139,11 +139,10 @@ class Curriculum:
         return False
 
     def _lesson_is_due(self) -> bool:
-        return (
-            bool(self._lessons_due)
-            and self.replay.tokens >= self._lessons_due[0]
-            and len(self.replay) >= LESSON_REQUESTS
-        )
+        if not self._lessons_due or len(self.replay) < LESSON_REQUESTS:
+            return False
+        # Where the replay holds no more than this, there is nothing to wait for.
+        return self.replay.tokens >= self._lessons_due[0] or self.replay.evicted > 0
 
     def _study(self) -> bool:
         assert self._teacher is not None
@@ -152,7 +151,7 @@ class Curriculum:
         if next(self._lesson, self) is not self:
             return False
         self._lesson = None
-        self._lessons_due.pop(0)
+        self._lessons_due = [] if self.replay.evicted else self._lessons_due[1:]
         self.trainer.refine()
         return True
 

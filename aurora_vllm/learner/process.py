@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,8 +84,8 @@ class Learner:
         self._show_shadow()
         update_request.refuse_open(self.control)
 
-    def turn(self) -> bool:
-        """One piece of work. Returns whether there was any."""
+    def turn(self, rests: bool = False) -> bool:
+        """Look around, and do one piece of work where it does not rest. Returns whether there was any."""
         self.control.learner.beat()
         follow_rollback(self)
         if request := update_request.open_request(self.control):
@@ -92,6 +93,8 @@ class Learner:
             update_request.answer(self.control, request, self._update(Path(request.directory)))
         for trajectory in self.assembler.feed(self.ring.read(READ_ROWS).cpu()):
             self._arrived(trajectory)
+        if rests:
+            return False
         if self.sleep.asleep:
             self._say("sleeping")
             return self.sleep.turn()
@@ -258,13 +261,15 @@ def main() -> int:
     except AuroraError as error:
         return report(error)
     learner.control.learner.pid = os.getpid()
+    scheduler, rests = learner.control.scheduler, False
     while not stop.is_set():
-        learner.control.learner.working = True
-        worked = learner.gpu_time.run(learner.turn) if learner.gpu_time else learner.turn()
+        learner.control.learner.working = not rests
+        turn = partial(learner.turn, rests)
+        worked = learner.gpu_time.run(turn) if learner.gpu_time else turn()
         learner.keeper.save()
-        scheduler = learner.control.scheduler
-        factor = scheduler.learner_share or 1.0
-        pause = learner.budget.debt(scheduler.steps, factor) if worked else learner.sleep.idle_s
+        pause = learner.budget.debt(scheduler.steps, scheduler.learner_share or 1.0)
+        rests = learner.budget.owes_more
+        pause = pause if worked or rests else max(pause, learner.sleep.idle_s)
         learner.control.learner.working = not pause
         stop.wait(pause)
     learner.keeper.save(at_once=True)

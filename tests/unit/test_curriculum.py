@@ -10,6 +10,7 @@ import torch
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner import curriculum as module
 from aurora_vllm.learner.curriculum import Curriculum
+from aurora_vllm.learner.replay import Replay
 from tests.unit.test_lesson import acceptance, day0_draft, linear_world
 
 
@@ -66,6 +67,20 @@ def test_the_second_lesson_keeps_the_trained_head_and_the_targets_norm(small_les
     assert len(norms) == 2
     for scaled in norms:  # one factor for all channels, twice from the target's norm
         torch.testing.assert_close(scaled, scaled[:1].expand_as(scaled))
+
+
+def test_the_last_lesson_is_what_the_replay_holds(small_lessons: None, tmp_path: Path) -> None:
+    """A learner that waited for more would never be done with its lessons, and never sleep."""
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
+    traffic = linear_world(head, draft.norm.weight.detach().clone(), 40, 30)
+    curriculum.replay = Replay(20 * traffic[0].nbytes)  # 600 rows
+    done: list[tuple[int, str]] = []
+    for i, one in enumerate(traffic):
+        curriculum.add(one)
+        done += [(i, what) for what in do_all(curriculum)]
+    assert {i for i, what in done if what == "lesson"} == {20}
+    assert not curriculum.has_lessons_to_learn
 
 
 def test_a_trained_draft_gets_no_lesson_and_gentle_steps(small_lessons: None, tmp_path: Path) -> None:
