@@ -36,6 +36,8 @@ from demo.workload import Kind, Prompt, Workload, load
 FLAGS = flags(max_num_seqs=8)
 MAX_DRAFT_LENGTH = 3  # aurora's default K, which nothing here changes
 LEARN_CONCURRENCY = 4
+# Twice the default, and not bounded by what speculation earns: minutes have to show what else comes in an hour or two.
+LEARNER = ("--aurora-learner-cpu-share", "0.1", "--aurora-learner-least-share", "0.1")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Demo:
             self._fleet.close()
 
     def _start(self, model: Path) -> None:
-        for name, arguments in (("aurora", ()), ("plain", ("--aurora-off",))):
+        for name, arguments in (("aurora", LEARNER), ("plain", ("--aurora-off",))):
             self._fleet.start(name, [str(model), *FLAGS, *arguments])
 
         def tick(waited: float) -> None:
