@@ -6,8 +6,8 @@ leaves behind: none at all.
 Greedy requests run several times, so that all runs draft behind the same tokens: wholly on the new weights (prefix
 cache emptied before); begun on the old ones, which are swapped for the new between two steps; begun on the new ones
 with the prompt's KV of the second run, by the old weights, in the prefix cache; the last two once more where the swap
-drops the old draft KV, as a server does after a lesson (spec_decode/draft_kv.py); and begun without drafts, which come when the
-others swap. Acceptance length is compared by tokens since then, at the same positions of the same answers. A
+drops the old draft KV, as a server does after a lesson (spec_decode/draft_kv.py); and begun without drafts, which come
+when the others swap. Acceptance length is compared by tokens since then, at the same positions of the same answers. A
 verification counts where it begins; the one whose drafts were under way at the swap is the old weights' and counts for
 nobody. Old and new are two drafts learned from 12 and 24 requests (``--old day0``: the untrained one), none of them
 measured on.
