@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 SPENT = 0.25  # of what is saved. A step beside the learner loses more than the learner takes; the rest is the users'
-MEMORY_S = 20.0  # after which a step has lost 1 - 1/e of its weight
+MEMORY_S = 10.0  # after which a step has lost 1 - 1/e of its weight
 EVERY_S = 1.0  # between two decisions
 
 

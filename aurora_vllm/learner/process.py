@@ -44,8 +44,8 @@ from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
 SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
-# Of the learner's CPU time, what goes into scoring where there is something else to do: with a candidate to judge, and
-# without one, where scores only tell what the draft in use is worth.
+# Of the learner's CPU time, what goes into scoring where there is something else to do: with a candidate that has
+# learned something to judge, and without one, where scores only tell what the draft in use is worth.
 JUDGING_SHARE, WATCHING_SHARE = 0.25, 0.05
 
 
@@ -99,7 +99,9 @@ class Learner:
             self._say("sleeping")
             return self.sleep.turn()
         work = self.curriculum.next()
-        share = JUDGING_SHARE if self.candidate_is_ahead else WATCHING_SHARE
+        # Before its first lesson a candidate differs by its vocabulary at most, and both drafts accept next to nothing.
+        judges = self.candidate_is_ahead and not self.curriculum.awaits_first_lesson
+        share = JUDGING_SHARE if judges else WATCHING_SHARE
         may_score = not work or self.score_seconds <= share * time.process_time()
         if self.unscored and may_score:
             self._say("evaluating")
