@@ -60,18 +60,20 @@ class CpuBudget:
         self._engine_steps = 0
         self._owed = 0.0
 
-    def debt(self, engine_steps: int, factor: float = 1.0) -> float:
+    def debt(self, engine_steps: int, factor: float = 1.0, in_flight: int = 0) -> float:
         """Seconds to sleep now, so that the CPU taken so far stays within the share.
 
         Time that passes counts as rest: at low priority some of it comes by itself, where serving needs the CPU.
 
         Args:
-            engine_steps: of the server, ever; where it is what it was at the last call, nothing is being served.
+            engine_steps: of the server, ever; where it is what it was at the last call, and none is in flight, nothing
+                is being served.
             factor: on the share while something is served: less than 1 where the learner slows serving too much.
+            in_flight: steps under way. One with a long prompt takes seconds.
         """
         cpu, wall = self.cpu_clock(), self.wall_clock()
         used, passed = cpu - self._cpu, wall - self._wall
-        if engine_steps == self._engine_steps:
+        if engine_steps == self._engine_steps and not in_flight:
             self._owed = 0.0
         else:
             self._owed = max(self._owed + used / (self.share * factor) - passed, 0.0)

@@ -269,7 +269,7 @@ def main() -> int:
         turn = partial(learner.turn, rests)
         worked = learner.gpu_time.run(turn) if learner.gpu_time else turn()
         learner.keeper.save()
-        pause = learner.budget.debt(scheduler.steps, scheduler.learner_share or 1.0)
+        pause = learner.budget.debt(scheduler.steps, scheduler.learner_share or 1.0, scheduler.in_flight)
         rests = learner.budget.owes_more
         pause = pause if worked or rests else max(pause, learner.sleep.idle_s)
         learner.control.learner.working = not pause

@@ -73,6 +73,7 @@ class DraftLengthAdvisor:
 
     def step_starts(self) -> None:
         self._started.append((time.perf_counter(), self._control.learner.working))
+        self._control.scheduler.in_flight = len(self._started)
 
     def draft_length(self, batch_size: int) -> int:
         """K for the step being scheduled; 0 if choosing fails."""
@@ -88,6 +89,7 @@ class DraftLengthAdvisor:
         if not self._started:
             return
         started, worked = self._started.popleft()
+        self._control.scheduler.in_flight = len(self._started)
         seconds = now - max(started, self._ended)  # a step waits until the one before it has ended
         self._ended = now
         beside_learner = worked or self._control.learner.working

@@ -65,6 +65,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "draft_length": INT,
         "reason": TEXT,
         "steps": INT,
+        "in_flight": INT,  # steps under way: with a long prompt one takes seconds
         "generated_tokens": INT,
         "spec_steps": INT,
         "copying": TEXT,  # "on", or why nothing is copied

@@ -61,6 +61,8 @@ def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(
         )
         for call in (advisor.step_starts, advisor.step_starts):
             call()
-        for _ in range(2):
+        assert advisor._control.scheduler.in_flight == 2
+        for left in (1, 0):
             advisor.step_ends(step, [[1]])
+            assert advisor._control.scheduler.in_flight == left
     assert seen == [10.0, 3.0]

@@ -73,6 +73,16 @@ def test_nothing_served_nothing_to_step_back_for() -> None:
     assert budget.debt(8) == 2.0
 
 
+def test_a_step_that_takes_long_is_no_idle_server() -> None:
+    clocks = Clocks()
+    budget = CpuBudget(0.25, lambda: clocks.cpu, lambda: clocks.wall)
+    clocks.cpu = clocks.wall = 0.5
+    assert budget.debt(7) == 1.5
+    clocks.cpu, clocks.wall = 0.75, 2.0  # 1.75 s, and the step is still under way
+    assert budget.debt(7, in_flight=1) == 1.0
+    assert budget.debt(7) == 0.0
+
+
 def test_on_a_gpu_time_counts_until_the_device_is_done() -> None:
     clocks = Clocks()
 

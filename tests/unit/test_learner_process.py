@@ -90,6 +90,24 @@ def test_what_cannot_be_scored_in_time_is_trained_on_unscored(tmp_path: Path) ->
         assert learner.curriculum.trainer.steps == 0  # scoring goes first
 
 
+@pytest.mark.parametrize("awaits", [True, False])
+def test_before_the_first_lesson_there_is_hardly_anything_to_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, awaits: bool
+) -> None:
+    """A draft with another vocabulary has scores of its own; the lesson goes first all the same."""
+    world = World()
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+        monkeypatch.setattr(curriculum.Curriculum, "awaits_first_lesson", awaits)
+        monkeypatch.setattr(learner.curriculum, "next", lambda: "first lesson" if awaits else "training")
+        monkeypatch.setattr(learner.curriculum, "work", lambda: False)
+        monkeypatch.setattr(process, "WATCHING_SHARE", 0.0)
+        learner.candidate_is_ahead, learner.score_seconds = True, 1.0
+        send(producer, world.rows(0))
+        learner.turn()
+        assert len(learner.unscored) == int(awaits)
+
+
 def test_a_step_that_is_not_finite_is_dropped_and_said(tmp_path: Path) -> None:
     world = World()
     with session(world, tmp_path) as (shared, producer):
