@@ -166,9 +166,14 @@ class Engine:
         return self.llm.llm_engine.engine_core.engine_core.scheduler
 
     @property
+    def worker(self) -> Any:
+        """vLLM's worker."""
+        return self.llm.llm_engine.model_executor.driver_worker.worker
+
+    @property
     def attachment(self) -> Attachment:
         """What aurora hung onto the worker."""
-        found: Attachment = self.llm.llm_engine.model_executor.driver_worker.worker._aurora
+        found: Attachment = self.worker._aurora
         return found
 
     @contextmanager

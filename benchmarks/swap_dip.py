@@ -5,12 +5,12 @@ leaves behind: none at all.
 
 Greedy requests run several times, so that all runs draft behind the same tokens: wholly on the new weights (prefix
 cache emptied before); begun on the old ones, which are swapped for the new between two steps; begun on the new ones
-with the prompt's KV of the second run, by the old weights, in the prefix cache; the last two once more where the swap
-drops the old draft KV, as a server does after a lesson (spec_decode/draft_kv.py); and begun without drafts, which come
-when the others swap. Acceptance length is compared by tokens since then, at the same positions of the same answers. A
-verification counts where it begins; the one whose drafts were under way at the swap is the old weights' and counts for
-nobody. Old and new are two drafts learned from 12 and 24 requests (``--old day0``: the untrained one), none of them
-measured on.
+with the prompt's KV of the second run, by the old weights, in the prefix cache; the last two once more where the old
+draft KV is zeroed at the swap; and begun without drafts, which come when the others swap. Acceptance length is compared
+by tokens since then, at the same positions of the same answers. A verification counts where it begins; the one whose
+drafts were under way at the swap is the old weights' and counts for nobody. Before each run the draft's KV is zeroed,
+so that no block holds what another run left there. Old and new are two drafts learned from 12 and 24 requests (``--old
+day0``: the untrained one), none of them measured on.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def summary(runs: Sequence[Runs], seed: int) -> tuple[dict[str, Any], dict[str, 
             return _length(chosen, which, since, 0, AGES[1]) / _length(chosen, "whole", since, 0, AGES[1])
 
         return {
-            "post_swap_dip": dip("dropped", "dropped"),
-            "prefix_cache_dip": dip("cached_dropped", ""),
-            "post_swap_dip_kv_kept": dip("swapped", "swapped"),
-            "prefix_cache_dip_kv_kept": dip("cached", ""),
+            "post_swap_dip": dip("swapped", "swapped"),
+            "prefix_cache_dip": dip("cached", ""),
+            "post_swap_dip_kv_dropped": dip("dropped", "dropped"),
+            "prefix_cache_dip_kv_dropped": dip("cached_dropped", ""),
             "catch_up_dip": dip("late", "late"),
         }
 
@@ -183,7 +183,9 @@ def _measure(
         _forget(engine)
         running = _Batch(engine, prompts, total)
         running.run(BEFORE)
-        _go_live(engine, new, drops)
+        _go_live(engine, new)
+        if drops:
+            _zero_draft_kv(engine)
         running.step()  # verifies what the old weights had drafted
         first[swapped] = running.lengths()
         running.run()
@@ -200,8 +202,15 @@ def _measure(
 def _forget(engine: Engine) -> None:
     """No prompt is cached, and the blocks that will be used hold no draft KV of anybody's."""
     engine.llm.reset_prefix_cache()
-    if (stager := engine.attachment.stager) is not None:
-        stager.draft.kv.drop()
+    _zero_draft_kv(engine)
+
+
+@torch.inference_mode()
+def _zero_draft_kv(engine: Engine) -> None:
+    for module in engine.worker.model_runner.get_draft_model().modules():
+        cache = getattr(module, "kv_cache", None)
+        if isinstance(cache, torch.Tensor):
+            cache.zero_()
 
 
 class _Batch:
@@ -235,10 +244,10 @@ class _Batch:
             self.step()
 
 
-def _go_live(engine: Engine, tensors: dict[str, torch.Tensor], another_draft: bool = False) -> None:
+def _go_live(engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
     worker = engine.control.worker
     version = max(engine.bank.published(), worker.live_version) + 1
-    engine.bank.publish(version, tensors, {"why": "benchmark", "kv_since": version if another_draft else 0})
+    engine.bank.publish(version, tensors, {"why": "benchmark"})
     engine.wait_for(lambda: worker.staged_version == version)
     if (stager := engine.attachment.stager) is not None:
         stager.commit_if_ready()

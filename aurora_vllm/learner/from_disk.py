@@ -36,7 +36,7 @@ def publish_from_disk(
     """
     draft = read_replacement(directory, running, target_embedding)
     try:
-        publish(bank, version, draft, {"reason": "asked for, from disk"}, kv_since=version)
+        publish(bank, version, draft, {"reason": "asked for, from disk"})
     except ValueError as error:
         raise AuroraError(f"{directory}: {error}") from None
     return draft

@@ -75,8 +75,6 @@ class Learner:
         self.unscored: deque[Trajectory] = deque()
         self.score_seconds = 0.0
         self.candidate_is_ahead = False  # it differs from the incumbent, so it has scores of its own
-        # What it reads from draft KV: a lesson since the last publish makes another draft of it.
-        self.kv_since, self.candidate_had_lesson = 0, False
         self.requests_seen = 0
         self.keeper = Keeper(self, session)
         self.sleep = Sleep(self)
@@ -155,7 +153,6 @@ class Learner:
         curriculum, block = self.curriculum, self.control.learner
         dropped, steps = curriculum.dropped, curriculum.trainer.steps
         if curriculum.work():
-            self.candidate_had_lesson = True
             self._candidate_is_another("a lesson was learnt")
         if curriculum.dropped > dropped:
             block.message = curriculum.fault
@@ -188,15 +185,13 @@ class Learner:
             return
         version = self._next_version()
         try:
-            since = version if self.candidate_had_lesson else self.kv_since
-            publish(self.bank, version, self.candidate, {"reason": reason, "step": trainer.steps}, since)
+            publish(self.bank, version, self.candidate, {"reason": reason, "step": trainer.steps})
         except ValueError as error:  # weights that are not finite: back to the last good ones
             block.message = f"not published: {error}"
             self.candidate.load_state_dict(self.incumbent.state_dict())
             trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
-            self.candidate_is_ahead = self.candidate_had_lesson = False
+            self.candidate_is_ahead = False
             return
-        self.kv_since = since
         self.incumbent.load_state_dict(self.candidate.state_dict())
         self._published(version, self.evidence.published(time.monotonic()))
 
@@ -207,7 +202,6 @@ class Learner:
             draft = publish_from_disk(self.bank, version, directory, self.incumbent, lambda: self.head.embed_tokens)
         except AuroraError as error:
             return Answer(0, str(error))
-        self.kv_since = version
         self.incumbent.load_state_dict(draft.state_dict())
         self.candidate.load_state_dict(draft.state_dict())
         self.curriculum.refine()
@@ -223,7 +217,7 @@ class Learner:
         self.shadow = Recent(self.config.num_speculative_tokens)
         if score is not None:
             self.shadow.add(score)
-        self.candidate_is_ahead = self.candidate_had_lesson = False
+        self.candidate_is_ahead = False
         block = self.control.learner
         block.published_version = version
         block.publishes += 1

@@ -107,12 +107,8 @@ class Sync:
         self._steps, self._requests = steps, requests
 
 
-def publish(bank: WeightBank, version: int, draft: Eagle3Draft, evidence: dict[str, Any], kv_since: int) -> None:
+def publish(bank: WeightBank, version: int, draft: Eagle3Draft, evidence: dict[str, Any]) -> None:
     """Write a draft into the bank.
-
-    Args:
-        evidence: why.
-        kv_since: the oldest version whose draft KV this one can read; older versions were other drafts.
 
     Raises:
         ValueError: a tensor is not finite, or does not fit the bank.
@@ -122,4 +118,4 @@ def publish(bank: WeightBank, version: int, draft: Eagle3Draft, evidence: dict[s
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} is not finite")
-    bank.publish(version, tensors, evidence | {"kv_since": kv_since})
+    bank.publish(version, tensors, evidence)

@@ -50,10 +50,7 @@ def follow_rollback(learner: Learner) -> None:
     learner.evidence.restart()
     learner.sleep.restart(f"version {gone} was rolled back")
     learner.shadow = Recent(learner.shadow.length)
-    learner.candidate_is_ahead = learner.candidate_had_lesson = False
-    learner.kv_since = (
-        0  # what is built on this version reads what it wrote; a lesson before it is the worker's to know
-    )
+    learner.candidate_is_ahead = False
     block = learner.control.learner
     block.message = f"version {gone} was rolled back: learning goes on from version {learner.version}"
     block.shadow_version, block.shadow_steps = learner.version, 0

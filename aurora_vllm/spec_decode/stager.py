@@ -39,7 +39,6 @@ class Stager:
         self._seen = 0  # newest version looked at, taken or refused
         self._ready: deque[StagedWeights] = deque(maxlen=1)  # for the next boundary; appending and taking are atomic
         self._previous: StagedWeights | None = None
-        self._kv_since = 0  # of the live version, see StagedWeights
         self._stop = threading.Event()
         self._hold()
         self._thread = threading.Thread(target=self._watch, name="aurora-stager", daemon=True)
@@ -64,8 +63,6 @@ class Stager:
     def _go_live(self, staged: StagedWeights) -> None:
         started = time.perf_counter_ns()
         staged.exchange()
-        if max(staged.kv_since, self._kv_since) > min(staged.version, int(self._worker.live_version)):
-            self.draft.kv.drop()
         stall = time.perf_counter_ns() - started
         worker = self._worker
         previous = int(worker.live_version)
@@ -73,8 +70,7 @@ class Stager:
         worker.swaps += 1
         worker.last_swap_ns = time.monotonic_ns()
         worker.last_swap_stall_us = stall / 1000
-        self._previous = StagedWeights(previous, staged.exchanges, self._kv_since)  # what was exchanged out
-        self._kv_since = staged.kv_since
+        self._previous = StagedWeights(previous, staged.exchanges)  # what was exchanged out
         self._hold()
 
     def roll_back(self) -> bool:
@@ -125,7 +121,6 @@ class Stager:
         with self._own_stream():
             publication = self.bank.read(version)
             staged = self.draft.stage(version, publication.tensors)
-            staged.kv_since = int(publication.evidence.get("kv_since", 0))
         if not publication.still_valid():
             raise TornPublish(f"version {version} changed while it was being read")
         return staged

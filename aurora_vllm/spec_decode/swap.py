@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from aurora_vllm.spec_decode.draft_kv import DraftKv
 from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Exchange, HandlerExchange, Standing, TensorExchange
 from aurora_vllm.transport.bank import TensorSpec
 
@@ -42,14 +41,10 @@ class _Destination:
 
 @dataclass
 class StagedWeights:
-    """A version that is ready to go live, or the one that just left.
-
-    ``kv_since``: the oldest version whose draft KV it can read.
-    """
+    """A version that is ready to go live, or the one that just left."""
 
     version: int
     exchanges: Sequence[Exchange]
-    kv_since: int = 0
 
     @torch.inference_mode()
     def exchange(self) -> None:
@@ -62,10 +57,7 @@ class LiveDraft:
 
     Args:
         draft: vLLM's ``Eagle3LlamaForCausalLM`` (or a class of the same layout).
-        target: the target model; used to notice shared modules and shared KV only.
-
-    Attributes:
-        kv: what it remembers of the requests that run and of cached prompts.
+        target: the target model; used to notice shared modules only.
 
     Raises:
         SwapRefused: the draft shares its ``lm_head`` with the target, is quantised, or has a layer whose weights
@@ -77,7 +69,6 @@ class LiveDraft:
             raise SwapRefused("the draft's lm_head is the target's own module; writing it would change the target")
         self._destinations = _destinations(draft)
         self._vocab_size = draft.config.vocab_size
-        self.kv = DraftKv(draft, target)
         kinds = [_kind(destination) for destination in self._destinations]  # raises where weights cannot be reached
         self._parameters = [d for d, kind in zip(self._destinations, kinds, strict=True) if kind == "parameter"]
         self._addresses = [_live(destination).data_ptr() for destination in self._parameters]

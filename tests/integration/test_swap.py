@@ -49,9 +49,9 @@ def next_version(engine: Engine) -> int:
     return max(engine.bank.published(), 1) + 1
 
 
-def publish(engine: Engine, tensors: dict[str, torch.Tensor], another_draft: bool = False) -> int:
+def publish(engine: Engine, tensors: dict[str, torch.Tensor]) -> int:
     version = next_version(engine)
-    engine.bank.publish(version, tensors, {"why": "test", "kv_since": version if another_draft else 0})
+    engine.bank.publish(version, tensors, {"why": "test"})
     return version
 
 
@@ -129,19 +129,6 @@ def test_roll_back_restores_the_previous_version_exactly(engine: Engine, checkpo
     assert engine.control.worker.live_version == version
     for name, output in running_layers(engine).items():
         assert torch.equal(output, before[name]), name
-
-
-def test_another_draft_finds_no_kv_of_the_one_before(engine: Engine, checkpoint: dict[str, torch.Tensor]) -> None:
-    """And the target's KV is as it was, so no answer changes."""
-    prompt = ["The first thing that anybody notices about a harbour in the early morning is"]
-    before = engine.generate(prompt, max_tokens=8)[0].outputs[0].token_ids
-    draft, target = engine.call("kv_sizes")
-    assert draft > 0 and target > 0
-    publish_and_commit(engine, perturbed(checkpoint, 8))
-    assert engine.call("kv_sizes") == (draft, target)
-    settle(engine, publish(engine, perturbed(checkpoint, 9), another_draft=True))
-    assert engine.call("kv_sizes") == (0.0, target)
-    assert engine.generate(prompt, max_tokens=8)[0].outputs[0].token_ids == before
 
 
 def test_not_finite_weights_are_refused_and_the_old_version_serves_on(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from aurora_vllm.spec_decode.draft_kv import _caches
 from aurora_vllm.spec_decode.worker import AuroraWorker
 
 
@@ -41,12 +40,6 @@ class InspectableWorker(AuroraWorker):
             result = module(torch.randn(1, module.input_size, generator=generator))
             outputs[name] = (result[0] if isinstance(result, tuple) else result).flatten().tolist()
         return outputs
-
-    def kv_sizes(self) -> tuple[float, float]:
-        """Sum of magnitudes in the draft's KV cache, and in the target's."""
-        models = self.model_runner.get_draft_model(), self.model_runner.get_model()
-        draft, target = (sum(float(cache.abs().sum()) for cache in _caches(model)) for model in models)
-        return draft, target
 
     def runner_class(self) -> str:
         return f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}"

@@ -164,34 +164,6 @@ def test_auroras_own_policies_publish_by_the_count_alone(tmp_path: Path, policy:
         assert learner.bank.read(5).evidence["reason"] == f"5 {policy} since the last publish"
 
 
-def test_after_a_lesson_a_version_says_that_older_kv_is_another_draft_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = World()
-    with session(world, tmp_path, sync="steps", sync_interval=3) as (shared, producer):
-        learner, request = Learner(shared), 0
-        work = learner.curriculum.work
-
-        def published() -> dict[str, Any]:
-            nonlocal request
-            before = learner.bank.published()
-            while learner.bank.published() == before:
-                serve(world, learner, producer, range(request, request + 1))
-                request += 1
-            return learner.bank.read(learner.bank.published()).evidence
-
-        assert published()["kv_since"] == 0
-        monkeypatch.setattr(learner.curriculum, "work", lambda: [work(), True][1])
-        assert published()["kv_since"] == 3
-        monkeypatch.setattr(learner.curriculum, "work", work)
-        assert published()["kv_since"] == 3
-        worker = learner.control.worker
-        worker.rolled_back_version, worker.live_version = 4, 3
-        learner.turn()
-        assert learner.version == 3
-        assert published()["kv_since"] == 0
-
-
 def test_the_next_learner_goes_on_from_the_bank(tmp_path: Path) -> None:
     world = World()
     with session(world, tmp_path, sync="steps", sync_interval=3) as (shared, producer):

@@ -11,7 +11,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -47,7 +46,6 @@ class FakeDraft:
     """Stands for vLLM's draft behind the real stager."""
 
     refusal = ""
-    kv = SimpleNamespace(drop=lambda: True)
 
     def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> StagedWeights:
         if self.refusal:

@@ -20,14 +20,10 @@ SPECS = [TensorSpec("w", (1,), torch.float32)]
 
 
 class OneNumber:
-    """A draft whose only weight is the number of the version it came with; it counts how often its KV was dropped."""
+    """A draft whose only weight is the number of the version it came with."""
 
     def __init__(self) -> None:
-        self.live, self.kv, self.drops = torch.ones(1), self, 0
-
-    def drop(self) -> bool:
-        self.drops += 1
-        return True
+        self.live = torch.ones(1)
 
     def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> StagedWeights:
         staged = tensors["w"].clone()
@@ -45,9 +41,9 @@ class World:
         self.control, self.bank, self.draft = control, bank, OneNumber()
         self.stager = Stager(bank, self.draft, control, device)  # type: ignore[arg-type]
 
-    def publish(self, version: int, kv_since: int = 0) -> None:
+    def publish(self, version: int) -> None:
         """Published and staged, not yet live."""
-        self.bank.publish(version, {"w": torch.full((1,), float(version))}, {"kv_since": kv_since})
+        self.bank.publish(version, {"w": torch.full((1,), float(version))}, {})
         deadline = time.monotonic() + 5
         while self.control.worker.staged_version != version:
             assert time.monotonic() < deadline
@@ -103,29 +99,6 @@ def test_while_nothing_is_served_the_newest_version_takes_the_place_of_the_one_t
     world.publish(3)
     assert world.step() == (3, 1, 3.0)
     assert world.control.worker.swaps == 1
-
-
-@pytest.mark.parametrize("skipped", [False, True])
-def test_draft_kv_is_dropped_where_another_draft_takes_over_and_only_there(world: World, skipped: bool) -> None:
-    """Also where the version with the lesson never went live itself, and on the way back."""
-
-    def drops(version: int, kv_since: int = 0) -> int:
-        before = world.draft.drops
-        world.publish(version, kv_since)
-        assert world.step()[0] == version
-        return world.draft.drops - before
-
-    assert drops(2) == 0  # a gradient step
-    if skipped:
-        world.publish(3, kv_since=3)
-    else:
-        assert drops(3, kv_since=3) == 1
-    assert drops(4, kv_since=3) == int(skipped)
-    before = world.draft.drops
-    assert world.stager.roll_back()
-    assert world.draft.drops - before == int(skipped)
-    assert world.stager.roll_back()
-    assert world.draft.drops - before == 2 * int(skipped)
 
 
 def test_a_condemned_version_that_is_not_live_changes_nothing(world: World) -> None:

@@ -32,8 +32,8 @@ def test_what_is_lost_after_the_swap_is_found() -> None:
     first = {"swapped": 1 + BEFORE, "dropped": 1 + BEFORE, "late": 2 + BEFORE}
     runs = Runs(whole, swapped, answer([1] * 20), whole, cached, late, first)
     figures, spread, curves = summary([runs] * 4, seed=0)
-    assert figures["post_swap_dip"] == pytest.approx(1.0) and figures["prefix_cache_dip"] == pytest.approx(1.0)
-    assert figures["post_swap_dip_kv_kept"] == figures["prefix_cache_dip_kv_kept"] == pytest.approx(0.5)
+    assert figures["post_swap_dip"] == figures["prefix_cache_dip"] == pytest.approx(0.5)
+    assert figures["post_swap_dip_kv_dropped"] == figures["prefix_cache_dip_kv_dropped"] == pytest.approx(1.0)
     assert figures["catch_up_dip"] == pytest.approx(17 / 9 / 2)  # one verification of nine gained one token less
     assert curves["swapped while running, KV kept"] == [1.0, 2.0, 2.0, 2.0]
     assert curves["wholly on the new weights"] == [2.0] * 4
