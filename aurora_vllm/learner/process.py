@@ -265,7 +265,7 @@ def main() -> int:
         learner.keeper.save()
         pause = learner.budget.debt(scheduler.steps, scheduler.learner_share or 1.0, scheduler.in_flight)
         rests = learner.budget.owes_more
-        pause = pause if worked or rests else max(pause, learner.sleep.idle_s)
+        pause = pause if worked else max(pause, learner.sleep.idle_s)
         learner.control.learner.working = not pause
         stop.wait(pause)
     learner.keeper.save(at_once=True)
