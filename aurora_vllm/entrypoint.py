@@ -98,13 +98,19 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     preflight.check_port(args)
     resuming.check_checkpoint_dir(plan.config)
     plan = plans.with_draft(plan, preflight.make_draft(plan.draft, plan.target, plan.config))
-    plans.apply(plan, args)
+    plans.apply(plan, args, _speculative_fields())
     installed = vllm_server.routes_are_installed()
     if not installed:
         notice("not installed as a package: no /aurora/status and no metrics (pip install -e .)")
     with Runtime(plan, installed):
         server.run(args)
     return 0
+
+
+def _speculative_fields() -> frozenset[str]:
+    from aurora_vllm.spec_decode import compat
+
+    return compat.fields_of("vllm.config:SpeculativeConfig")
 
 
 def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: tuple[Probe, ...]) -> ServePlan:

@@ -32,11 +32,13 @@ class Decision:
     """A draft length and, in words, why.
 
     ``proposals``: "whole" proposals are verified as they are, "worthwhile" ones are cut to what pays, "none" are.
+    ``sits_out``: nobody drafts now or is likely to soon, so the draft need not run over prompts to remember them.
     """
 
     draft_length: int
     reason: str
     proposals: str = "worthwhile"
+    sits_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,15 @@ class DraftLengthController:
 
     def _decide(self, bucket: int) -> Decision:
         if self.mode == "never":
-            return Decision(0, "speculation is switched off by the settings", "none")
+            return Decision(0, "speculation is switched off by the settings", "none", sits_out=True)
         if self.mode == "always":
             return Decision(self.max_draft_length, "draft length is fixed by the settings", "whole")
         state = self._buckets.setdefault(bucket, _BucketState())
         state.since_plain += 1
         state.since_drafts += 1
         if not self.costs.known(bucket):
-            return Decision(0, f"measuring plain decoding at batch {bucket}", "none")
+            sits_out = not self._worth_a_probe(self.max_draft_length)
+            return Decision(0, f"measuring plain decoding at batch {bucket}", "none", sits_out)
         if state.probe_left > 0:
             state.probe_left -= 1
             state.stands = None
@@ -209,14 +212,19 @@ class DraftLengthController:
         if state.draft_length > 0:
             state.since_drafts = 0
             return
-        candidate = max(range(1, len(plans)), key=lambda k: plans[k].gain)
-        hopeful = plans[candidate].gain >= HOPEFUL * plans[0].gain or self.wants_verdicts
-        worth_it = self.acceptance.expected_length(candidate) >= WORTH_A_PROBE or self.wants_verdicts
-        if worth_it and state.since_drafts >= PROBE_EVERY * (1 if hopeful else PATIENCE):
+        candidate = _best_of_drafting(plans)
+        patience = 1 if self._hopeful(plans) else PATIENCE
+        if self._worth_a_probe(candidate) and state.since_drafts >= PROBE_EVERY * patience:
             state.since_drafts, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS
 
+    def _worth_a_probe(self, draft_length: int) -> bool:
+        return self.wants_verdicts or self.acceptance.expected_length(draft_length) >= WORTH_A_PROBE
+
+    def _hopeful(self, plans: Sequence[_Plan]) -> bool:
+        return self.wants_verdicts or plans[_best_of_drafting(plans)].gain >= HOPEFUL * plans[0].gain
+
     def _in_words(self, bucket: int, chosen: int, plans: Sequence[_Plan]) -> Decision:
-        shown = chosen or max(range(1, len(plans)), key=lambda k: plans[k].gain)
+        shown = chosen or _best_of_drafting(plans)
         promise = f"K={shown} gives {plans[shown].gain:.2f}x of plain decoding"
         if chosen:
             reason = (
@@ -226,4 +234,10 @@ class DraftLengthController:
             reason = f"copying alone pays at batch {bucket}: it gives {plans[0].gain:.2f}x, {promise}"
         else:
             reason = f"drafting does not pay at batch {bucket}: {promise}"
-        return Decision(chosen, reason, "worthwhile" if plans[chosen].verified else "none")
+        sits_out = not chosen and not (self._worth_a_probe(shown) and self._hopeful(plans))
+        return Decision(chosen, reason, "worthwhile" if plans[chosen].verified else "none", sits_out)
+
+
+def _best_of_drafting(plans: Sequence[_Plan]) -> int:
+    """K >= 1 that promises most."""
+    return max(range(1, len(plans)), key=lambda k: plans[k].gain)

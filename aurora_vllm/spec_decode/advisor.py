@@ -133,6 +133,8 @@ class DraftLengthAdvisor:
             scheduler.draft_length = decision.draft_length
         if decision.reason != self._last.reason:
             scheduler.reason = decision.reason
+        if decision.sits_out != self._last.sits_out:
+            scheduler.draft_sits_out = decision.sits_out
         self._last = decision
         return decision
 

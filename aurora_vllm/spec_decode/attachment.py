@@ -62,7 +62,12 @@ class Attachment:
         worker.pid = os.getpid()
         worker.live_version = CHECKPOINT_VERSION
         self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
-        adapter(runner, on_step=self._on_step, live_version=lambda: int(worker.live_version))
+        adapter(
+            runner,
+            on_step=self._on_step,
+            live_version=lambda: int(worker.live_version),
+            sits_out=lambda: bool(self.control.scheduler.draft_sits_out),
+        )
 
     def start_serving(self) -> None:
         """After vLLM's profiling and warm-up, so that none of this counts as the model's: take the ring and the bank,

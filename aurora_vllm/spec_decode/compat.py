@@ -171,6 +171,14 @@ def resolve(symbol: str) -> Any:
     return found
 
 
+def fields_of(symbol: str) -> frozenset[str]:
+    """Names of the fields of a dataclass; none where vLLM has no such class."""
+    try:
+        return frozenset(getattr(resolve(symbol), "__dataclass_fields__", ()))
+    except (ImportError, AttributeError):
+        return frozenset()
+
+
 def fingerprint(thing: Any) -> str:
     """sha256 of the source text of a function or class, decorators included."""
     return fingerprint_of_text(inspect.getsource(thing))

@@ -30,12 +30,16 @@ class V1Adapter:
         runner: vLLM's ``GPUModelRunner`` after ``load_model``.
         on_step: receives, for every sampled step, a function that builds its StepTrace; must not raise.
         live_version: version of the weights the draft runs with now.
+        sits_out: whether the draft need not see prompts where K is 0.
     """
 
-    def __init__(self, runner: Any, on_step: OnStep, live_version: Callable[[], int]) -> None:
+    def __init__(
+        self, runner: Any, on_step: OnStep, live_version: Callable[[], int], sits_out: Callable[[], bool]
+    ) -> None:
         self._runner = runner
         self._on_step = on_step
         self._live_version = live_version
+        self._sits_out = sits_out
         self._state: Any = None
         self._proposed_by = live_version()
         if hasattr(runner, "step_observer"):
@@ -71,10 +75,11 @@ class V1Adapter:
     def proposing(self, step: Any) -> torch.Tensor | None:
         """Drafts are about to be proposed. Returns the empty ones of a step that needs none, int64 [R, 0], or None."""
         self._proposed_by = self._live_version()
-        if step is None or step.num_spec_tokens_to_schedule or _has_prefill(step):
+        if step is None or step.num_spec_tokens_to_schedule or (_has_prefill(step) and not self._sits_out()):
             return None
         # vLLM would still run the draft over the step's tokens to keep its KV cache complete. A decode step that
-        # nobody drafts from does not pay for that; prompts do, because prefix caching hands them on.
+        # nobody drafts from does not pay for that; prompts do, because prefix caching hands them on, unless drafting
+        # is far off.
         return torch.empty(len(self._runner.input_batch.req_ids), 0, dtype=torch.int64, device=self._runner.device)
 
     def _trace(self, state: Any, output: Any) -> StepTrace:

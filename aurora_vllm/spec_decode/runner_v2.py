@@ -29,12 +29,16 @@ class V2Adapter:
         runner: vLLM's ``GPUModelRunner`` of ``vllm.v1.worker.gpu`` after ``load_model``, with a speculator.
         on_step: receives, for every sampled step, a function that builds its StepTrace; must not raise.
         live_version: version of the weights the draft runs with now.
+        sits_out: whether the draft need not see prompts where K is 0.
     """
 
-    def __init__(self, runner: Any, on_step: OnStep, live_version: Callable[[], int]) -> None:
+    def __init__(
+        self, runner: Any, on_step: OnStep, live_version: Callable[[], int], sits_out: Callable[[], bool]
+    ) -> None:
         self._speculator = runner.speculator
         self._on_step = on_step
         self._live_version = live_version
+        self._sits_out = sits_out
         self._sampled: tuple[torch.Tensor, Any, Any] | None = None
         self._proposed_by = live_version()
         self._propose_signature = inspect.signature(runner.speculator.propose)
@@ -54,9 +58,10 @@ class V2Adapter:
         self._on_step(functools.partial(self._trace, *sampled, given.get("aux_hidden_states")))
         self._proposed_by = self._live_version()
         batch = sampled[1]
-        if given.get("num_speculative_tokens") == 0 and not batch.has_prefill:
+        if given.get("num_speculative_tokens") == 0 and (not batch.has_prefill or self._sits_out()):
             # vLLM would still run the draft once to keep its KV cache complete. A decode step that nobody drafts from
-            # does not pay for that; prompts do, because prefix caching hands them on. -1 is "no draft" to vLLM.
+            # does not pay for that; prompts do, because prefix caching hands them on, unless drafting is far off. -1
+            # is "no draft" to vLLM.
             return self._speculator.draft_tokens[: batch.num_reqs].fill_(-1)
         return original(*args, **kwargs)
 

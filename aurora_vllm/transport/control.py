@@ -64,6 +64,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "heartbeat_ns": INT,
         "draft_length": INT,
         "reason": TEXT,
+        "draft_sits_out": BOOL,  # the draft need not run over prompts: nobody is likely to draft from them
         "steps": INT,
         "in_flight": INT,  # steps under way: with a long prompt one takes seconds
         "generated_tokens": INT,

@@ -160,9 +160,14 @@ def test_a_failing_hook_costs_rows_and_no_request(served: Served) -> None:
 
 
 def test_without_speculation_every_token_is_still_logged(served: Served) -> None:
-    counters = served.engine.spec_decode_counters()
+    before = served.engine.call("draft_runs")
+    served.generate(served.short[:1], max_tokens=4)
+    served.finish()
+    counters, runs = served.engine.spec_decode_counters(), served.engine.call("draft_runs")
+    assert runs > before
     with served.engine.draft_length("never"):
         served.generate(served.short, max_tokens=16)
+        assert served.engine.call("draft_runs") == runs  # not even over the prompts
     rows = served.finish()
     requests = list(sort_rows(rows, served.layout).values())
     assert_states_agree(served.reference, requests, {})

@@ -68,7 +68,7 @@ class Server:
     def status(self) -> dict[str, Any]:
         return dict(self.http.get("/aurora/status").json())
 
-    def ask(self, prompt: str, max_tokens: int = 48, **more: Any) -> str:
+    def ask(self, prompt: str | list[int], max_tokens: int = 48, **more: Any) -> str:
         body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         answer = self.http.post("/v1/completions", json=body | more)
         answer.raise_for_status()
@@ -121,6 +121,20 @@ def test_metrics_are_on_vllms_own_page(server: Server) -> None:
     page = server.http.get("/metrics").text
     assert "vllm:" in page
     assert "aurora_" in page
+
+
+def test_prompts_that_begin_alike_are_cached_as_far_as_plain_vllm_caches_them(server: Server) -> None:
+    """vLLM computes the last block again where an EAGLE draft is served: 128 tokens of every such prompt, on a CPU."""
+
+    def cached() -> float:
+        page = server.http.get("/metrics").text
+        return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("vllm:prefix_cache_hits_t"))
+
+    begin = list(range(1000, 1300))
+    server.ask([*begin, 5, 6, 7], 1)
+    before = cached()
+    server.ask([*begin, 8, 9, 10], 1)
+    assert cached() - before == 256
 
 
 def test_a_draft_from_disk_goes_live_and_one_that_does_not_fit_does_not(server: Server, tmp_path: Path) -> None:

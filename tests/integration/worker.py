@@ -44,6 +44,16 @@ class InspectableWorker(AuroraWorker):
     def runner_class(self) -> str:
         return f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}"
 
+    def draft_runs(self) -> int:
+        """Forward passes of the draft model since this was first asked."""
+        if not hasattr(self, "_draft_runs"):
+            self._draft_runs = 0
+            self.model_runner.get_draft_model().register_forward_hook(self._count_draft_run)
+        return self._draft_runs
+
+    def _count_draft_run(self, *_: object) -> None:
+        self._draft_runs += 1
+
     def share_lm_head_message(self) -> str:
         """What LiveDraft says to a draft whose lm_head is the target's."""
         from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused

@@ -235,6 +235,15 @@ def test_vllms_arguments(serve_plan: plan.ServePlan) -> None:
     }
 
 
+def test_cached_blocks_are_kept_where_vllm_can(serve_plan: plan.ServePlan) -> None:
+    args = Namespace(worker_cls="auto", scheduler_cls=None, speculative_config=None)
+    plan.apply(serve_plan, args, speculative_fields={"disable_eagle_block_drop"})
+    assert args.speculative_config["disable_eagle_block_drop"] is True
+    args.speculative_config = {"disable-eagle-block-drop": False}  # the user wants it
+    plan.apply(serve_plan, args, speculative_fields={"disable_eagle_block_drop"})
+    assert args.speculative_config["disable_eagle_block_drop"] is False
+
+
 def test_v2_captures_graphs_for_every_draft_length(serve_plan: plan.ServePlan) -> None:
     """The table says K = 3, 2, 1 and 0 somewhere; one of the user's stays."""
     args = Namespace(worker_cls="auto", scheduler_cls=None, speculative_config=None)

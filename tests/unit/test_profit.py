@@ -135,6 +135,31 @@ def test_a_hopeless_draft_is_probed_only_for_its_verdict(wanted: bool) -> None:
     assert sum(k > 0 for k in chosen) < 0.1 * len(chosen)
 
 
+def test_the_draft_sits_prompts_out_while_drafting_is_far_off() -> None:
+    controller = DraftLengthController(3)
+    assert controller.decide(1).sits_out  # an untried draft, before anything was measured
+    simulate(controller, 0.0, 0.15, 100)
+    assert controller.decide(1).sits_out
+    controller.wants_verdicts = True
+    simulate(controller, 0.0, 0.15, 8)  # a decision stands for some steps
+    assert not controller.decide(1).sits_out
+    controller.wants_verdicts = False
+    controller.acceptance.shadow(shadow(0.6))  # the learner has published
+    simulate(controller, 0.6, 0.12, 100)
+    assert not controller.decide(1).sits_out
+    simulate(controller, 0.6, 2.0, 2000)  # the machine is another one: a good draft, but far too dear
+    assert controller.decide(1).sits_out
+
+
+@pytest.mark.parametrize(("mode", "sits_out"), [("never", True), ("always", False)])
+def test_fixed_modes_decide_about_prompts_too(mode: str, sits_out: bool) -> None:
+    assert DraftLengthController(3, mode=mode).decide(1).sits_out == sits_out
+
+
+def test_a_draft_the_user_gave_sees_prompts_from_the_start() -> None:
+    assert not DraftLengthController(3, prior=0.6).decide(1).sits_out
+
+
 def copying(controller: DraftLengthController, share: float, chance: float, rows: int = 400, seed: int = 0) -> None:
     """What is known of copies: there for ``share`` of the rows, right with ``chance``; drafts never are."""
     assert controller.copies is not None

@@ -48,6 +48,7 @@ class StrawRunner:
 
     def __init__(self) -> None:
         self.speculator = StrawSpeculator()
+        self.sits_out = False
 
     def sample(self, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any) -> tuple[Any, Any, Any]:
         num_sampled = torch.tensor([2, 0])
@@ -83,7 +84,7 @@ def hooked() -> tuple[StrawRunner, list[StepTrace]]:
         assert runner.speculator.calls == 0  # the record is made before the draft runs
         seen.append(build())
 
-    V2Adapter(runner, on_step, live_version=lambda: 4)
+    V2Adapter(runner, on_step, live_version=lambda: 4, sits_out=lambda: runner.sits_out)
     return runner, seen
 
 
@@ -102,11 +103,18 @@ def test_a_step_becomes_a_trace(hooked: tuple[StrawRunner, list[StepTrace]]) -> 
     assert trace.draft_version == 4
 
 
-@pytest.mark.parametrize(("k", "prefill", "runs"), [(0, False, 0), (0, True, 1), (1, False, 1), (2, False, 1)])
-def test_only_a_decode_step_that_nobody_drafts_from_does_without_the_draft(
-    hooked: tuple[StrawRunner, list[StepTrace]], k: int, prefill: bool, runs: int
+@pytest.mark.parametrize(
+    ("k", "prefill", "sits_out", "runs"),
+    [
+        *((0, False, False, 0), (0, True, False, 1), (1, False, False, 1), (2, False, False, 1)),
+        *((0, False, True, 0), (0, True, True, 0), (1, True, True, 1)),
+    ],
+)
+def test_a_step_that_nobody_drafts_from_does_without_the_draft_and_prompts_where_it_sits_out(
+    hooked: tuple[StrawRunner, list[StepTrace]], k: int, prefill: bool, sits_out: bool, runs: int
 ) -> None:
     runner, seen = hooked
+    runner.sits_out = sits_out
     runner.sample(torch.zeros(ROWS, WIDTH), batch(prefill), None)
     drafts = runner.speculator.propose(batch(prefill), None, num_speculative_tokens=k)
     assert runner.speculator.calls == runs
