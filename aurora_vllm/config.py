@@ -75,6 +75,9 @@ class AuroraConfig(BaseModel):
     )
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")
+    weight_average: float = Field(
+        0.99, ge=0, lt=1, description="decay, a step, of the average that is served of the weights in training; 0: none"
+    )
     batch_tokens: int = Field(128, ge=16, description="about how many positions one optimizer step trains on")
     prompt_weight: float = Field(0.0, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1")
     replay_passes: float = Field(

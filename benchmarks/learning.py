@@ -43,7 +43,7 @@ GOAL = 1.5
 WINDOW = 12  # trajectories of the running mean that has to reach the goal
 RELEASE: dict[str, Any] = {
     "semantics": "aurora-release", "learning_rate": 1e-4, "replay_passes": 1.0, "ttt_length": 5,
-    "vocabulary_coverage": 0.0, "prompt_weight": 0.0,
+    "vocabulary_coverage": 0.0, "prompt_weight": 0.0, "weight_average": 0.0,
 }  # fmt: skip
 RELEASE_BATCH = 8  # sequences of a step
 console = Console()
@@ -67,6 +67,7 @@ ARMS = {
     "no_lesson": Arm("without the lessons", lessons=False),
     "no_warm_start": Arm("without the warm start", random_start=True),
     "no_refining": Arm("lessons, then all at the full rate", refining=False),
+    "no_average": Arm("without averaging weights", {"weight_average": 0.0}),
     "no_vocabulary": Arm("without choosing the vocabulary anew", {"vocabulary_coverage": 0.0}),
     "no_replay": Arm("every sample once", {"replay_passes": 1.0}),
     "large_batch": Arm("four times the batch", {"batch_tokens": 512}),

@@ -6,12 +6,15 @@ what ``benchmarks.learning`` measures, without a server around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner import lesson
+from aurora_vllm.learner.averaging import WeightAverage
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.lesson_shape import is_due
@@ -33,7 +36,7 @@ Work = Literal["", "first lesson", "lesson", "training"]
 
 
 class Curriculum:
-    """Trains ``candidate`` in place.
+    """Trains ``candidate``: what it holds is the average of the draft in training (averaging.py).
 
     Args:
         candidate: a day-0 draft, one that somebody trained, or one that goes on from earlier work.
@@ -55,13 +58,15 @@ class Curriculum:
     ) -> None:
         self.candidate, self._head, self._config = candidate, head, config
         self.replay = Replay(config.replay_mb << 20, seed=config.seed)
+        is_release = config.semantics == "aurora-release"
+        self._average = WeightAverage(candidate, 0.0 if is_release else config.weight_average)
         self.trainer = Trainer(
-            candidate,
+            self._average.trained,
             head,
             config.learning_rate,
             config.ttt_length,
             semantics=config.semantics,
-            prompt_weight=config.prompt_weight if config.semantics == "default" else 0.0,
+            prompt_weight=0.0 if is_release else config.prompt_weight,
             objective=Objective(config.objective, config.discard_weight, config.discard_top_k),
         )
         self.coverage = Coverage(candidate.config.vocab_size)
@@ -91,9 +96,15 @@ class Curriculum:
         return bool(self._lessons_due) or self._lesson is not None
 
     def refine(self) -> None:
-        """The candidate is a trained one now, whoever trained it: no lessons, gentle steps."""
+        """The candidate is a trained one now, whoever trained it: no lessons, gentle steps from where it is."""
         self.skip_lessons()
+        self._average.restart()
         self.trainer.refine()
+
+    def go_on(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put other weights in the candidate's place, of whatever vocabulary. The optimizer's state stays."""
+        self.candidate.load_state_dict(weights)
+        self._average.restart()
 
     def skip_lessons(self) -> None:
         """Go on with gradient steps alone; a lesson under way is given up."""
@@ -112,7 +123,9 @@ class Curriculum:
         chosen = self._reselection.propose(self.coverage, self.candidate.target_ids)
         if chosen is None:
             return False
-        move_to_vocabulary(self.candidate, self._head, chosen, self.trainer.optimizer)
+        move_to_vocabulary(self.trainer.draft, self._head, chosen, self.trainer.optimizer)
+        if self.trainer.draft is not self.candidate:
+            move_to_vocabulary(self.candidate, self._head, chosen)
         self.vocabulary_changes += 1
         return True
 
@@ -152,6 +165,7 @@ class Curriculum:
             return False
         self._lesson = None
         self._lessons_due = [] if self.replay.evicted else self._lessons_due[1:]
+        self._average.restart()
         self.trainer.refine()
         return True
 
@@ -166,6 +180,7 @@ class Curriculum:
         if self.trainer.skipped > skipped:
             self._drop(chosen, "a training step was not finite")
             return
+        self._average.update()
         self.tokens_trained += sum(len(one.token_ids) for one in chosen)
         self.loss = float(output.total)
 

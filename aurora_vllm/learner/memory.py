@@ -3,8 +3,8 @@
 The peak is in a training step on the longest trajectory, with the replay full, while the loss holds the logits of a
 chunk of rows: all of the unroll's activations are alive then, and so are the gradients of the step before. In bytes:
 
-    weights    6 P floats: incumbent, candidate, the draft that a trial set aside, two moments, gradients; an embedding
-               of the draft's own is there three times
+    weights    7 P floats: incumbent, candidate, the draft in training, the one that a trial set aside, two moments,
+               gradients; an embedding of the draft's own is there four times
     target     embedding and lm_head as stored (mapped from the file, and touched all over)
     rows       the target's lm_head on the draft vocabulary, in float32
     replay     its budget
@@ -157,7 +157,7 @@ def predict(
 
 
 def _weights_bytes(draft: DraftSizes) -> int:
-    return 4 * (6 * draft.parameters + 3 * draft.embedding)
+    return 4 * (7 * draft.parameters + 4 * draft.embedding)
 
 
 def _granules(size: int) -> int:

@@ -188,7 +188,7 @@ class Learner:
             publish(self.bank, version, self.candidate, {"reason": reason, "step": trainer.steps})
         except ValueError as error:  # weights that are not finite: back to the last good ones
             block.message = f"not published: {error}"
-            self.candidate.load_state_dict(self.incumbent.state_dict())
+            self.curriculum.go_on(self.incumbent.state_dict())
             trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
             self.candidate_is_ahead = False
             return

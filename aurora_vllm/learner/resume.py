@@ -137,7 +137,7 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     curriculum.trainer.load_state_tensors(optimizer, int(statistics["steps"]), statistics["refining_since"])
     if statistics["steps"] or statistics["refining_since"] is not None:
         curriculum.skip_lessons()  # they begin from the day-0 draft, and would overwrite what came after it
-    learner.candidate.load_state_dict(candidate)
+    curriculum.go_on(candidate)
     curriculum.coverage.counts.copy_(tensors[COUNTS])
     learner.candidate_is_ahead = bool(statistics["candidate_is_ahead"])
     shadow = statistics["shadow"]
