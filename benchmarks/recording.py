@@ -10,7 +10,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner.curriculum import Curriculum
+from aurora_vllm.learner.draft import load_draft
+from aurora_vllm.learner.publish import publish
+from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.trajectory import Assembler, Branch, Trajectory
+from aurora_vllm.session import CHECKPOINT_VERSION
 from benchmarks.engine import SERVER, Engine
 from demo.model import ensure_model
 from demo.workload import GSM8K, gsm8k, humaneval
@@ -19,7 +25,10 @@ CONCURRENCY = 8
 
 
 def record(rows: int, unseen: int, tokens: int, seed: int, console: Console) -> tuple[list[Trajectory], str]:
-    """Serve real prompts greedily without speculation, and assemble what the hook wrote.
+    """Serve real prompts greedily, and assemble what the hook wrote.
+
+    The draft gets its lessons as in a server and proposes from the first one on, so that there are rejected branches to
+    learn from. What is answered does not depend on it.
 
     Args:
         rows: rows to record, prompts included, for learning.
@@ -37,6 +46,10 @@ def record(rows: int, unseen: int, tokens: int, seed: int, console: Console) -> 
     with TemporaryDirectory() as scratch, Progress(console=console) as progress:
         engine = Engine.start(ensure_model(), Path(scratch), speculate="never", enforce_eager=False, **SERVER)
         bar = progress.add_task(f"recording {domain}", total=rows)
+        target = engine.session.target
+        lessons = Curriculum(
+            load_draft(engine.session.draft), load_target_head(target), AuroraConfig(), target, worth_keeping=False
+        )
         try:
             tokenizer = engine.llm.get_tokenizer()
             assembler = Assembler(engine.session.row_layout)
@@ -51,12 +64,24 @@ def record(rows: int, unseen: int, tokens: int, seed: int, console: Console) -> 
                     done.append(one)
                     after += recorded >= rows
                     recorded += len(one.token_ids)
+                    lessons.add(one)
+                _teach(engine, lessons)
                 progress.update(bar, completed=min(recorded, rows))
                 if after >= unseen:
                     return done[: len(done) - after + unseen], domain
         finally:
             engine.close()
     raise ValueError(f"{domain} has only {recorded} rows")
+
+
+def _teach(engine: Engine, lessons: Curriculum) -> None:
+    """Lessons that are due, one after the other, into the engine's draft."""
+    while lessons.next() in ("first lesson", "lesson"):
+        if lessons.work():
+            version = max(engine.bank.published(), CHECKPOINT_VERSION) + 1
+            publish(engine.bank, version, lessons.candidate, {"reason": "a lesson"})
+            engine.wait_for(lambda version=version: engine.control.worker.staged_version == version)
+            engine.choose_draft_length("always")
 
 
 def save_recording(path: Path, trajectories: list[Trajectory], domain: str, unseen: int) -> None:

@@ -51,7 +51,7 @@ def unknowns_of(config: Eagle3Config) -> int:
 
 def is_due(draft: Eagle3Draft) -> bool:
     """Whether this is a day-0 draft that nothing was taught yet, of a shape that can take the lesson."""
-    config, weight = draft.config, draft.fc.weight
+    config, weight = draft.config, draft.fc.weight.detach().cpu()
     hidden = config.hidden_size
     untaught = bool((weight[:, :-hidden] == 0).all()) and torch.equal(weight[:, -hidden:], torch.eye(hidden))
     return untaught and _is_plain(config) and unknowns_of(config) > 0

@@ -111,8 +111,8 @@ def predict_gpu(
 ) -> GpuMemory:
     """What Aurora takes on a GPU. Never compared with one: docs/gpu.md.
 
-    ``target``, ``weights``, ``rows`` and ``step`` are the learner's, as in :class:`LearnerMemory`; its replay and its
-    process lie on the host, and on a GPU it has no lesson.
+    ``target``, ``weights``, ``rows`` and ``step`` are the learner's, as in :class:`LearnerMemory`; its replay, its
+    process and its lessons lie on the host.
 
     Args:
         target_bytes, rows, ttt_length: as in :func:`predict`. The step is the dearer of one in float32 and one in

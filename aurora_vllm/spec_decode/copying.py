@@ -106,7 +106,8 @@ class DraftCopier:
         self.copies.seen(copy.kind)
         if copy.tokens and draft:
             known.rivals = copy.kind, copy.tokens[0], draft[0]
-        known.copied = self.copies.preferred(copy.kind)
+        # Where the draft proposes nothing a copy has no rival, however often drafts have been right before.
+        known.copied = self.copies.preferred(copy.kind) if draft else bool(copy.tokens)
         return (copy.tokens if known.copied else draft)[: worth(copy.kind, known.copied)]
 
     def _best_copy(self, known: _Request) -> Copy:

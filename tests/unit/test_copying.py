@@ -105,6 +105,9 @@ def test_copies_that_are_wrong_where_drafts_are_right_end() -> None:
         seen.append(copier.copied("a"))
         tokens += [100 + turn, 5, 6]  # the draft was right
     assert seen == [True, False, False, False, False, False]
+    arrived = proposals(a=[])  # K is 0: there is nothing that has been right more often
+    copier.replace(arrived, requests, whole(2))
+    assert copier.copied("a") and len(arrived.draft_token_ids[0]) == 2
 
 
 @pytest.mark.parametrize("drafting", [True, False])

@@ -17,6 +17,7 @@ from tests.unit.test_lesson import acceptance, day0_draft, linear_world
 @pytest.fixture
 def small_lessons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LESSON_ROWS", (300, 900))
+    monkeypatch.setattr(module, "LESSON_REQUESTS", 12)
 
 
 def settings(**changes: object) -> AuroraConfig:

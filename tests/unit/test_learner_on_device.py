@@ -26,6 +26,7 @@ from aurora_vllm.learner.vocabulary import Coverage, Reselection
 from aurora_vllm.transport import placement
 from aurora_vllm.transport.placement import CPU, place
 from tests.unit.pretend_device import DEVICE, Far, pretend_device
+from tests.unit.test_lesson import day0_draft, linear_world
 from tests.unit.test_placement import StandIn, parts
 from tests.unit.tiny_world import DRAFT, SETTINGS, V, World, serve, session, trajectory
 
@@ -100,14 +101,27 @@ def test_a_draft_from_disk_with_an_embedding_of_its_own(device: torch.device, tm
         assert isinstance(found.embed_tokens, Far) and isinstance(found.fc.weight.data, Far)
 
 
-def test_no_lesson_is_due(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World()
-    monkeypatch.setattr("aurora_vllm.learner.curriculum.is_due", lambda draft: True)
-    head = TargetHead(world.embedding, world.lm_head).to(device)
-    curriculum = Curriculum(world.draft().to(device), head, AuroraConfig(**SETTINGS), tmp_path, worth_keeping=False)
-    assert not curriculum.has_lessons_to_learn
-    curriculum.add(trajectory(world))
+def taught_on(where: torch.device, directory: Path) -> dict[str, torch.Tensor]:
+    """A day-0 draft after its first lesson and one gradient step."""
+    draft, head = day0_draft()
+    norm = draft.norm.weight.detach().clone()
+    settings = AuroraConfig(vocabulary_coverage=0.0, ttt_length=2, batch_tokens=30)
+    curriculum = Curriculum(draft.to(where), head.to(where), settings, directory, worth_keeping=False)
+    for one in linear_world(head, norm, 20, 30):
+        curriculum.add(one)
+    assert curriculum.next() == "first lesson"
+    while not curriculum.work():
+        assert curriculum.next() == "first lesson"
     assert curriculum.next() == "training"
+    curriculum.work()
+    return {name: tensor.detach().cpu() for name, tensor in draft.state_dict().items()}
+
+
+def test_a_lesson_is_the_one_of_the_cpu(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aurora_vllm.learner.curriculum.LESSON_ROWS", (300, 900))
+    near, far = taught_on(CPU, tmp_path), taught_on(device, tmp_path)
+    for name, tensor in near.items():
+        torch.testing.assert_close(far[name], tensor)
 
 
 def test_a_rollback_and_a_checkpoint(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,21 @@ def test_copies_that_are_never_right_cost_nothing() -> None:
     assert controller.gain(4, 0) == 1.0
 
 
+@pytest.mark.parametrize("draft_is_better", [False, True])
+def test_copies_pay_without_a_draft_however_good_the_draft_is(draft_is_better: bool) -> None:
+    """A draft that is right more often than copies, and too dear to be asked, takes nothing from them."""
+    controller = DraftLengthController(3, copies=Copies(3, 10))
+    plain_steps(controller, draft=2.0)
+    copying(controller, share=0.5, chance=0.8)
+    for _ in range(300 if draft_is_better else 0):
+        controller.copies.compare(4, False, True)
+        controller.acceptance.observe(3, 3)
+    decision = controller.decide(4)
+    assert controller.copies.preferred(4) != draft_is_better
+    assert decision.draft_length == 0 and controller.gain(4, 0) > 1.1
+    assert controller.worth(4, True) == 3
+
+
 def test_a_good_draft_is_used_beside_copies_and_cut_to_what_pays() -> None:
     controller = DraftLengthController(3, copies=Copies(3, 10))
     plain_steps(controller, token=0.03, draft=0.03)

@@ -1,0 +1,36 @@
+"""A lesson for a draft that lies on a GPU: worked out on the host, where the replay is, and written into the draft.
+
+Its normal equations take gigabytes and its time is a CPU's: both are there on a host that waits for its GPU, while the
+GPU's memory and time are the server's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.lesson import Lesson
+from aurora_vllm.learner.target import TargetHead
+from aurora_vllm.learner.trajectory import Trajectory
+from aurora_vllm.transport.placement import CPU
+
+NOT_TAUGHT = ("lm_head.weight", "d2t")  # what a lesson leaves alone; both may change while it is under way
+
+
+class HostLesson:
+    """As :class:`Lesson`, for a draft on any device; holds copies of draft and head on the host."""
+
+    def __init__(self, draft: Eagle3Draft, head: TargetHead) -> None:
+        self._draft, self._copy = draft, copy.deepcopy(draft).to(CPU)
+        self._lesson = Lesson(self._copy, head.to(CPU))
+
+    @torch.no_grad()
+    def run(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
+        """See :meth:`Lesson.run`."""
+        self._copy.load_state_dict(self._draft.state_dict())
+        yield from self._lesson.run(trajectories)
+        taught = {name: tensor for name, tensor in self._copy.state_dict().items() if name not in NOT_TAUGHT}
+        self._draft.load_state_dict(taught, strict=False)
