@@ -28,7 +28,7 @@ from aurora_vllm.transport.placement import CPU, place
 from tests.unit.pretend_device import DEVICE, Far, pretend_device
 from tests.unit.test_lesson import day0_draft, linear_world
 from tests.unit.test_placement import StandIn, parts
-from tests.unit.tiny_world import DRAFT, SETTINGS, V, World, serve, session, trajectory
+from tests.unit.tiny_world import DRAFT, V, World, serve, session, trajectory
 
 pytestmark = [
     pytest.mark.usefixtures("same_every_time"),
