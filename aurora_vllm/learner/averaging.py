@@ -15,7 +15,7 @@ import torch
 
 from aurora_vllm.learner.draft import Eagle3Draft
 
-YOUNG = 10  # steps: an average is no older than its weights; as in torch's swa_utils and the papers after it
+YOUNG = 10  # steps n in which it follows closely, with a decay of (1 + n) / (10 + n): the start is soon forgotten
 
 
 class WeightAverage:
