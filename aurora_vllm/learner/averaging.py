@@ -2,9 +2,8 @@
 
 A step on one or two trajectories throws the weights about as far as it carries them on, and the noise costs acceptance
 wherever one stops. An exponential moving average of the weights (Polyak and Juditsky, "Acceleration of Stochastic
-Approximation by Averaging", 1992) has most of the way and little of the noise. Measured on SmolLM2-135M after a lesson
-on 40,000 rows of GSM8K, 32 unseen prompts, K=3, one seed, acceptance length after 1, 1.5 and 2 passes over them: 1.82,
-1.87 and 1.83 of the draft in training, 1.90, 1.93 and 1.94 of its average.
+Approximation by Averaging", 1992) has most of the way and little of the noise. By hand, SmolLM2-135M, 40,000
+rows of GSM8K, 32 unseen prompts, K=3: an acceptance length of 1.88 and 1.89 with it (two seeds), 1.78 without (one).
 """
 
 from __future__ import annotations
