@@ -21,6 +21,7 @@ import torch
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.day0 import make_day0_draft
 from aurora_vllm.learner.draft import bank_specs, load_draft
+from aurora_vllm.plan import KEEP_LAST_BLOCK
 from aurora_vllm.session import ENVIRONMENT_KEY, Session
 from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.spec_decode.copying import DraftCopier
@@ -49,7 +50,12 @@ def small_arguments(target: Path, draft: Path) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "kv_cache_memory_bytes": 32 << 20,
         "seed": 0,
-        "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
+        "speculative_config": {
+            "method": "eagle3",
+            "model": str(draft),
+            "num_speculative_tokens": 3,
+            KEEP_LAST_BLOCK: True,  # as a server has it
+        },
     }
 
 

@@ -82,8 +82,8 @@ def test_preempted_requests_are_logged_right(served: Served) -> None:
 
 def test_finish_at_prefill_and_length_limit(served: Served) -> None:
     counters = served.engine.spec_decode_counters()
-    served.generate([served.text(40, 3)], max_tokens=1)
-    served.generate([served.text(240, 9)], max_tokens=16)  # max_model_len is 256
+    served.generate([served.text(40, 0)], max_tokens=1)
+    served.generate([served.text(240, 5)], max_tokens=16)  # max_model_len is 256
     rows = served.finish()
     requests = list(sort_rows(rows, served.layout).values())
     assert len(requests[0].path) == 40
