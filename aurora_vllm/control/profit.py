@@ -10,7 +10,7 @@ propose. Numbers in, decisions out: this file knows neither vLLM nor torch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aurora_vllm.control.acceptance import AcceptanceEstimate
@@ -111,7 +111,7 @@ class DraftLengthController:
         """Tokens per second with K drafts over tokens per second without, as measured or predicted."""
         if not self.costs.known(bucket):
             return 1.0 if draft_length == 0 else 0.0
-        return self._plan(bucket, draft_length, self._price(bucket)).gain
+        return self._plan(bucket, draft_length, self._offers(draft_length > 0), self._price(bucket)).gain
 
     def saved(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
         """Seconds by which a step that is over was better than plain decoding; negative where it was worse.
@@ -152,8 +152,8 @@ class DraftLengthController:
                 state.since_drafts = 0
             return state.stands
 
-        price = self._price(bucket)
-        plans = [self._plan(bucket, k, price) for k in range(self.max_draft_length + 1)]
+        price, copies, drafts = self._price(bucket), self._offers(drafting=False), self._offers(drafting=True)
+        plans = [self._plan(bucket, k, drafts if k else copies, price) for k in range(self.max_draft_length + 1)]
         best = max(range(len(plans)), key=lambda k: plans[k].gain)
         now = plans[state.draft_length].gain
         if plans[best].gain > now * (1.0 + KEEP_MARGIN) or (best == 0 and now < plans[0].gain):
@@ -164,22 +164,25 @@ class DraftLengthController:
         state.stands, state.stands_for = self._in_words(bucket, state.draft_length, plans), PLAN_EVERY - 1
         return state.stands
 
-    def _offers(self, draft_length: int) -> Iterator[tuple[float, bool, list[float]]]:
+    def _offers(self, drafting: bool) -> list[tuple[float, bool, list[float]]]:
         """What there is to propose: how often, whether it is a copy, and the chance that its tokens 0..i are right."""
         if self.copies is None:
-            yield 1.0, False, self._chain(0, copied=False)
-            return
+            return [(1.0, False, self._chain(0, copied=False))]
+        offers = []
         for kind, share in self.copies.shares():
-            copied = self.copies.preferred(kind) if draft_length else kind > 0  # without a draft it has no rival
-            yield share, copied, self._chain(kind, copied)
+            copied = self.copies.preferred(kind) if drafting else kind > 0  # without a draft it has no rival
+            offers.append((share, copied, self._chain(kind, copied)))
+        return offers
 
     def _chain(self, kind: int, copied: bool) -> list[float]:
         """Chance that tokens 0..i of such a proposal are all accepted, for each i."""
         return self.copies.chain(kind) if copied and self.copies else self.acceptance.chain()
 
-    def _plan(self, bucket: int, draft_length: int, price: float) -> _Plan:
+    def _plan(
+        self, bucket: int, draft_length: int, offers: Sequence[tuple[float, bool, list[float]]], price: float
+    ) -> _Plan:
         tokens, verified = 1.0, 0.0
-        for share, copied, chain in self._offers(draft_length):
+        for share, copied, chain in offers:
             likely = self._likely(copied, chain, draft_length, price)
             tokens += share * sum(likely)
             verified += share * len(likely)
