@@ -17,8 +17,6 @@ from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.transport.placement import CPU
 
-NOT_TAUGHT = ("lm_head.weight", "d2t")  # what a lesson leaves alone; both may change while it is under way
-
 
 class HostLesson:
     """As :class:`Lesson`, for a draft on any device; holds copies of draft and head on the host."""
@@ -31,6 +29,9 @@ class HostLesson:
     def run(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
         """See :meth:`Lesson.run`."""
         self._copy.load_state_dict(self._draft.state_dict())
-        yield from self._lesson.run(trajectories)
-        taught = {name: tensor for name, tensor in self._copy.state_dict().items() if name not in NOT_TAUGHT}
-        self._draft.load_state_dict(taught, strict=False)
+        for _ in self._lesson.run(trajectories):
+            yield
+            if not torch.equal(self._copy.d2t, self._draft.d2t.to(CPU)):  # another vocabulary was chosen meanwhile
+                self._copy.lm_head.weight.copy_(self._draft.lm_head.weight)
+                self._copy.d2t.copy_(self._draft.d2t)
+        self._draft.load_state_dict(self._copy.state_dict())

@@ -1,22 +1,28 @@
-"""Copying, the part of the lesson that is not linear: what followed this token when it last stood here?
+"""Copying, the part of the lesson that is not linear: what came the last time that things stood like this?
 
 Answers repeat their prompt and themselves. On GSM8K a small target's next token is, for 40 % of all rows, the one that
 followed the same two tokens before; a draft without attention to its context finds few of them. Transformers learn
 induction heads for this (Olsson et al., "In-context Learning and Induction Heads", 2022), which takes two layers and
-many tokens; an EAGLE-3 draft has one layer, but reads states of a target that has the other. So the heads are written
+many tokens; an EAGLE-3 draft has one layer, but reads states of a target that has the others. So the heads are written
 down, and the regression only has to find out how much to make of what they bring:
 
     row s stands for the target's state at position s, and reads the token x_{s+1}
-    key    code(x_s), code(x_{s-1})      linear in the auxiliary states, by regression
-    query  code(x_{t+1}), code(x_t)      linear in the token's embedding, and as the key
+    key    code(a_s): what the states a_s say of where the text is
+    query  what code(a_{t+1}) is expected to be, from a_t and the token x_{t+1}
     value  the embedding of x_{s+1}
 
-A code is a short vector for each token: few channels of the draft's hidden state carry both codes from ``fc`` to the
-attention and, from one step to the next, to the attention of that. The final norm blots them out. They are loud beside
-everything else in that state, because the layer's norm divides each row by its size: keys of small states, and so
-attention to them, would otherwise be larger than meant, and what the heads bring another thing than the regression was
-told (on SmolLM2 three quarters of the attention lay elsewhere). In a head codes lie in the channels RoPE turns slowest,
-for a match may be far away.
+A code is a short vector. Which directions of the states it is made of is a canonical correlation analysis (Hotelling,
+"Relations Between Two Sets of Variates", 1936): those that can best be told one position ahead. Codes of tokens, by
+random projection, found less than that: of the first tokens proposed for unseen GSM8K answers 50 % were right, instead
+of 53 % (a regression on 16,000 rows, 32 channels both times; 43 % without heads).
+
+Codes lie in the first channels of the draft's hidden state, from ``fc`` to the attention and from one step to the next;
+the final norm blots them out. To make room for them the rest is turned (``basis``), so that these channels would hold
+the directions in which the target's last state varies least: leaving 64 of 576 out costs nothing then, where the 32
+channels that move the logits least cost 1.8 % of the guesses. Codes are loud beside everything else in that state,
+because the layer's norm divides each row by its size: keys of small states, and so attention to them, would otherwise
+be larger than meant, and what the heads bring another thing than the regression was told. In a head codes lie in the
+channels RoPE turns slowest, for a match may be far away.
 """
 
 from __future__ import annotations
@@ -27,32 +33,26 @@ from dataclasses import dataclass
 import torch
 
 from aurora_vllm.learner.draft import Attention
+from aurora_vllm.learner.lesson_rows import newest
 from aurora_vllm.learner.normal_equations import add_gram
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
-MATCH = 16.0  # attention score of a row that follows this token, ...
-MATCH_BEFORE = 10.0  # ... and what it gains where the token before agrees too
+MATCH = 16.0  # attention score of a row whose code is as expected, for a query and a key of typical size
 LOUDNESS = 1.0  # of a code beside all of the target's state, as vectors. Twice as much gained nothing
-PROBE_RIDGE = 0.003  # relative to inputs of unit size
-SAMPLE_ROWS = 8192  # the newest ones, to find the codes and where to read them
-FLOOR = 0.1  # of the median variance: what whitening takes the smallest ones for
+RIDGE = 0.03  # relative to inputs of unit size
 
 
 @dataclass(frozen=True)
 class Induction:
-    """How tokens are coded, C channels each."""
+    """Codes of a state: a key of C channels, and as many that are its part in the query."""
 
-    channels: torch.Tensor  # int64 [2, C]: of the hidden state, for this token's code and for the one before
-    token: torch.Tensor  # [H, C]: embedding of unit size -> code
-    here: torch.Tensor  # [num_aux * H, C]: scaled auxiliary states -> code of the token at this position
-    before: torch.Tensor  # [num_aux * H, C]: -> code of the token before it
-    strength: float  # length of a code in the hidden state
-
-    @property
-    def size(self) -> int:
-        """C."""
-        return self.channels.shape[1]
+    basis: torch.Tensor  # [H, H], orthogonal: the target's last state -> the draft's hidden state; its first 2C go
+    codes: torch.Tensor  # [num_aux * H, 2C]: scaled auxiliary states -> codes, of typical length 1
+    token: torch.Tensor  # [H, C]: the next token's part in the query, from its embedding of unit size
+    match: float  # what makes an attention score of query . key
+    next_codes: torch.Tensor  # [2C + H, 2C]: of the next state, from these codes and that embedding
+    strength: float  # length of codes in the hidden state
 
     def bring(self, aux: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """What the heads find, one attention pattern for all.
@@ -64,11 +64,15 @@ class Induction:
         Returns:
             [T - 1, H]: row t's weighted mean of the embeddings at s+1, s <= t.
         """
-        here, before = (_at_most_one(aux[:-1] @ probe) for probe in (self.here, self.before))
-        query = torch.cat([MATCH * (embeddings[1:] @ self.token), MATCH_BEFORE * here], 1)
-        scores = query @ torch.cat([here, before], 1).T
+        keys, queries = _as_normed(aux[:-1] @ self.codes).chunk(2, dim=1)
+        scores = self.match * (queries + embeddings[1:] @ self.token) @ keys.T
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         return scores.masked_fill(future, float("-inf")).softmax(-1) @ embeddings[1:]
+
+    @property
+    def width(self) -> int:
+        """2C: channels of the hidden state that hold codes."""
+        return self.codes.shape[1]
 
     def install(
         self, attn: Attention, first: int, dim: int, copy: torch.Tensor, found: torch.Tensor, read: float
@@ -79,20 +83,20 @@ class Induction:
             attn: of the draft; its heads from ``first`` on are written, of ``dim`` channels each.
             copy: W, what is made of what they bring. [H, H]
             found: c, samples of what they bring. [n, H]
-            read: what a normed state's code channels are times this is the code.
+            read: what codes in a normed state are times this is the codes.
         """
-        hidden, size, rows = len(copy), self.size, len(attn.q_proj.weight)
-        here, before = (hidden + channels for channels in self.channels)
-        of_this = torch.arange(dim // 2 - size, dim // 2)  # RoPE pairs channel i with D/2 + i; the last turn slowest
-        of_before = of_this + dim // 2
+        hidden, rows = len(copy), len(attn.q_proj.weight)
+        size = self.token.shape[1]
+        # RoPE pairs channel i with D/2 + i, and the last turn slowest: those are for what a code says first.
+        slow = torch.arange(dim // 2 - 1, dim // 2 - 1 - size // 2, -1)
+        slow = torch.stack([slow, slow + dim // 2], 1).flatten()
         for projection in (attn.q_proj, attn.k_proj, attn.v_proj):
             projection.weight[first * dim :] = 0.0
         for start in range(first * dim, rows, dim):
-            this, previous = start + of_this, start + of_before
-            attn.q_proj.weight[this, :hidden] = self.token.T * MATCH * dim**0.5
-            attn.q_proj.weight[previous, here] = read * MATCH_BEFORE * dim**0.5
-            attn.k_proj.weight[this, here] = read
-            attn.k_proj.weight[previous, before] = read
+            key, query = (torch.arange(hidden, hidden + self.width)).chunk(2)
+            attn.k_proj.weight[start + slow, key] = read
+            attn.q_proj.weight[start + slow, query] = read * self.match * dim**0.5
+            attn.q_proj.weight[start + slow, :hidden] = self.token.T * self.match * dim**0.5
         rank = min(rows - first * dim, hidden)
         output = found @ copy
         directions = torch.linalg.eigh(output.T @ output).eigenvectors[:, -rank:]
@@ -101,69 +105,93 @@ class Induction:
         attn.o_proj.weight[:, block] = directions
 
 
+def code_channels(hidden: int, head_dim: int) -> int:
+    """C, even: as many as RoPE leaves slow in a head, while both codes together take an eighth of the hidden state."""
+    return min(head_dim // 2, hidden // 16) // 2 * 2
+
+
 def make_induction(
     trajectories: Sequence[Trajectory],
     scale: torch.Tensor,
     head: TargetHead,
     final_norm: torch.Tensor,
-    weight: torch.Tensor,
     size: int,
 ) -> Induction:
-    """Codes for the tokens of this traffic, and where to read them.
+    """Codes for the states of this traffic, and where to read them.
 
     Args:
-        trajectories: of at least two rows each.
+        trajectories: of at least three rows each.
         scale: [num_aux * H], typical size of each auxiliary channel.
         head: the target's frozen ends.
         final_norm: [H], weight of the target's final norm.
-        weight: [H], how much a unit of each channel of the target's last state moves the logits.
-        size: C.
+        size: C, even.
     """
-    last = torch.cat([one.last.float() for one in trajectories[:8]])
-    trajectories = _newest(trajectories)
-    tokens = torch.cat([one.token_ids for one in trajectories])
-    follows = torch.cat([torch.arange(len(one.token_ids)) > 0 for one in trajectories])
-    aux = torch.cat([one.aux.float() for one in trajectories]) / scale
-    embeddings = unit(head.embed(tokens))
-    codes = embeddings @ _projection(unit(head.embed(tokens.unique())), size)
-    codes = codes / codes.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    # A sequence's first row has no token before it, and its state is far off.
-    both = torch.cat([codes[follows], codes[:-1][follows[1:]]], 1)
-    here, before = regress(aux[follows], both, PROBE_RIDGE).split(size, dim=1)
+    trajectories = newest(trajectories)
+    states, tokens, after = [], [], []
+    for one in trajectories:
+        aux = one.aux[1:].float() / scale  # a sequence's first state is far off
+        states.append(aux[:-1])
+        after.append(aux[1:])
+        tokens.append(unit(head.embed(one.token_ids[2:])))
+    known, embeddings, wanted = (torch.cat(x) for x in (states, tokens, after))
+    query, key = canonical_pairs(torch.cat([known, embeddings], 1), wanted, size)
+    key = key / _typical(wanted @ key)
+    ahead, token = (query / _typical(known @ query[: len(scale)] + embeddings @ query[len(scale) :])).split(
+        [len(scale), embeddings.shape[1]]
+    )
+    codes = torch.cat([key, ahead], 1)
+    length = _typical(known @ codes)
+    codes, token = codes / length, token / length
+    last = torch.cat([one.last.float() for one in trajectories]) / final_norm
     return Induction(
-        channels=(rms(last.T) * weight).argsort()[: 2 * size].view(2, size),  # those that move the logits least
-        token=regress(embeddings, codes, PROBE_RIDGE),
-        here=here,
-        before=before,
-        strength=LOUDNESS * float(rms(last / final_norm).median()) * last.shape[1] ** 0.5,
+        basis=torch.linalg.eigh(last.T @ last).eigenvectors,
+        codes=codes,
+        token=token,
+        match=MATCH * length**2,
+        next_codes=regress(torch.cat([_as_normed(known @ codes), embeddings], 1), wanted @ codes),
+        strength=LOUDNESS * float(rms(last).median()) * last.shape[1] ** 0.5,
     )
 
 
-def _newest(trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
-    """Those of about SAMPLE_ROWS rows together, at least one."""
-    rows, first = 0, len(trajectories)
-    while first and rows < SAMPLE_ROWS:
-        first -= 1
-        rows += len(trajectories[first].token_ids)
-    return trajectories[first:]
+def canonical_pairs(x: torch.Tensor, y: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The directions of y that x tells most about, and what x tells about them. Not centred: weights have no bias.
 
+    Args:
+        x: [n, X]; y: [n, Y].
 
-def _projection(embeddings: torch.Tensor, size: int) -> torch.Tensor:
-    """A random one that spreads these tokens evenly. [n, H] -> [H, size]"""
-    variances, directions = torch.linalg.eigh(torch.cov(embeddings.T))
-    spread = variances.clamp(min=float(variances.median()) * FLOOR).clamp(min=1e-12).rsqrt()
-    hidden = len(directions)
+    Returns:
+        [X, count] and [Y, count]: with x P as the regression of y Q, a score x P . y Q is large where y is as x says.
+    """
+    (of_x, of_y) = (_cholesky(z) for z in (x, y))
+    cross = torch.linalg.solve_triangular(of_x, x.T @ y, upper=False)
+    cross = torch.linalg.solve_triangular(of_y, cross.T, upper=False).T
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.linalg.qr(torch.randn(hidden, size, generator=generator)).Q
-    return directions @ (spread[:, None] * (directions.T @ chosen))
+    basis = torch.randn(y.shape[1], count + 16, generator=generator)
+    for _ in range(4):  # subspace iteration, as in torch.svd_lowrank, which takes no generator
+        basis = torch.linalg.qr(cross.T @ (cross @ basis)).Q
+    left, correlations, right = torch.linalg.svd(cross @ basis, full_matrices=False)
+    left, right = left * correlations, basis @ right.T
+    return (
+        torch.linalg.solve_triangular(of_x.T, left[:, :count], upper=True),
+        torch.linalg.solve_triangular(of_y.T, right[:, :count], upper=True),
+    )
 
 
-def regress(inputs: torch.Tensor, outputs: torch.Tensor, ridge: float) -> torch.Tensor:
+def _cholesky(x: torch.Tensor) -> torch.Tensor:
+    normal = torch.zeros(x.shape[1], x.shape[1])
+    add_gram(normal, x)
+    normal.diagonal().add_(RIDGE * normal.diagonal().mean() + 1e-6)
+    return torch.linalg.cholesky(normal)
+
+
+def regress(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Ridge regression. [n, X], [n, Y] -> [X, Y]"""
-    normal = torch.zeros(inputs.shape[1], inputs.shape[1])
-    add_gram(normal, inputs)
-    normal.diagonal().add_(ridge * len(inputs))
-    return torch.cholesky_solve(inputs.T @ outputs, torch.linalg.cholesky(normal))
+    return torch.cholesky_solve(inputs.T @ outputs, _cholesky(inputs))
+
+
+def _typical(codes: torch.Tensor) -> float:
+    """Length of a row."""
+    return max(float(codes.norm(dim=1).median()), 1e-6)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -175,6 +203,7 @@ def rms(x: torch.Tensor) -> torch.Tensor:
     return x.square().mean(-1).sqrt()
 
 
-def _at_most_one(codes: torch.Tensor) -> torch.Tensor:
-    """A sequence's first states are far off, and so are their codes; the layer's norm takes care of it there."""
-    return codes / codes.norm(dim=1, keepdim=True).clamp(min=1.0)
+def _as_normed(codes: torch.Tensor) -> torch.Tensor:
+    """As keys see them: the layer's norm has divided each row by its size, in which its code has this share."""
+    shares = codes.square().sum(1, keepdim=True) * LOUDNESS**2
+    return codes * ((1.0 + LOUDNESS**2) / (1.0 + shares)).sqrt()

@@ -50,10 +50,11 @@ def install(
     fc, radius = _first_step(solution.aux, recursion, aux, size, induction)
     token = solution.token.clone()
     if induction is not None:
-        codes = induction.channels.flatten()
-        recursion[codes] = 0.0
-        recursion[codes, codes] = -radius  # a step's code goes, the next one's comes with M
-        token[:, induction.channels[0]] = induction.strength * induction.token
+        # A step's codes go, and what the next one's are expected to be comes.
+        width = induction.width
+        old, new = induction.next_codes.split([width, hidden])
+        recursion[:width, :width] = radius * (old - torch.eye(width))
+        token[:, :width] = induction.strength * new
 
     layer, attn = draft.midlayer, draft.midlayer.self_attn
     layer.input_layernorm.weight.fill_(1.0)
@@ -98,8 +99,7 @@ def _first_step(
     def solve(rho: float) -> torch.Tensor:
         found = torch.linalg.solve(identity + recursion / rho, aux, left=False)
         if induction is not None:
-            found[:, induction.channels[0]] = induction.strength * induction.here
-            found[:, induction.channels[1]] = induction.strength * induction.before
+            found[:, : induction.width] = induction.strength * induction.codes
         return found
 
     low, high = size, 64.0 * size

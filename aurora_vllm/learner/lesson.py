@@ -7,7 +7,7 @@ after it the next. Ridge regression solves this exactly, on prompt rows as well 
     y_{t+1}    ~  A a_t          + M e_{t+1}   + W c_{t}       the first draft
     y_{t+1+k}  ~  N n(guess_k-1) + M e_{t+1+k} + W c_{t+k}     the k-th after it; n is RMSNorm without a weight
 
-c is what induction heads bring, the token that followed the same tokens before (induction.py).
+c is what induction heads bring: the token that came the last time that things stood like this (induction.py).
 
 An EAGLE-3 layer computes  u + o(attention of v [e, n(u)]) + MLP(.),  with u = fc(a) in the first step and the layer's
 own last output after it. So the solution is written into its weights like this:
@@ -16,17 +16,18 @@ own last output after it. So the solution is written into its weights like this:
            itself. The others, where the draft has more, are induction heads
     v, o   v = [M, N - r I],  o = I; r is the typical size of a guess, which cancels the residual path in later steps.
            Induction heads: W, of the rank they have room for
-    fc     A, corrected for what N - r I does to it in the first step, and the two codes
+    fc     A, corrected for what N - r I does to it in the first step, and codes
     MLP    its last projection starts at zero: silent, and free to learn
-    norm   the target's, scaled by how much less certain a guess is, and zero where codes stand
+    norm   one number, that a guess be as large as it is certain; zero where codes lie
+    head   lm_head's own rows, turned so that they read y as they did before
 
-With y the target's last hidden state over its final norm's weight, the draft's final norm and lm_head are the target's
-own. Induction costs channels, so the newest requests decide whether it stays: where first guesses on them are no better
-with it, learned from the others, its heads are silent (o = 0) and no channel is a code's.
+y is the target's last hidden state over its final norm's weight, turned to make room for codes. Induction costs
+channels, so the newest requests decide whether it stays: where first guesses on them are no better with it, learned
+from the others, its heads are silent (o = 0) and no channel is a code's.
 
-Measured on SmolLM2-135M, K=3, 32 unseen prompts, one seed, acceptance length without and with induction: GSM8K 1.49 and
-1.53 after 3,100 rows, 1.60 and 1.72 after 12,400; HumanEval 1.37 and 1.39 after 3,300 rows, 1.46 and 1.55 after 12,400.
-12,400 rows take 8 s of one CPU. A day-0 draft has 1.04.
+Measured on SmolLM2-135M and GSM8K, one seed, K=3, 32 unseen prompts, acceptance length without and with induction: 1.45
+and 1.54 after 3,190 rows (5 s of one CPU), 1.56 and 1.72 after 12,409 (11 s), 1.58 and 1.76 after 16,555 (12 s). With
+codes of tokens instead of states 1.52, 1.68 and 1.72. A day-0 draft has 1.04.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from aurora_vllm.learner.draft import Eagle3Draft
-from aurora_vllm.learner.induction import LOUDNESS, Induction, make_induction, rms, unit
+from aurora_vllm.learner.induction import LOUDNESS, Induction, code_channels, make_induction, rms, unit
 from aurora_vllm.learner.installation import Solution, install
+from aurora_vllm.learner.lesson_rows import hold_out, pieces_of, windows
 from aurora_vllm.learner.lesson_shape import unknowns_of
 from aurora_vllm.learner.normal_equations import Eliminated, NormalEquations, add_gram
 from aurora_vllm.learner.target import TargetHead
@@ -49,8 +51,6 @@ STEP_DECAY = 0.8  # weight of a step beside the one before, as in the training o
 RIDGE = 0.03  # relative to inputs of unit size
 PERSISTENCE = 0.7  # what N is drawn to: a guess says something about the next one too. Keeps fc's correction solvable
 PERSISTENCE_RIDGE = 1.0
-HELD_OUT = 0.2  # of the rows, the newest: what decides about induction heads
-PIECE_ROWS = 2048  # rows of one piece of work
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ class Lesson:
         self._hidden = draft.config.hidden_size
         self._width = draft.config.num_aux_hidden_states * self._hidden
         self._scale = torch.ones(self._width)
+        self._basis = torch.eye(self._hidden)  # target's last state over its norm's weight -> the draft's hidden state
+        self._reads = torch.diag(self._final_norm)  # the same -> what lm_head reads now, ...
+        self._unread = torch.zeros(self._hidden, 0)  # ... and directions of it that lm_head does not see
         self._induction: Induction | None = None
 
     @torch.no_grad()
@@ -91,7 +94,7 @@ class Lesson:
             return
         self._prepare(usable)
         yield
-        learned, held_out = (_pieces(part) for part in _split(usable))
+        learned, held_out = (pieces_of(part) for part in hold_out(usable))
         pieces, hidden = learned + held_out, self._hidden
         rest = unknowns_of(self._draft.config) - self._width
         normal = NormalEquations(self._width, rest, hidden)  # of the first step
@@ -128,15 +131,11 @@ class Lesson:
         states = torch.cat([one.aux.float() for one in trajectories[:8]]).unflatten(1, (-1, self._hidden))
         # The median over rows, since a sequence's first token is far off.
         self._scale = rms(states).median(0).values.repeat_interleave(self._hidden)
-        self._induction = None
+        self._induction, self._basis = None, torch.eye(self._hidden)
         if unknowns_of(self._draft.config) > self._width + 2 * self._hidden:
-            size = self._draft.config.head_dim // 4
-            norms = self._column_norms()
-            self._induction = make_induction(trajectories, self._scale, self._head, self._final_norm, norms, size)
-
-    def _column_norms(self) -> torch.Tensor:
-        """How much a unit of each channel moves the draft's logits. [H]"""
-        return torch.linalg.vector_norm(self._draft.lm_head.weight, dim=0)
+            size = code_channels(self._hidden, self._draft.config.head_dim)
+            self._induction = make_induction(trajectories, self._scale, self._head, self._final_norm, size)
+            self._basis = self._induction.basis
 
     def _copying_helps(self, normal: NormalEquations, held_out: Sequence[Sequence[Trajectory]]) -> bool:
         """Whether induction heads, with the channels they take, make first guesses better where none was learned from.
@@ -147,7 +146,7 @@ class Lesson:
         eliminated = self._eliminate(normal)
         either = self._solution(eliminated.solve())
         neither = self._split_up(eliminated.solve(rest=2 * self._hidden))
-        weight = self._column_norms() * self._final_norm
+        weight = torch.linalg.vector_norm(self._turned_head(), dim=0)
         errors = torch.zeros(2)
         for piece in held_out:
             features = self._features(piece)
@@ -161,11 +160,11 @@ class Lesson:
         return normal.eliminate(RIDGE, PERSISTENCE_RIDGE, PERSISTENCE)
 
     def _solution(self, solved: torch.Tensor) -> Solution:
-        """Of the solved weights; where codes stand they have no say. [inputs, H]"""
+        """Of the solved weights; where codes lie they have no say. [inputs, H]"""
         if self._induction is not None:
-            codes = self._induction.channels.flatten()
-            solved[:, codes] = 0.0
-            solved[self._width + codes] = 0.0
+            width = self._induction.width
+            solved[:, :width] = 0.0
+            solved[self._width : self._width + width] = 0.0
         return self._split_up(solved)
 
     def _split_up(self, solved: torch.Tensor) -> Solution:
@@ -177,10 +176,10 @@ class Lesson:
         for one in piece:
             scaled, embeddings = one.aux.float() / self._scale, unit(self._head.embed(one.token_ids))
             aux.append(scaled[:-STEPS])
-            tokens.append(_windows(embeddings[1:]))
+            tokens.append(windows(embeddings[1:], STEPS))
             found = self._induction.bring(scaled, embeddings) if self._induction is not None else embeddings[1:, :0]
-            copies.append(_windows(found))
-            states.append(_windows(one.last[1:].float() / self._final_norm))
+            copies.append(windows(found, STEPS))
+            states.append(windows(one.last[1:].float() / self._final_norm @ self._basis, STEPS))
         return _Features(
             torch.cat(aux), *([torch.cat(step) for step in zip(*x, strict=True)] for x in (tokens, copies, states))
         )
@@ -212,38 +211,20 @@ class Lesson:
         size = float(self._sizes(next(self._guesses(solution, sample, 1))).mean())
         solution = replace(solution, guess=solution.guess * self._gain)
         install(draft, solution, self._induction, self._scale, size, sample.aux, sample.copies[0])
-        weight = self._final_norm.clone()
-        if self._induction is not None:
-            codes = self._induction.channels.flatten()
-            weight[codes] = 0.0
-            states = states.index_fill(1, codes, 0.0)
-        draft.norm.weight.copy_(weight * (size / rms(states).mean()))
+        width = self._induction.width if self._induction is not None else 0
+        turned = self._turned_head()
+        gain = float(turned.norm() / draft.lm_head.weight.norm())  # lm_head's own rows stay as long as they were
+        draft.lm_head.weight.copy_(turned / gain)
+        draft.norm.weight.fill_(gain * size / float(rms(states[:, width:]).mean()))
+        draft.norm.weight[:width] = 0.0
+        self._unread = self._basis[:, :width]
+        self._reads = gain * self._basis
+        self._reads[:, :width] = 0.0
 
-
-def _split(trajectories: Sequence[Trajectory]) -> tuple[Sequence[Trajectory], Sequence[Trajectory]]:
-    """The older ones, and the newest of about HELD_OUT of the rows together. One alone is an older one."""
-    wanted = HELD_OUT * sum(len(one.token_ids) for one in trajectories)
-    first = len(trajectories)
-    while first > 1 and wanted > 0:
-        first -= 1
-        wanted -= len(trajectories[first].token_ids)
-    return trajectories[:first], trajectories[first:]
-
-
-def _pieces(trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
-    """Neighbours together, about PIECE_ROWS rows each."""
-    pieces: list[list[Trajectory]] = []
-    rows = 0
-    for one in trajectories:
-        if not pieces or rows + len(one.token_ids) > PIECE_ROWS:
-            pieces.append([])
-            rows = 0
-        pieces[-1].append(one)
-        rows += len(one.token_ids)
-    return pieces
-
-
-def _windows(x: torch.Tensor) -> list[torch.Tensor]:
-    """[T - 1, H] -> what stands 0, 1, ... STEPS - 1 rows behind each of the first T - STEPS rows."""
-    count = len(x) + 1 - STEPS
-    return [x[k : k + count] for k in range(STEPS)]
+    def _turned_head(self) -> torch.Tensor:
+        """Rows of ``lm_head`` that read this lesson's hidden states; what the lesson before left out of them comes back
+        from the target's. [draft vocabulary, H]"""
+        draft, head = self._draft, self._head
+        rows = draft.lm_head.weight @ self._reads.T
+        rows += head.lm_head[draft.target_ids].float() * self._final_norm @ self._unread @ self._unread.T
+        return rows @ self._basis

@@ -7,6 +7,9 @@ import torch
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.target import TargetHead
 
+ROWS_FOR_TURN = 2  # times the hidden size: with fewer, rows are taken for moved alike
+TURN_RIDGE = 1e-4  # relative to the mean square of a channel
+
 
 @torch.no_grad()
 def move_to_vocabulary(
@@ -59,18 +62,26 @@ def move_to_vocabulary(
 
 
 def _starting_rows(draft: Eagle3Draft, head: TargetHead, new_ids: torch.Tensor) -> torch.Tensor:
-    """Rows for tokens the draft never had: the target's, plus what the draft's own rows have moved by on average.
+    """Rows for tokens the draft never had: the target's, taken where the draft's own rows went from theirs.
 
-    Softmax does not see a vector that is added to every row, so nothing holds the mean of the rows in place, and AdamW,
-    which gives rows of rare tokens steps as long as those of frequent ones, moves it far: almost every row is pushed
-    away from the hidden states at every step. A bare row of the target would stand apart from all of them. Measured on
-    SmolLM2-135M after 40 steps on HumanEval, 309 new tokens: rows have moved by 0.25 in the mean, their mean by 0.18;
-    six steps later the held-out loss is 4.25 with it and 4.32 without, the acceptance length 1.234 and 1.215.
+    A lesson turns all rows (lesson.py), and training moves their mean: softmax does not see a vector that is added to
+    every row, so nothing holds it in place, and AdamW, which gives rows of rare tokens steps as long as those of
+    frequent ones, moves it far. A bare row of the target would stand apart from all of them. Measured on SmolLM2-135M
+    after 40 steps on HumanEval, 309 new tokens: rows have moved by 0.25 in the mean, their mean by 0.18; six steps
+    later the held-out loss is 4.25 with it and 4.32 without, the acceptance length 1.234 and 1.215.
 
-    A draft of another width starts a new token at the mean of its own rows. int64 [n] -> float32 [n, H]
+    So own row - mean ~ (target's row - mean) T, by least squares. A draft of another width starts a new token at the
+    mean of its own rows. int64 [n] -> float32 [n, H]
     """
-    own = draft.lm_head.weight
-    if own.shape[1] != head.lm_head.shape[1]:
+    own, theirs = draft.lm_head.weight, head.lm_head
+    if own.shape[1] != theirs.shape[1]:
         return own.mean(0).expand(len(new_ids), -1)
-    displacement = (own - head.lm_head[draft.target_ids].float()).mean(0)
-    return head.lm_head[new_ids].float() + displacement
+    known = theirs[draft.target_ids].float()
+    mean, moved_mean = known.mean(0), own.mean(0)
+    known = known - mean
+    turn = torch.eye(own.shape[1], device=own.device)
+    if len(known) >= ROWS_FOR_TURN * own.shape[1]:
+        normal = known.T @ known
+        normal.diagonal().add_(TURN_RIDGE * normal.diagonal().mean())
+        turn = torch.cholesky_solve(known.T @ (own - moved_mean), torch.linalg.cholesky(normal))
+    return (theirs[new_ids].float() - mean) @ turn + moved_mean

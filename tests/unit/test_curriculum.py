@@ -51,25 +51,6 @@ def test_lessons_come_when_enough_was_seen_and_steps_wait_for_the_first(small_le
     assert acceptance(draft, head, unseen) > 1.8
 
 
-def test_the_second_lesson_keeps_the_trained_head_and_the_targets_norm(small_lessons: None, tmp_path: Path) -> None:
-    draft, head = day0_draft()
-    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
-    norm = draft.norm.weight.detach().clone()
-    norms = []
-    for one in linear_world(head, norm, 40, 30):
-        curriculum.add(one)
-        while what := curriculum.next():
-            before = draft.lm_head.weight.detach().clone()
-            another = curriculum.work()
-            if what != "training":
-                assert torch.equal(draft.lm_head.weight, before)
-            if another:
-                norms.append(draft.norm.weight.detach() / norm)
-    assert len(norms) == 2
-    for scaled in norms:  # one factor for all channels, twice from the target's norm
-        torch.testing.assert_close(scaled, scaled[:1].expand_as(scaled))
-
-
 def test_the_last_lesson_is_what_the_replay_holds(small_lessons: None, tmp_path: Path) -> None:
     """A learner that waited for more would never be done with its lessons, and never sleep."""
     draft, head = day0_draft()
