@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aurora_vllm.learner import remap
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.evaluate import simulate
 from aurora_vllm.learner.remap import move_to_vocabulary
@@ -17,6 +18,7 @@ from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Trajectory
 from tests.unit.naive_eagle3 import Sizes, naive_loss, random_case
+from tests.unit.test_lesson import day0_draft
 
 SIZES = Sizes([9, 7], [3, 2], vocab=30, draft_vocab=11)
 VOCABULARIES = st.permutations(range(SIZES.vocab)).map(lambda ids: torch.tensor(sorted(ids[: SIZES.draft_vocab])))
@@ -60,6 +62,20 @@ def test_rows_and_moments_follow_their_token(ids: torch.Tensor) -> None:
             assert all(torch.equal(after[name][token], before[name][token]) for name in before)
     assert all(torch.equal(t, draft.state_dict()[name]) for name, t in others.items())
     assert addresses == [t.data_ptr() for t in (weight, draft.d2t, state["exp_avg"], state["exp_avg_sq"])]
+
+
+@pytest.mark.parametrize("rows_for_turn", [2, 9])
+def test_a_new_row_goes_where_the_others_went(monkeypatch: pytest.MonkeyPatch, rows_for_turn: int) -> None:
+    """A lesson turns lm_head; the target's row as it is would read nothing of the draft's states."""
+    monkeypatch.setattr(remap, "ROWS_FOR_TURN", rows_for_turn)
+    draft, head = day0_draft()
+    turn = torch.randn(draft.lm_head.weight.shape[1], draft.lm_head.weight.shape[1])
+    with torch.no_grad():
+        draft.lm_head.weight.copy_(draft.lm_head.weight @ turn + torch.randn(len(turn)))
+    expected = (head.lm_head[-1] - head.lm_head[:-1].mean(0)) @ turn + draft.lm_head.weight.detach().mean(0)
+    assert move_to_vocabulary(draft, head, torch.arange(1, len(head.lm_head))) == 1
+    similarity = F.cosine_similarity(draft.lm_head.weight.detach()[-1], expected, dim=0)
+    assert float(similarity) > 0.99 if rows_for_turn == 2 else float(similarity) < 0.5
 
 
 def test_there_and_back_again_changes_nothing_for_tokens_that_stayed() -> None:

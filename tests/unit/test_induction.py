@@ -1,0 +1,48 @@
+"""What codes are made of: the directions that can best be told one position ahead."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora_vllm.learner import induction
+from aurora_vllm.learner.induction import canonical_pairs, code_channels
+
+
+def correlated(rows: int, correlations: list[float], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y of 9 and 7 channels, mixed at random, whose canonical correlations are about these, then zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(rows, 9, generator=generator), torch.randn(rows, 7, generator=generator)
+    for i, correlation in enumerate(correlations):
+        y[:, i] = correlation * x[:, i] + (1 - correlation**2) ** 0.5 * y[:, i]
+    return x @ torch.randn(9, 9, generator=generator), y @ torch.randn(7, 7, generator=generator)
+
+
+def by_svd(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
+    """Canonical correlations: cosines between the two column spaces (Bjorck and Golub, 1973)."""
+    (of_x, _), (of_y, _) = (np.linalg.qr(z.double().numpy()) for z in (x, y))
+    return np.linalg.svd(of_x.T @ of_y, compute_uv=False)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 99), st.lists(st.floats(0.3, 0.95), min_size=2, max_size=4))
+def test_canonical_pairs_are_those_of_a_dense_solution(seed: int, planted: list[float]) -> None:
+    x, y = correlated(800, planted, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(induction, "RIDGE", 1e-7)
+        ahead, key = canonical_pairs(x, y, 3)
+    expected = by_svd(x, y)[:3]
+    told, seen = x @ ahead, y @ key
+    torch.testing.assert_close(seen.T @ seen, torch.eye(3), atol=2e-2, rtol=0)
+    # What x tells of a direction is its regression: as long as the correlation, and no longer.
+    torch.testing.assert_close(told.norm(dim=0).double(), torch.from_numpy(expected), atol=2e-2, rtol=0)
+    torch.testing.assert_close((told * seen).sum(0).double(), torch.from_numpy(expected**2), atol=2e-2, rtol=0)
+
+
+@given(st.integers(1, 8192), st.sampled_from([16, 32, 64, 128, 256]))
+def test_codes_have_room(hidden: int, head_dim: int) -> None:
+    size = code_channels(hidden, head_dim)
+    assert size % 2 == 0 and size <= head_dim // 2 and 2 * size <= hidden / 8
