@@ -109,6 +109,8 @@ class Curriculum:
         """Put other weights in the candidate's place, of whatever vocabulary. The optimizer's state stays."""
         self.candidate.load_state_dict(weights)
         self._average.restart()
+        if self._teacher is not None:
+            self._teacher.start_over()
 
     def skip_lessons(self) -> None:
         """Go on with gradient steps alone; a lesson under way is given up."""

@@ -25,6 +25,10 @@ class HostLesson:
         self._draft, self._copy = draft, copy.deepcopy(draft).to(CPU)
         self._lesson = Lesson(self._copy, head.to(CPU))
 
+    def start_over(self) -> None:
+        """See :meth:`Lesson.start_over`."""
+        self._lesson.start_over()
+
     @torch.no_grad()
     def run(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
         """See :meth:`Lesson.run`."""

@@ -82,6 +82,11 @@ class Lesson:
         self._unread = torch.zeros(self._hidden, 0)  # ... and directions of it that lm_head does not see
         self._induction: Induction | None = None
 
+    def start_over(self) -> None:
+        """The draft holds other weights than the last lesson left: the next one takes ``lm_head`` from the target."""
+        self._reads = torch.zeros(self._hidden, self._hidden)
+        self._unread = torch.eye(self._hidden)
+
     @torch.no_grad()
     def run(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
         """Yields between pieces of work, so that the caller can keep to its share of the CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,21 @@ def test_lessons_come_when_enough_was_seen_and_steps_wait_for_the_first(small_le
     assert curriculum.tokens_trained >= curriculum.tokens_seen == 40 * 30
     unseen = linear_world(head, norm, 8, 30, seed=77)
     assert acceptance(draft, head, unseen) > 1.8
+
+
+def test_a_lesson_after_other_weights_took_its_draft_is_as_good_as_any(small_lessons: None, tmp_path: Path) -> None:
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
+    norm, day0 = draft.norm.weight.detach().clone(), copy.deepcopy(draft.state_dict())
+    seen: list[str] = []
+    for one in linear_world(head, norm, 40, 30):
+        curriculum.add(one)
+        while what := curriculum.next():
+            if curriculum.work() and what == "first lesson":
+                curriculum.go_on(day0)
+            seen.append(what)
+    assert "lesson" in seen
+    assert acceptance(draft, head, linear_world(head, norm, 8, 30, seed=77)) > 1.8
 
 
 def test_the_last_lesson_is_what_the_replay_holds(small_lessons: None, tmp_path: Path) -> None:

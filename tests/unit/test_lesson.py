@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -214,6 +215,24 @@ def test_what_lm_head_was_taught_outlasts_a_lesson() -> None:
         assert teacher._unread.shape == (HIDDEN, CODES)
         made -= made @ teacher._unread @ teacher._unread.T
         torch.testing.assert_close(draft.lm_head.weight @ teacher._reads.T, made, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_lesson_for_a_draft_that_went_back_to_other_weights(told: bool) -> None:
+    draft, head = day0_draft()
+    norm, day0 = draft.norm.weight.detach().clone(), copy.deepcopy(draft.state_dict())
+    world = repetitive_world(head, norm, 80, seed=0)
+    teacher = Lesson(draft, head)
+    for _ in teacher.run(world):
+        pass
+    length = acceptance(draft, head, world[:8])
+    draft.load_state_dict(day0)
+    if told:
+        teacher.start_over()
+    for _ in teacher.run(world):
+        pass
+    again = acceptance(draft, head, world[:8])
+    assert again == length > 1.7 if told else again < 1.2  # or it reads what it is to turn as turned already
 
 
 def test_a_draft_without_induction_heads_gets_its_lesson_too() -> None:
