@@ -105,6 +105,7 @@ V2_HOOKS = (
 
 COMMON_HOOKS = (
     Hook("vllm.v1.worker.gpu_worker:Worker.load_model", (), "worker: attach after it"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", (), "worker: captures and swaps begin after it"),
     Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",), "worker: step boundary"),
     Hook("vllm.v1.worker.gpu_worker:Worker.shutdown", (), "worker: detach"),
     Hook(f"{_SCHEDULER}.schedule", (), "scheduler: step starts"),

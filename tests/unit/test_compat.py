@@ -138,7 +138,7 @@ def test_same_changed_missing(directory: Path) -> None:
     ("version", "changed"),
     [
         ("0.32.0", set()),
-        ("0.33.0", {"propose_draft_token_ids", "schedule", "update_from_output"}),
+        ("0.33.0", {"propose_draft_token_ids", "schedule", "update_from_output", "compile_or_warm_up_model"}),
     ],
 )
 def test_the_manifests_cover_every_hook(version: str, changed: set[str]) -> None:
