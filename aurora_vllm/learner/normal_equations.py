@@ -25,6 +25,23 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
         total[start:, start : start + BLOCK].addmm_(x[:, start:].T, x[:, start : start + BLOCK])
 
 
+def ridge_factor(x: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Cholesky factor of x^T x and a ridge. x: [n, X] -> [X, X], lower
+
+    Args:
+        ridge: relative to the mean of the diagonal.
+    """
+    normal = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    add_gram(normal, x)
+    normal.diagonal().add_(ridge * normal.diagonal().mean() + 1e-6)
+    return torch.linalg.cholesky(normal)
+
+
+def regress(inputs: torch.Tensor, outputs: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Ridge regression; ridge as in :func:`ridge_factor`. [n, X], [n, Y] -> [X, Y]"""
+    return torch.cholesky_solve(inputs.T @ outputs, ridge_factor(inputs, ridge))
+
+
 class NormalEquations:
     """Of the first step's rows, collected piece by piece.
 

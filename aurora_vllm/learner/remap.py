@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.normal_equations import regress
 from aurora_vllm.learner.target import TargetHead
 
 ROWS_FOR_TURN = 2  # times the hidden size: with fewer, rows are taken for moved alike
@@ -81,7 +82,5 @@ def _starting_rows(draft: Eagle3Draft, head: TargetHead, new_ids: torch.Tensor) 
     known = known - mean
     turn = torch.eye(own.shape[1], device=own.device)
     if len(known) >= ROWS_FOR_TURN * own.shape[1]:
-        normal = known.T @ known
-        normal.diagonal().add_(TURN_RIDGE * normal.diagonal().mean())
-        turn = torch.cholesky_solve(known.T @ (own - moved_mean), torch.linalg.cholesky(normal))
+        turn = regress(known, own - moved_mean, TURN_RIDGE)
     return (theirs[new_ids].float() - mean) @ turn + moved_mean
