@@ -40,6 +40,7 @@ def ttt_attention(
     own_keys: list[torch.Tensor],
     own_values: list[torch.Tensor],
     segments: list[Segment],
+    matmul_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Attention of one unroll step, over packed sequences.
 
@@ -48,15 +49,15 @@ def ttt_attention(
         key, value: [S, kv_heads, D] of step 0, S key rows of all segments.
         own_keys, own_values: of steps 1..i, each [A, kv_heads, D]: each row sees its own only.
         segments: where each sequence lies.
+        matmul_dtype: of the products with probabilities and their gradients. Scores and their softmax are float32
+            whatever it is: a score of 16 would be off by 0.06.
 
     Returns:
         [A, heads * D]
     """
     inputs = [x.float() for x in (query, key, value, *own_keys, *own_values)]
-    with torch.autocast(
-        query.device.type, enabled=False
-    ):  # scores and their softmax in float32 whatever surrounds them
-        output: torch.Tensor = _TTTAttention.apply(segments, *inputs)
+    with torch.autocast(query.device.type, enabled=False):
+        output: torch.Tensor = _TTTAttention.apply(segments, matmul_dtype, *inputs)
     return output.flatten(1)
 
 
@@ -65,6 +66,7 @@ class _TTTAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         segments: list[Segment],
+        dtype: torch.dtype,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -83,20 +85,20 @@ class _TTTAttention(torch.autograd.Function):
                 highest = torch.maximum(highest, own_block.amax(-1, keepdim=True))
             scores.sub_(highest).exp_()
             total = scores.sum(-1, keepdim=True) + (own_block - highest).exp_().sum(-1, keepdim=True)
-            attended = torch.bmm(scores, value[keys].transpose(0, 1)).div_(total)
+            attended = _product(scores, value[keys].transpose(0, 1), dtype).div_(total)
             output[rows] = _rows_first(attended, q[rows].shape)
             lse[rows] = _rows_first(total.log_().add_(highest), q[rows].shape).squeeze(-1)
         own_probabilities = (own_scores - lse.unsqueeze(-1)).exp_()
         for i, own_value in enumerate(own[steps:]):
             output.addcmul_(own_probabilities[..., i : i + 1], own_value.unsqueeze(2))
         ctx.save_for_backward(q, key, value, output, lse, *own)
-        ctx.segments = segments
+        ctx.segments, ctx.dtype = segments, dtype
         return output.view_as(query)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, key, value, output, lse, *own = ctx.saved_tensors
-        steps = len(own) // 2
+        steps, dtype = len(own) // 2, ctx.dtype
         grad = grad.reshape(q.shape)
         mean = (grad * output).sum(-1)  # [A, kv, group]; the softmax's sum over p * dp
         grad_q, grad_key, grad_value = torch.empty_like(q), torch.zeros_like(key), torch.zeros_like(value)
@@ -104,11 +106,11 @@ class _TTTAttention(torch.autograd.Function):
             q_block, grad_block = _heads_first(q[rows]), _heads_first(grad[rows])
             k_block, v_block = key[keys].transpose(0, 1), value[keys].transpose(0, 1)
             p = _causal_scores(q[rows], key[keys], ahead).sub_(_heads_first(lse[rows].unsqueeze(-1))).exp_()
-            grad_value[keys] += torch.bmm(p.transpose(1, 2), grad_block).transpose(0, 1)
-            grad_scores = torch.bmm(grad_block, v_block.transpose(1, 2))
+            grad_value[keys] += _product(p.transpose(1, 2), grad_block, dtype).transpose(0, 1)
+            grad_scores = _product(grad_block, v_block.transpose(1, 2), dtype)
             grad_scores.sub_(_heads_first(mean[rows].unsqueeze(-1))).mul_(p)
-            grad_q[rows] = _rows_first(torch.bmm(grad_scores, k_block), q[rows].shape)
-            grad_key[keys] += torch.bmm(grad_scores.transpose(1, 2), q_block).transpose(0, 1)
+            grad_q[rows] = _rows_first(_product(grad_scores, k_block, dtype), q[rows].shape)
+            grad_key[keys] += _product(grad_scores.transpose(1, 2), q_block, dtype).transpose(0, 1)
         own_p = (_own_scores(q, own[:steps]) - lse.unsqueeze(-1)).exp_()
         grad_own_keys, grad_own_values = [], []
         for i, (own_key, own_value) in enumerate(zip(own[:steps], own[steps:], strict=True)):
@@ -118,7 +120,12 @@ class _TTTAttention(torch.autograd.Function):
             grad_own_keys.append((grad_scores.unsqueeze(-1) * q).sum(2))
             grad_own_values.append((p.unsqueeze(-1) * grad).sum(2))
         grad_q.mul_(q.shape[-1] ** -0.5)
-        return None, grad_q.flatten(1, 2), grad_key, grad_value, *grad_own_keys, *grad_own_values
+        return None, None, grad_q.flatten(1, 2), grad_key, grad_value, *grad_own_keys, *grad_own_values
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 [kv, n, k], [kv, k, m] -> float32 [kv, n, m], by a product in dtype."""
+    return torch.bmm(a.to(dtype), b.to(dtype)).float()
 
 
 def _scaled(query: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -116,11 +116,17 @@ def unroll_branches(
     """
     autocast = torch.autocast(batch.aux.device.type, torch.bfloat16, enabled=matmul_dtype == torch.bfloat16)
     with autocast:
-        return _unroll_branches(draft, head, batch, plan, path, chains)
+        return _unroll_branches(draft, head, batch, plan, path, chains, matmul_dtype)
 
 
 def _unroll_branches(
-    draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, path: Unrolled, chains: Chains
+    draft: Eagle3Draft,
+    head: TargetHead,
+    batch: Batch,
+    plan: UnrollPlan,
+    path: Unrolled,
+    chains: Chains,
+    dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
     query, segments = _places(batch, plan, chains)
@@ -144,7 +150,7 @@ def _unroll_branches(
         own_keys.append(rotate(k, cos, sin))
         own_values.append(v)
         here = [one for one in segments if one.query_start < left]
-        attended = ttt_attention(rotate(q, cos, sin), path.key, path.value, own_keys, own_values, here)
+        attended = ttt_attention(rotate(q, cos, sin), path.key, path.value, own_keys, own_values, here, dtype)
         output = draft.finish(attended, normed if config.norm_before_residual else hidden)
         outputs.append(output)
         hidden = draft.norm(output) if config.norm_output else output

@@ -16,7 +16,7 @@ import torch
 
 from aurora_vllm.learner.objective import Forward, Reverse
 
-CHUNK = 128  # target rows at a time; with D = 8192 and three steps the logits of a chunk take 12 MiB
+CHUNK = 256  # target rows at a time; with D = 8192 and three steps the logits of a chunk take 24 MiB
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ def divergence(
         hidden: per step [N, H], after the draft's final norm.
         lm_head: [D, H], the draft's.
         target_states: [M, Ht], after the target's final norm.
-        target_head: [D, Ht], the target's lm_head on the draft vocabulary: p is renormalised there.
+        target_head: [D, Ht] in ``matmul_dtype``, the target's lm_head on the draft vocabulary: p is renormalised there.
         terms: per step.
         cost: what a term costs.
         emitted: int64 [M], draft id of the token the target emitted after each target row, -1 where there is none; for
             a cost with ``next_token``.
         logit_scale: vLLM's ``logit_scale`` of the draft.
-        matmul_dtype: of the products with ``lm_head``, forward and backward. p, softmax and sums stay float32.
+        matmul_dtype: of the products with both heads, forward and backward. Softmax and sums are float32.
 
     Returns:
         total (scalar, differentiable in hidden and lm_head), mean per step float32 [K], and per step bool [N]: whether
@@ -90,7 +90,7 @@ class _Divergence(torch.autograd.Function):
         step_loss = torch.zeros(len(terms), device=states.device)
         agree = [torch.zeros(len(one.target), dtype=torch.bool, device=states.device) for one in terms]
         grad_hidden = [torch.empty_like(h) if want_grad else h for h in hidden]
-        grad_head = torch.zeros_like(lm_head) if want_grad else lm_head
+        grad_head = lm_head[:0]
         weight = lm_head.to(dtype)
         edges = torch.arange(0, len(states) + CHUNK, CHUNK, device=states.device)
         bounds = torch.stack([torch.searchsorted(one.target, edges) for one in terms], 1).tolist()
@@ -98,7 +98,7 @@ class _Divergence(torch.autograd.Function):
             spans = [slice(a, b) for a, b in zip(first, last, strict=True)]  # each step's terms of this chunk
             sizes = [span.stop - span.start for span in spans]
             start = chunk * CHUNK
-            target_logits = states[start : start + CHUNK] @ target_head.T
+            target_logits = (states[start : start + CHUNK].to(dtype) @ target_head.T).float()
             aim = cost.aim(target_logits)  # [n, D]
             local = torch.cat([one.target[span] - start for one, span in zip(terms, spans, strict=True)])
             stacked = torch.cat([h[span] for h, span in zip(hidden, spans, strict=True)]) * scale  # [sum of n, H]
@@ -115,26 +115,26 @@ class _Divergence(torch.autograd.Function):
                 continue
             error = logits.to(dtype)  # by now the gradient with respect to the logits, but for each row's weight
             row_weight = torch.cat([one.share[span] * one.weight for one, span in zip(terms, spans, strict=True)])
-            _add_product(grad_head, error.T, (stacked * row_weight.unsqueeze(1)).to(dtype))
+            grad_head = _add_product(grad_head, error.T, (stacked * row_weight.unsqueeze(1)).to(dtype))
             grad = (error @ weight) * (row_weight * scale).unsqueeze(1)
             for total_grad, span, part in zip(grad_hidden, spans, grad.split(sizes), strict=True):
                 total_grad[span] = part
         total = sum(one.weight * step_loss[i] for i, one in enumerate(terms))
         assert isinstance(total, torch.Tensor)
         if want_grad:
-            ctx.save_for_backward(grad_head, *grad_hidden)
+            ctx.grads = (grad_head if len(grad_head) else torch.zeros_like(lm_head), *grad_hidden)
         ctx.mark_non_differentiable(step_loss, *agree)
         return total, step_loss, *agree
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = ctx.saved_tensors
-        return *(None,) * 8, *(g * grad for g in grads)
+        # Handed over, not copied: lm_head's is as large as lm_head. So there is one backward pass.
+        grads, ctx.grads = ctx.grads, None
+        return *(None,) * 8, *(g.mul_(grad) for g in grads)
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b; total is float32 whatever the dtype of the product."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b, in total's memory; total is float32 whatever the dtype of the product, and of no rows for zero."""
+    if not len(total):
+        return (a @ b).to(total.dtype)
+    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)

@@ -100,7 +100,8 @@ def ttt_loss(
         hidden.append(draft.norm(output[query]))
         share = row_weights[target]
         terms.append(Terms(target, share / share.sum(), STEP_DECAY**i))
-    target_head, weight, scale = head.rows(draft.target_ids), draft.lm_head.weight, draft.config.logit_scale
+    target_head = head.rows(draft.target_ids, matmul_dtype)
+    weight, scale = draft.lm_head.weight, draft.config.logit_scale
     emitted = _emitted(draft, batch, plan) if objective.direction == "reverse+next-token" else None
     total, step_loss, agree = divergence(
         hidden, weight, states, target_head, terms, objective.accepted, emitted, scale, matmul_dtype

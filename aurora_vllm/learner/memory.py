@@ -150,7 +150,7 @@ def predict(
         process=PROCESS_BYTES,
         target=target_bytes,
         weights=_weights_bytes(draft),
-        rows=4 * draft.vocabulary * draft.target_hidden,
+        rows=(2 if bfloat16 else 4) * draft.vocabulary * draft.target_hidden,
         replay=replay_bytes,
         step=max(_lesson_bytes(draft), _step_bytes(draft, rows, ttt_length, bfloat16)),
     )

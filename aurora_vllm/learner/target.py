@@ -40,10 +40,10 @@ class TargetHead:
         """token_ids: int64 [...] -> float32 [..., H]."""
         return F.embedding(token_ids, self.embed_tokens).float()
 
-    def rows(self, target_ids: torch.Tensor) -> torch.Tensor:
-        """lm_head on a draft vocabulary, kept until another one is asked for. int64 [D] -> float32 [D, H]."""
-        if self._ids is None or not torch.equal(self._ids, target_ids):
-            self._ids, self._rows = target_ids.clone(), self.lm_head[target_ids].float()
+    def rows(self, target_ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """lm_head on a draft vocabulary, kept until another one is asked for. int64 [D] -> [D, H]."""
+        if self._ids is None or self._rows.dtype != dtype or not torch.equal(self._ids, target_ids):
+            self._ids, self._rows = target_ids.clone(), self.lm_head[target_ids].to(dtype)
         return self._rows
 
     @torch.no_grad()

@@ -102,14 +102,18 @@ def unroll(
     """
     autocast = torch.autocast(batch.aux.device.type, torch.bfloat16, enabled=matmul_dtype == torch.bfloat16)
     with autocast:
-        return _unroll(draft, head, batch, plan, ttt_length)
+        return _unroll(draft, head, batch, plan, ttt_length, matmul_dtype)
 
 
-def _unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int) -> Unrolled:
+def _unroll(
+    draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int, dtype: torch.dtype
+) -> Unrolled:
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
-    hidden_size, dim = config.hidden_size, config.head_dim
-    token_half = {p: p.weight[:, :hidden_size] for p in (attn.q_proj, attn.k_proj, attn.v_proj)}
-    hidden_half = {p: p.weight[:, hidden_size:] for p in (attn.q_proj, attn.k_proj, attn.v_proj)}
+    dim = config.head_dim
+    # Cut and cast once, not once a step: autocast caches whole parameters only, and a step's gradient of a part would
+    # be padded to the whole.
+    halves = [p.weight.to(dtype).split(config.hidden_size, 1) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
+    (q_token, q_hidden), (k_token, k_hidden), (v_token, v_hidden) = halves
 
     def pick(x: torch.Tensor) -> torch.Tensor:  # [S, ...] -> [A, ...]
         return x if plan.active is None else x[plan.active]
@@ -126,9 +130,9 @@ def _unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan
     # The token at t+1; behind the last column token 0, as the release pads.
     ids = F.pad(batch.input_ids, (0, 1))[plan.sequence, plan.row + 1]
     tokens = layer.input_layernorm(embed(draft, head, ids))  # [S, H], at j = t+1
-    token_q = F.linear(pick(tokens), token_half[attn.q_proj], attn.q_proj.bias)
-    token_k = F.linear(tokens, token_half[attn.k_proj], attn.k_proj.bias)
-    token_v = F.linear(tokens, token_half[attn.v_proj], attn.v_proj.bias)
+    token_q = F.linear(pick(tokens), q_token, attn.q_proj.bias)
+    token_k = F.linear(tokens, k_token, attn.k_proj.bias)
+    token_v = F.linear(tokens, v_token, attn.v_proj.bias)
     # A trajectory may start at a position > 0 (prefix-cache hit); rows of one sequence are consecutive.
     positions = batch.positions[:, 0][plan.sequence] + plan.row  # [S]
     active = plan.active if plan.active is not None else torch.arange(len(plan.row), device=plan.row.device)
@@ -144,19 +148,19 @@ def _unroll(draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan
         normed = layer.hidden_norm(hidden)
         if step == 0:
             cos, sin = cos_sin(positions, draft.frequencies)
-            key = keys(token_k + F.linear(normed, hidden_half[attn.k_proj]), cos, sin)
-            value = heads(token_v + F.linear(normed, hidden_half[attn.v_proj]))
+            key = keys(token_k + F.linear(normed, k_hidden), cos, sin)
+            value = heads(token_v + F.linear(normed, v_hidden))
             hidden, normed, cos, sin = pick(hidden), pick(normed), pick(cos), pick(sin)
             query = token_q
         else:
             # Past the last target row nothing counts any more: such rows read the last token again, to stay in bounds.
             shifted = torch.minimum(active + step, plan.last_of_segment)  # [A] into S
             cos, sin = cos_sin(positions[active] + step, draft.frequencies)
-            own_keys.append(keys(token_k[shifted] + F.linear(normed, hidden_half[attn.k_proj]), cos, sin))
-            own_values.append(heads(token_v[shifted] + F.linear(normed, hidden_half[attn.v_proj])))
+            own_keys.append(keys(token_k[shifted] + F.linear(normed, k_hidden), cos, sin))
+            own_values.append(heads(token_v[shifted] + F.linear(normed, v_hidden)))
             query = token_q[shifted - query_offset]
-        query = queries(query + F.linear(normed, hidden_half[attn.q_proj]), cos, sin)
-        attended = ttt_attention(query, key, value, own_keys, own_values, plan.segments)
+        query = queries(query + F.linear(normed, q_hidden), cos, sin)
+        attended = ttt_attention(query, key, value, own_keys, own_values, plan.segments, dtype)
         output = draft.finish(attended, normed if config.norm_before_residual else hidden)
         outputs.append(output)
         hidden = draft.norm(output) if config.norm_output else output

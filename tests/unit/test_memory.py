@@ -50,7 +50,7 @@ def test_every_term_counts_what_it_names() -> None:
     assert base["target"] == 100 and base["replay"] == 200
     assert base["weights"] == 280_000_000  # seven times, in float32
     assert of(replace(SIZES, embedding=1000))["weights"] == 280_016_000
-    assert base["rows"] == 8192 * 576 * 4
+    assert base["rows"] == 8192 * 576 * 2  # in bfloat16, as the products with them
     assert predict(SIZES, 100, 200, 512, 3, True).total == sum(base.values())
     one, two, four = (of(rows=rows)["step"] for rows in (512, 1024, 2048))
     assert four - two == pytest.approx(2 * (two - one)) and two > one
