@@ -78,10 +78,10 @@ class AuroraConfig(BaseModel):
     weight_average: float = Field(
         0.99, ge=0, lt=1, description="decay, a step, of the average that is served of the weights in training; 0: none"
     )
-    batch_tokens: int = Field(128, ge=16, description="about how many positions one optimizer step trains on")
+    batch_tokens: int = Field(512, ge=16, description="about how many positions one optimizer step trains on")
     prompt_weight: float = Field(0.0, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1")
     replay_passes: float = Field(
-        4.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
+        8.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
     )
     semantics: Literal["default", "aurora-release"] = Field(
         "default", description="aurora-release: loss masks as in Aurora's release, quirks included, prompt_weight 0"

@@ -29,6 +29,7 @@ from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.day0 import make_day0_draft
 from aurora_vllm.learner.draft import Eagle3Draft, load_draft
 from aurora_vllm.learner.evaluate import Score, simulate
+from aurora_vllm.learner.lesson import Lesson
 from aurora_vllm.learner.target import TargetHead, load_target_head
 from aurora_vllm.learner.trajectory import Trajectory
 from benchmarks.copies import simulate_with_copies
@@ -57,6 +58,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)  # over AuroraConfig's defaults
     random_start: bool = False
     lessons: bool = True
+    induction: bool = True
     refining: bool = True
     batch_sequences: int = 0  # 0: as batch_tokens says
 
@@ -65,12 +67,14 @@ ARMS = {
     "ours": Arm("ours"),
     "release": Arm("Aurora's release", RELEASE, random_start=True, batch_sequences=RELEASE_BATCH),
     "no_lesson": Arm("without the lessons", lessons=False),
+    "no_induction": Arm("lessons without induction heads", induction=False),
     "no_warm_start": Arm("without the warm start", random_start=True),
     "no_refining": Arm("lessons, then all at the full rate", refining=False),
     "no_average": Arm("without averaging weights", {"weight_average": 0.0}),
     "no_vocabulary": Arm("without choosing the vocabulary anew", {"vocabulary_coverage": 0.0}),
     "no_replay": Arm("every sample once", {"replay_passes": 1.0}),
-    "large_batch": Arm("four times the batch", {"batch_tokens": 512}),
+    "half_replay": Arm("half the passes", {"replay_passes": 4.0}),
+    "small_batch": Arm("a quarter of the batch", {"batch_tokens": 128}),
 }
 # The paper's discard term: lambda and how many of the target's tokens it is filtered to.
 DISCARD = {
@@ -114,7 +118,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="runs of each arm")] = 3,
     arms: Annotated[str, typer.Option(help="arms, separated by commas; 'discard' adds the discard term's")] = "",
     processes: Annotated[int, typer.Option(help="learners at a time, one thread each")] = 2,
-    unseen: Annotated[int, typer.Option(help="requests to measure on that nobody learned from")] = 32,
+    unseen: Annotated[int, typer.Option(help="requests to measure on that nobody learned from")] = 128,
     answer_tokens: Annotated[int, typer.Option(help="longest answer")] = 128,
     capture: Annotated[
         Path | None, typer.Option(help="recorded traffic: read where it is there, else recorded and written")
@@ -191,6 +195,8 @@ def learn(
     curriculum = Curriculum(draft, head, config, target, worth_keeping=False)
     if not arm.lessons:
         curriculum.skip_lessons()
+    elif not arm.induction:
+        curriculum.teacher = Lesson(draft, head, induction=False)
     if not arm.refining:
         curriculum.trainer.refine = curriculum.trainer.optimizer.state.clear  # type: ignore[method-assign]
     run, seconds, waiting = Run(), 0.0, 0

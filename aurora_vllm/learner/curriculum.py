@@ -54,6 +54,7 @@ class Curriculum:
         dropped: trajectories that broke a training step.
         fault: why, of the newest ones.
         loss: of the newest training step.
+        teacher: gives the lessons that are still to come, if any.
     """
 
     def __init__(
@@ -76,9 +77,9 @@ class Curriculum:
         self._reselection = Reselection(target, config.vocabulary_coverage)
         teachable = not worth_keeping and is_due(candidate)
         self._lessons_due = list(LESSON_ROWS) if teachable else []
-        self._teacher: Lesson | HostLesson | None = None
+        self.teacher: Lesson | HostLesson | None = None
         if teachable:
-            self._teacher = (Lesson if head.device == CPU else HostLesson)(candidate, head)
+            self.teacher = (Lesson if head.device == CPU else HostLesson)(candidate, head)
         self._lesson: Iterator[None] | None = None
         if worth_keeping:
             self.refine()
@@ -109,12 +110,12 @@ class Curriculum:
         """Put other weights in the candidate's place, of whatever vocabulary. The optimizer's state stays."""
         self.candidate.load_state_dict(weights)
         self._average.restart()
-        if self._teacher is not None:
-            self._teacher.start_over()
+        if self.teacher is not None:
+            self.teacher.start_over()
 
     def skip_lessons(self) -> None:
         """Go on with gradient steps alone; a lesson under way is given up."""
-        self._lessons_due, self._lesson, self._teacher = [], None, None
+        self._lessons_due, self._lesson, self.teacher = [], None, None
 
     def add(self, trajectory: Trajectory, owed: bool = True) -> bool:
         """Take a trajectory that may be learned from. Returns whether the candidate got another vocabulary.
@@ -164,15 +165,15 @@ class Curriculum:
         return self.replay.tokens >= self._lessons_due[0] or self.replay.evicted > 0
 
     def _study(self) -> bool:
-        assert self._teacher is not None
+        assert self.teacher is not None
         if self._lesson is None:
-            self._lesson = self._teacher.run(self.replay.newest(LARGEST_LESSON_ROWS))
+            self._lesson = self.teacher.run(self.replay.newest(LARGEST_LESSON_ROWS))
         if next(self._lesson, self) is not self:
             return False
         self._lesson = None
         self._lessons_due = [] if self.replay.evicted else self._lessons_due[1:]
         if not self._lessons_due:
-            self._teacher = None  # on a GPU it holds a copy of the target's ends
+            self.teacher = None  # on a GPU it holds a copy of the target's ends
         self._average.restart()
         self.trainer.refine()
         return True

@@ -69,13 +69,15 @@ class Lesson:
     Args:
         draft: day-0 draft (its final norm is the target's), float32; changed by :meth:`run`, at the very end.
         head: the target's frozen ends.
+        induction: give the draft induction heads, where it has room for them and they help.
     """
 
-    def __init__(self, draft: Eagle3Draft, head: TargetHead) -> None:
+    def __init__(self, draft: Eagle3Draft, head: TargetHead, induction: bool = True) -> None:
         self._draft, self._head = draft, head
         self._final_norm = draft.norm.weight.detach().clone()
         self._hidden = draft.config.hidden_size
         self._width = draft.config.num_aux_hidden_states * self._hidden
+        self._may_copy = induction and unknowns_of(draft.config) > self._width + 2 * self._hidden
         self._scale = torch.ones(self._width)
         self._basis = torch.eye(self._hidden)  # target's last state over its norm's weight -> the draft's hidden state
         self._reads = torch.diag(self._final_norm)  # the same -> what lm_head reads now, ...
@@ -101,7 +103,7 @@ class Lesson:
         yield
         learned, held_out = (pieces_of(part) for part in hold_out(usable))
         pieces, hidden = learned + held_out, self._hidden
-        rest = unknowns_of(self._draft.config) - self._width
+        rest = (3 if self._may_copy else 2) * hidden
         normal = NormalEquations(self._width, rest, hidden)  # of the first step
         for number, piece in enumerate(pieces):
             if self._induction is not None and number == len(learned):
@@ -137,7 +139,7 @@ class Lesson:
         # The median over rows, since a sequence's first token is far off.
         self._scale = rms(states).median(0).values.repeat_interleave(self._hidden)
         self._induction, self._basis = None, torch.eye(self._hidden)
-        if unknowns_of(self._draft.config) > self._width + 2 * self._hidden:
+        if self._may_copy:
             size = code_channels(self._hidden, self._draft.config.head_dim)
             self._induction = make_induction(trajectories, self._scale, self._head, self._final_norm, size)
             self._basis = self._induction.basis

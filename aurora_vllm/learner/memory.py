@@ -6,7 +6,7 @@ chunk of rows: all of the unroll's activations are alive then, and so are the gr
     weights    7 P floats: incumbent, candidate, the draft in training, the one that a trial set aside, two moments,
                gradients; an embedding of the draft's own is there four times
     target     embedding and lm_head as stored (mapped from the file, and touched all over)
-    rows       the target's lm_head on the draft vocabulary, in float32
+    rows       the target's lm_head on the draft vocabulary, in the dtype of products
     replay     its budget
     step       R rows x (inputs + K x what a step keeps for the backward pass) + D x (gradient and logits of a chunk),
                and the allocator's slack; or what a lesson takes at most, where that is more: three matrices of its

@@ -185,6 +185,20 @@ def test_induction_heads_stay_silent_where_copying_does_not_help() -> None:
     assert int((copying.norm.weight == 0).sum()) == CODES
 
 
+def test_a_lesson_may_leave_induction_heads_out() -> None:
+    with_heads, head = day0_draft()
+    without, _ = day0_draft()
+    norm = without.norm.weight.detach().clone()
+    world = repetitive_world(head, norm, 60, 0)
+    teach(with_heads, head, world)
+    for _ in Lesson(without, head, induction=False).run(world):
+        pass
+    own = without.config.hidden_size
+    assert bool((without.midlayer.self_attn.o_proj.weight[:, own:] == 0).all())
+    unseen = repetitive_world(head, norm, 20, 1)
+    assert acceptance(with_heads, head, unseen) > acceptance(without, head, unseen) + 0.5
+
+
 def test_a_later_lesson_may_decide_otherwise() -> None:
     draft, head = day0_draft()
     norm = draft.norm.weight.detach().clone()

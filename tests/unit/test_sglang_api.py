@@ -201,7 +201,7 @@ def test_without_a_learner_the_server_publishes(world: World) -> None:
 def test_with_a_learner_the_learner_publishes_and_learns_on_from_there(world: World, learner: Learner) -> None:
     learner.curriculum.trainer.optimizer.state[learner.curriculum.trainer.parameters[0]] = {"exp_avg": torch.ones(1)}
     # A lesson of the draft before is due, and one is under way; the learner's thread may go on with it at any moment.
-    learner.curriculum._teacher = Lesson(learner.candidate, learner.head)
+    learner.curriculum.teacher = Lesson(learner.candidate, learner.head)
     learner.curriculum._lessons_due, learner.curriculum._lesson = [0], itertools.repeat(None)
     assert_updated(world, world.update(world.new), 2)
     assert learner.curriculum.next() == ""
