@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Literal
 
-TRIAL_STEPS = 150  # optimizer steps before a trial is judged: behind a lesson the first hundred train the head alone
+TRIAL_STEPS = 40  # optimizer steps before a trial is judged: behind a lesson the first 25 train the head alone
 TRIAL_EVIDENCE = 5  # times what a publish is judged on
 MEANINGFUL = 0.03  # acceptance length to be gained by a trial; two cores pay several per cent of their rate for it
 

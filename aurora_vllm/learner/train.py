@@ -37,7 +37,7 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-HEAD_STEPS = 100  # of refining, in which only lm_head is trained
+HEAD_STEPS = 25  # of refining, in which only lm_head is trained
 REFINE_WARMUP_STEPS = 10
 BODY_RATE = 0.03  # of the learning rate, for everything but lm_head in refining
 
