@@ -3,9 +3,10 @@
     python -m benchmarks.learner_step --json benchmarks/results/learner_step.json
 
 A day-0 draft of SmolLM2-135M is trained by both, steps in turn (ours, theirs, ours, ...), on real tokens with random
-states of a residual stream's size: one trajectory, and eight side by side, a quarter of each a prompt. A step is
+states of a residual stream's size: one trajectory, two, and eight side by side, a quarter of each a prompt. A step is
 forward, backward, gradient clipping and AdamW; making the batch is not timed. ``learner_step_ratio`` is our rows per
-second over theirs, the median of the rounds, in the case where it is smallest; every case has a figure of its own.
+second over theirs, the median of the rounds, on batches as the learner takes them (``batch_tokens``: two trajectories),
+in the case where it is smallest; ``..._ratio_smallest`` is the smallest of all, and every case has a figure of its own.
 ``..._head_frozen`` is the same against theirs with ``lm_head`` frozen, which is how speculators trains EAGLE-3: ours
 still trains it. Of the ways to run their step on this CPU (attention, autocast's dtype, torch.compile if asked) the
 fastest is taken, by a trial for each shape. What else differs is in speculators_step.py. Side by side, theirs attends
@@ -26,6 +27,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError, report
 from aurora_vllm.learner.day0 import make_day0_draft
 from benchmarks.report import median_and_spread, write_report
@@ -123,12 +125,14 @@ def case_figures(seconds: dict[str, list[float]], rows: int) -> dict[str, Any]:
 
 
 def summary(cases: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The report's figures: each case's ratios, and under the plain names the smallest of them."""
+    """The report's figures: each case's ratios, the smallest of all, and of the learner's own batch, plainly named."""
     figures: dict[str, float] = {}
     spread: dict[str, list[float]] = {}
+    own = [case for case in cases if case["rows"] == AuroraConfig().batch_tokens]
     for key in ("ratio", "ratio_head_frozen"):
-        worst = min(cases, key=lambda case: case[key])
-        for suffix, case in [("", worst), *((f"_{case['name']}", case) for case in cases)]:
+        worst, worst_own = (min(some, key=lambda case: case[key]) for some in (cases, own))
+        named = [("", worst_own), ("_smallest", worst), *((f"_{case['name']}", case) for case in cases)]
+        for suffix, case in named:
             figures[f"learner_step_{key}{suffix}"] = case[key]
             spread[f"learner_step_{key}{suffix}"] = case[f"{key}_spread"]
     return figures, spread

@@ -26,7 +26,7 @@ from benchmarks.speculators_step import TheirTrainer, Variant, their_batch, thei
 from demo.workload import humaneval
 
 ROWS, PROMPT = 256, 64  # of a trajectory
-SEQUENCES = (1, 8)
+SEQUENCES = (1, 2, 8)
 TTT_LENGTH, LEARNING_RATE = 3, 1e-3
 LOSS_STEPS = 3
 NEVER_FASTER = 1.2  # a variant is given up where its first step takes as many times the best's second

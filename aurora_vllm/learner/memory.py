@@ -16,7 +16,7 @@ chunk of rows: all of the unroll's activations are alive then, and so are the gr
 
 R is the longest trajectory or the wanted batch, whatever is more. Shared memory (ring, bank) is not counted: it is the
 server's. Nor is what comes on top when traffic comes faster than it is looked at (open requests, and a few
-trajectories to be scored), nor the discard term. In the first hundred steps after a lesson only lm_head is trained, and
+trajectories to be scored), nor the discard term. In the first steps after a lesson only lm_head is trained, and
 the body's gradients and moments are not there yet.
 """
 

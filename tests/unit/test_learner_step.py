@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import typer.testing
 
+from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.loss import STEP_DECAY
 from aurora_vllm.learner.target import TargetHead
@@ -20,7 +21,7 @@ from aurora_vllm.learner.trajectory import Trajectory
 from benchmarks import learner_step
 from benchmarks.learner_step import case_figures, summary
 from benchmarks.speculators_step import TheirTrainer, Variant, their_batch, their_model, their_tensors
-from benchmarks.step_contest import Shared, peak_mib, target_entropy
+from benchmarks.step_contest import ROWS, SEQUENCES, Shared, peak_mib, target_entropy
 from tests.unit.tiny_world import DRAFT_V, H, V, World
 
 FINAL_NORM = torch.linspace(0.5, 1.5, H)
@@ -48,20 +49,25 @@ def test_a_ratio_is_the_median_over_rounds() -> None:
     assert figures["rows_per_s_theirs"] == 2.0
 
 
-def test_the_figure_is_the_case_where_it_is_smallest() -> None:
-    def case(name: str, ratio: float, frozen: float) -> dict[str, Any]:
+def test_the_figure_is_the_smallest_of_the_learners_own_batch() -> None:
+    own = AuroraConfig().batch_tokens
+
+    def case(name: str, rows: int, ratio: float, frozen: float) -> dict[str, Any]:
         return {
             "name": name,
+            "rows": rows,
             "ratio": ratio,
             "ratio_spread": [ratio] * 4,
             "ratio_head_frozen": frozen,
             "ratio_head_frozen_spread": [frozen] * 4,
         }
 
-    figures, spread = summary([case("a", 3.0, 1.0), case("b", 2.0, 1.5)])
+    figures, spread = summary([case("a", own, 3.0, 1.4), case("b", own, 2.0, 1.5), case("c", own // 2, 1.0, 0.9)])
     assert figures["learner_step_ratio"] == 2.0
     assert figures["learner_step_ratio_a"] == 3.0
-    assert figures["learner_step_ratio_head_frozen"] == 1.0
+    assert figures["learner_step_ratio_smallest"] == 1.0
+    assert figures["learner_step_ratio_head_frozen"] == 1.4
+    assert any(sequences * ROWS == own for sequences in SEQUENCES)
     assert spread.keys() == figures.keys()
 
 
