@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Collection, Iterator
@@ -155,7 +156,7 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
     config, target, draft = plan.config, plan.target, plan.draft
     memory = predict_gpu(
         _draft_sizes(target, draft),
-        target_head_bytes(target),
+        0 if _lends_ends(args) else target_head_bytes(target),
         _most_rows(config, target),
         config.ttt_length,
         plan.ring_bytes - HEADER_BYTES,
@@ -166,6 +167,14 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
         refused = refused or "learner_device is cpu"
     given = getattr(args, "kv_cache_memory_bytes", None) is not None
     return GpuPlan(total, float(args.gpu_memory_utilization), memory, given, refused)
+
+
+def _lends_ends(args: Namespace) -> bool:
+    """Whether the worker can let the learner read the target's embedding and lm_head (placement.lend_ends): not where
+    torch or vLLM allocate by mapping, which CUDA IPC does not share."""
+    mapped = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    flags = ("enable_sleep_mode", "enable_cumem_allocator")
+    return not mapped and not any(getattr(args, flag, False) for flag in flags)
 
 
 def _draft_sizes(target: Target, draft: Draft) -> DraftSizes:

@@ -87,7 +87,8 @@ class Runtime:
             path.unlink(missing_ok=True)
         if self._control is not None:  # what the worker made: transport/placement.py
             worker = self._control.worker
-            for name in filter(None, (worker.ring_memory, worker.bank_memory)):
+            made = worker.ring_memory, worker.bank_memory, worker.embedding_memory, worker.lm_head_memory
+            for name in filter(None, made):
                 (SHM / name).unlink(missing_ok=True)
 
     def __enter__(self) -> Runtime:

@@ -116,6 +116,11 @@ def consume(names: Names, read: int, pipe: Connection) -> None:
         pipe.send("gone")
 
 
+def read_lent(names: list[str], pipe: Connection) -> None:
+    """The learner: send the bytes of what was lent."""
+    pipe.send([CudaMemory.open(name).bytes.tolist() for name in names])
+
+
 def publish(names: Names, versions: list[int], pipe: Connection) -> None:
     """The learner: publish these versions, then send the seconds each took."""
     segment, memory = names

@@ -33,7 +33,7 @@ from aurora_vllm.learner.publish import Evidence, Sync, publish
 from aurora_vllm.learner.resume import Keeper
 from aurora_vllm.learner.sleep import Sleep
 from aurora_vllm.learner.standing import follow_rollback, take_standing
-from aurora_vllm.learner.target import load_target_head
+from aurora_vllm.learner.target import lent_target_head, load_target_head
 from aurora_vllm.learner.trajectory import Assembler, Trajectory
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.transport import update_request
@@ -59,8 +59,12 @@ class Learner:
         joined = join(Segment.attach(session.ring), Segment.attach(session.bank), self.control.worker)
         self.ring, self.bank, self.device = joined.ring, joined.bank, joined.device
         self.assembler = Assembler(session.row_layout, max_tokens=config.max_trajectory_tokens)
-        self.head = load_target_head(session.target).to(self.device)
         self.incumbent = load_draft(session.draft).to(self.device)
+        if joined.ends is None:
+            self.head = load_target_head(session.target).to(self.device)
+        else:
+            dtype, shape = getattr(torch, session.dtype), (self.incumbent.config.vocab_size, session.hidden_size)
+            self.head = lent_target_head(session.target, joined.ends.embedding, joined.ends.lm_head, dtype, shape)
         self.version = take_standing(self.incumbent, self.bank, self.control.worker)
         self.candidate = copy.deepcopy(self.incumbent)
         given = config.draft is not None or session.resume is not None or self.version != CHECKPOINT_VERSION

@@ -77,14 +77,43 @@ def load_target_head(directory: Path) -> TargetHead:
                         found[wanted] = tensors.get_tensor(name)
     if "embed_tokens.weight" not in found:
         raise AuroraError(f"no token embedding in {directory}", "a safetensors checkpoint of the target is needed")
+    _refuse_other_logits(directory)
+    embedding = found["embed_tokens.weight"]
+    tied = _config(directory).get("tie_word_embeddings", False) or "lm_head.weight" not in found
+    return TargetHead(embedding, embedding if tied else found["lm_head.weight"])
+
+
+def lent_target_head(
+    directory: Path, embedding: torch.Tensor, lm_head: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int]
+) -> TargetHead:
+    """The target's ends where the server holds them, no copies.
+
+    Args:
+        directory: of the target's checkpoint.
+        embedding, lm_head: uint8, flat: at least [V, H] each, for vLLM pads a vocabulary; one tensor where tied.
+        dtype: of their numbers.
+        shape: V, H.
+
+    Raises:
+        AuroraError: as :func:`load_target_head`; or there are fewer than V rows.
+    """
+    _refuse_other_logits(directory)
+    vocabulary, hidden = shape
+    views = []
+    for tensor in (embedding, lm_head) if lm_head is not embedding else (embedding,):
+        rows = tensor.view(dtype).view(-1, hidden)
+        if len(rows) < vocabulary:
+            raise AuroraError(f"the server lends {len(rows)} rows of the target's {vocabulary}: a part of a model?")
+        views.append(rows[:vocabulary])
+    return TargetHead(views[0], views[-1])
+
+
+def _refuse_other_logits(directory: Path) -> None:
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if _config(directory).get(key) not in (None, 1, 1.0):
             raise AuroraError(
                 f"the target in {directory} transforms its logits ({key})", "no draft can be trained for it"
             )
-    embedding = found["embed_tokens.weight"]
-    tied = _config(directory).get("tie_word_embeddings", False) or "lm_head.weight" not in found
-    return TargetHead(embedding, embedding if tied else found["lm_head.weight"])
 
 
 def weights_fingerprint(directory: Path) -> str:

@@ -16,10 +16,11 @@ from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.stager import Stager
 from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
+from aurora_vllm.spec_decode.target_ends import find_ends
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
-from aurora_vllm.transport.placement import CPU, place
+from aurora_vllm.transport.placement import CPU, lend_ends, place
 from aurora_vllm.transport.segment import Segment
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Attachment:
         ring, bank = Segment.attach(session.ring), Segment.attach(session.bank)
         try:
             producer, weights = place(ring, bank, self.device, worker, wanted=session.on_device)
+            layout = session.row_layout
+            lend_ends(lambda: find_ends(self._runner.get_model(), layout.hidden_size, layout.dtype), worker)
             self.writer = TraceWriter(
                 sink=producer,
                 layout=session.row_layout,

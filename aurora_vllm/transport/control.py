@@ -40,6 +40,8 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "memory_device": TEXT,  # where ring and bank lie; empty in POSIX shared memory: transport/placement.py
         "ring_memory": TEXT,  # names of what lies there
         "bank_memory": TEXT,
+        "embedding_memory": TEXT,  # names of the target's own, lent to the learner; empty: it has copies
+        "lm_head_memory": TEXT,
         "capture_on": BOOL,
         "capture_errors": INT,
         "step": INT,

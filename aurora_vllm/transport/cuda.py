@@ -38,7 +38,7 @@ from aurora_vllm.transport.segment import Segment, owner_is_alive
 
 GRANULE = 2 << 20  # bytes; smaller allocations share such a block, and a handle would export their neighbours
 GRACE_S = 2.0  # after the owner's death, for work that was enqueued before it
-_DESCRIPTION = struct.Struct(f"<8sQ40s{HANDLE_BYTES}s{HANDLE_BYTES}s")
+_DESCRIPTION = struct.Struct(f"<8sQQ40s{HANDLE_BYTES}s{HANDLE_BYTES}s")
 _MAGIC = b"AURORGPU"
 
 
@@ -51,12 +51,15 @@ class Description:
     """What another process needs in order to open the memory."""
 
     size: int  # bytes
+    offset: int  # of the first of them in the allocation
     device: str  # UUID: two processes may number their GPUs differently (CUDA_VISIBLE_DEVICES)
     memory_handle: bytes
     event_handle: bytes
 
     def write(self, segment: Segment) -> None:
-        packed = _DESCRIPTION.pack(_MAGIC, self.size, self.device.encode(), self.memory_handle, self.event_handle)
+        packed = _DESCRIPTION.pack(
+            _MAGIC, self.size, self.offset, self.device.encode(), self.memory_handle, self.event_handle
+        )
         segment.buf[: len(packed)] = packed
 
     @classmethod
@@ -64,27 +67,34 @@ class Description:
         """Raises ValueError where the segment describes no device memory."""
         if segment.size < _DESCRIPTION.size:
             raise ValueError(f"segment {segment.name} describes no device memory")
-        magic, size, device, memory, event = _DESCRIPTION.unpack_from(segment.buf)
+        magic, size, offset, device, memory, event = _DESCRIPTION.unpack_from(segment.buf)
         if magic != _MAGIC:
             raise ValueError(f"segment {segment.name} describes no device memory")
-        return cls(size, device.rstrip(b"\0").decode(), memory, event)
+        return cls(size, offset, device.rstrip(b"\0").decode(), memory, event)
 
 
 class CudaMemory:
-    """A :class:`.memory.Memory` on a GPU. Use :meth:`create` or :meth:`open`.
+    """A :class:`.memory.Memory` on a GPU. Use :meth:`create`, :meth:`lend` or :meth:`open`.
 
     It stays mapped until the process ends: tensors over unmapped memory would crash it.
     """
 
     def __init__(
-        self, segment: Segment, device: torch.device, pointer: int, size: int, event: torch.cuda.Event, owned: bool
+        self,
+        segment: Segment,
+        device: torch.device,
+        pointer: int,
+        size: int,
+        event: torch.cuda.Event,
+        owned: bool,
+        lent: bool = False,
     ) -> None:
         self.name = segment.name
         self.device = device
         self.bytes = tensor_over(pointer, size, device)
         self._segment = segment
         self._event = event
-        self._owned = owned
+        self._owned, self._lent = owned, lent
         self._stream: torch.cuda.Stream | None = None  # the one last handed over from
 
     @classmethod
@@ -99,14 +109,44 @@ class CudaMemory:
         with torch.cuda.device(device):
             pointer, handle = cuda_driver.allocate(size)
             try:
-                event = torch.cuda.Event(interprocess=True)
-                event_handle = event.ipc_handle()
-                segment = Segment.create(kind, 4096)
+                return cls._describe(kind, device, pointer, size, handle)
             except BaseException:
                 cuda_driver.free(pointer)
                 raise
-        Description(size, _uuid(device), handle, event_handle).write(segment)
-        return cls(segment, device, pointer, size, event, owned=True)
+
+    @classmethod
+    def lend(cls, kind: str, tensor: torch.Tensor) -> CudaMemory:
+        """Share what a tensor of this process holds, where it lies. Others map all of the allocation it is a part of.
+
+        Args:
+            kind: as for :meth:`create`.
+            tensor: contiguous; it must stay where it is as long as this process lives.
+
+        Raises:
+            NoDeviceMemory: there is no CUDA device, or this tensor's memory cannot be shared.
+        """
+        device = _make_current(tensor.device)
+        with torch.cuda.device(device):
+            handle, offset = cuda_driver.export(tensor.data_ptr())
+            return cls._describe(kind, device, tensor.data_ptr(), tensor.nbytes, handle, offset, lent=True)
+
+    @classmethod
+    def _describe(
+        cls,
+        kind: str,
+        device: torch.device,
+        pointer: int,
+        size: int,
+        handle: bytes,
+        offset: int = 0,
+        lent: bool = False,
+    ) -> CudaMemory:
+        """The owner's side, with the page that others open it by."""
+        event = torch.cuda.Event(interprocess=True)
+        event_handle = event.ipc_handle()
+        segment = Segment.create(kind, 4096)
+        Description(size, offset, _uuid(device), handle, event_handle).write(segment)
+        return cls(segment, device, pointer, size, event, owned=True, lent=lent)
 
     @classmethod
     def open(cls, name: str) -> CudaMemory:
@@ -123,7 +163,7 @@ class CudaMemory:
             raise OwnerGone(f"device memory {name}: its process is dead")
         device = _make_current(_device_of(description.device))
         with torch.cuda.device(device):
-            pointer = cuda_driver.open_handle(description.memory_handle)
+            pointer = cuda_driver.open_handle(description.memory_handle) + description.offset
             event = torch.cuda.Event.from_ipc_handle(device, description.event_handle)
         return cls(segment, device, pointer, description.size, event, owned=False)
 
@@ -168,8 +208,9 @@ class CudaMemory:
         """As :meth:`.memory.NamedMemory.release`."""
         self.unlink()
         pointer, self.bytes = self.bytes.data_ptr(), torch.empty(0, dtype=torch.uint8)
-        with torch.cuda.device(self.device):
-            cuda_driver.free(pointer)
+        if not self._lent:
+            with torch.cuda.device(self.device):
+                cuda_driver.free(pointer)
 
     def _owner_lives(self) -> bool:
         return self._owned or owner_is_alive(self.name)

@@ -27,6 +27,8 @@ def _driver() -> ctypes.CDLL:
     pointer = ctypes.POINTER(ctypes.c_ulonglong)  # CUdeviceptr
     library.cuMemAlloc_v2.argtypes = [pointer, ctypes.c_size_t]
     library.cuMemFree_v2.argtypes = [ctypes.c_ulonglong]
+    size = ctypes.POINTER(ctypes.c_size_t)
+    library.cuMemGetAddressRange_v2.argtypes = [pointer, size, ctypes.c_ulonglong]
     library.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_MemHandle), ctypes.c_ulonglong]
     library.cuIpcOpenMemHandle_v2.argtypes = [pointer, _MemHandle, ctypes.c_uint]
     library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
@@ -52,8 +54,21 @@ def allocate(size: int) -> tuple[int, bytes]:
     return address.value, bytes(handle.reserved)
 
 
+def export(address: int) -> tuple[bytes, int]:
+    """IPC handle of the allocation that an address of this process lies in, whoever made it, and how far in it lies.
+
+    Raises:
+        NoDeviceMemory: the allocation was not made by cuMemAlloc (torch's ``expandable_segments``, vLLM's sleep mode).
+    """
+    driver, base, size, handle = _driver(), ctypes.c_ulonglong(), ctypes.c_size_t(), _MemHandle()
+    _check(driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), address), "no memory of the GPU")
+    _check(driver.cuIpcGetMemHandle(ctypes.byref(handle), base), "cannot share memory of the GPU")
+    return bytes(handle.reserved), address - base.value
+
+
+@functools.cache  # one mapping of an allocation in a process, however many tensors of it were lent
 def open_handle(handle: bytes) -> int:
-    """Address in this process of another process's allocation."""
+    """Address in this process of another process's allocation. It stays mapped."""
     address, lazy_peer_access = ctypes.c_ulonglong(), 1
     given = _MemHandle.from_buffer_copy(handle)
     _check(

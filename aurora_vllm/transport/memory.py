@@ -47,13 +47,14 @@ class NamedMemory(Memory, Protocol):
     def device(self) -> torch.device: ...
 
     def release(self) -> None:
-        """Free it, name and all. Only its maker, and only where no tensor over it is used any more."""
+        """Free it and its name; of what is lent, the name. Only its maker, and only where no tensor over it is used."""
 
 
 class Place(Protocol):
-    """Where such memory is made and opened. Both raise, with a line fit to be shown, where it cannot be had."""
+    """Where such memory is made, lent and opened. All raise, with a line fit to be shown, where it cannot be had."""
 
     def create(self, kind: str, size: int, device: torch.device) -> NamedMemory: ...
+    def lend(self, kind: str, tensor: torch.Tensor) -> NamedMemory: ...
     def open(self, name: str) -> NamedMemory: ...
 
 

@@ -8,7 +8,7 @@ Who creates, who opens, and when:
    target is on a device that has memory to share, it makes two pieces of it, has another process open them for a
    trial, lays ring and bank out again over them, and gives the room in POSIX shared memory back. It writes the names
    into its part of the control block. Where any of it fails it frees what it made, says so in one warning, and ring
-   and bank stay where they are.
+   and bank stay where they are. Then it lends the learner the target's embedding and lm_head (:func:`lend_ends`).
 3. The learner, started after that (:func:`join`), opens what the control block names, and trains on that device; where
    nothing is named, on the CPU. It only ever opens: killed and started again it opens the same memory, and goes on at
    its own counter.
@@ -21,6 +21,7 @@ The pages that describe the memory are removed with the server's or, after a kil
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,12 +80,51 @@ def place(
 
 
 @dataclass(frozen=True)
+class Ends:
+    """The target's frozen ends, as vLLM holds them."""
+
+    embedding: torch.Tensor  # [at least V, H], contiguous; vLLM pads a vocabulary. As lent: uint8, flat
+    lm_head: torch.Tensor  # the same; the same tensor where tied
+
+
+def lend_ends(find: Callable[[], Ends | None], worker: Block) -> None:
+    """Let the learner read these where they lie: else it has copies of its own, which take gigabytes of a GPU.
+
+    Where they cannot be lent one line says so, and that is what it does.
+
+    Args:
+        find: the target's, or None where it has no such matrices.
+        worker: the worker's part of the control block, after :func:`place`.
+    """
+    where = memory_for(torch.device(worker.memory_device)) if worker.memory_device else None
+    made: list[NamedMemory] = []
+    try:
+        ends = find() if where is not None else None
+        if ends is None or where is None:
+            return
+        made.append(where.lend("embedding_memory", ends.embedding))
+        tied = ends.lm_head is ends.embedding
+        made.append(made[0] if tied else where.lend("lm_head_memory", ends.lm_head))
+        try_elsewhere(ends.embedding.device, [one.name for one in made])
+        for one in made:
+            one.hand_over()
+    except Exception as error:  # of the driver, of torch, of a model nobody has seen
+        for one in made:
+            one.release()
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("aurora: the learner takes a copy of the target's embedding and lm_head (%s)", said)
+        return
+    worker.embedding_memory, worker.lm_head_memory = (one.name for one in made)
+
+
+@dataclass(frozen=True)
 class Joined:
     """The learner's sides of ring and bank."""
 
     ring: RingConsumer
     bank: WeightBank
     device: torch.device  # where they lie, and where to train
+    ends: Ends | None = None  # of the target, lent
 
 
 def join(ring: Segment, bank: Segment, worker: Block) -> Joined:
@@ -97,8 +137,14 @@ def join(ring: Segment, bank: Segment, worker: Block) -> Joined:
     where = memory_for(torch.device(named)) if named else None
     if where is None:
         return Joined(RingConsumer.attach(ring), WeightBank.attach(bank), CPU)
+    lent = [worker.embedding_memory, worker.lm_head_memory] if worker.lm_head_memory else []
     try:
-        rows, weights = where.open(worker.ring_memory), where.open(worker.bank_memory)
+        rows, weights, *ends = [where.open(name) for name in (worker.ring_memory, worker.bank_memory, *lent)]
     except Exception as error:  # of the driver, of the system, of torch: all of them end here
         raise AuroraError(f"the learner cannot open the ring and the bank on {named}: {error}") from error
-    return Joined(RingConsumer.attach(ring, rows), WeightBank.attach(bank, weights), rows.device)
+    for one in ends:
+        one.take_over()
+    flat = [one.bytes for one in ends]
+    tied = worker.embedding_memory == worker.lm_head_memory
+    target = Ends(flat[0], flat[0 if tied else 1]) if flat else None
+    return Joined(RingConsumer.attach(ring, rows), WeightBank.attach(bank, weights), rows.device, target)

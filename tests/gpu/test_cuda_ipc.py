@@ -10,6 +10,7 @@ import torch
 
 from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Standing
 from aurora_vllm.transport.bank import TensorSpec
+from aurora_vllm.transport.cuda import CudaMemory
 from aurora_vllm.transport.placement import place
 from benchmarks import gpu_processes as processes
 from benchmarks import gpu_ring
@@ -75,6 +76,21 @@ def test_what_a_worker_places_another_process_reads(tmp_path: Path) -> None:
         learner.kill()
         learner.join()
         processes.remove((control.worker.ring_memory, control.worker.bank_memory))
+
+
+def test_tensors_of_torchs_allocator_are_read_by_another_process() -> None:
+    """Small ones share an allocation, which a process maps once; a large one has its own."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randint(256, (n,), generator=generator, dtype=torch.uint8) for n in (1000, 3, 30 << 20)]
+    on_device = [tensor.to(DEVICE) for tensor in tensors]
+    lent = [CudaMemory.lend(f"lent_{i}", tensor) for i, tensor in enumerate(on_device)]
+    torch.cuda.synchronize()
+    process, pipe = processes.start(processes.read_lent, [one.name for one in lent])
+    assert pipe.recv() == [tensor.tolist() for tensor in tensors]
+    process.join()
+    for one in lent:
+        one.release()
+    assert torch.equal(on_device[0].cpu(), tensors[0])  # still torch's
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse+next-token"])

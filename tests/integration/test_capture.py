@@ -33,6 +33,10 @@ def test_the_runner_is_the_one_meant(served: Served) -> None:
     assert served.engine.control.worker.capture_on
 
 
+def test_what_a_learner_would_be_lent_of_the_target_is_its_checkpoints(served: Served) -> None:
+    assert served.engine.call("lent_ends_are_the_checkpoints") == [True, True]
+
+
 def test_mixed_batch_with_chunked_prefill_agrees_with_transformers(served: Served) -> None:
     prompts = [*served.short, served.text(150, 1), served.text(120, 2)]  # 96 tokens fit into one step
     before = served.engine.spec_decode_counters()

@@ -41,6 +41,20 @@ class InspectableWorker(AuroraWorker):
             outputs[name] = (result[0] if isinstance(result, tuple) else result).flatten().tolist()
         return outputs
 
+    def lent_ends_are_the_checkpoints(self) -> list[bool]:
+        """Of the target's embedding and lm_head: whether what a learner would be lent is what the checkpoint says."""
+        from aurora_vllm.learner.target import load_target_head
+        from aurora_vllm.session import Session
+        from aurora_vllm.spec_decode.target_ends import find_ends
+
+        session = Session.from_environment()
+        assert session is not None
+        ends = find_ends(self.model_runner.get_model(), session.hidden_size, session.row_layout.dtype)
+        assert ends is not None
+        stored = load_target_head(session.target)
+        pairs = ((ends.embedding, stored.embed_tokens), (ends.lm_head, stored.lm_head))
+        return [torch.equal(running[: len(kept)], kept) for running, kept in pairs]
+
     def runner_class(self) -> str:
         return f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}"
 

@@ -149,7 +149,7 @@ def test_memory_that_is_not_given_or_too_small() -> None:
 
 
 def test_a_description_comes_back() -> None:
-    given = Description(3 << 20, "a" * 36, b"\0m" * 32, b"e\0" * 32)
+    given = Description(3 << 20, 5 << 9, "a" * 36, b"\0m" * 32, b"e\0" * 32)
     with Segment.create("device", 4096) as segment:
         with pytest.raises(ValueError, match="describes no device memory"):
             Description.read(segment)
@@ -160,7 +160,7 @@ def test_a_description_comes_back() -> None:
 def test_memory_of_a_dead_process_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "owner_is_alive", lambda name: False)
     with Segment.create("device", 4096) as segment:
-        Description(64, "a" * 36, b"m" * 64, b"e" * 64).write(segment)
+        Description(64, 0, "a" * 36, b"m" * 64, b"e" * 64).write(segment)
         with pytest.raises(OwnerGone, match="its process is dead"):
             CudaMemory.open(segment.name)
 
@@ -169,8 +169,10 @@ def test_memory_of_a_dead_process_is_not_opened(monkeypatch: pytest.MonkeyPatch)
 def test_without_a_gpu_it_says_so() -> None:
     with pytest.raises(NoDeviceMemory, match="no CUDA device here"):
         CudaMemory.create("device", 64, torch.device("cuda"))
+    with pytest.raises(NoDeviceMemory, match="no CUDA device here"):
+        CudaMemory.lend("device", torch.zeros(4))
     with Segment.create("device", 4096) as segment:
-        Description(64, "a" * 36, b"m" * 64, b"e" * 64).write(segment)
+        Description(64, 0, "a" * 36, b"m" * 64, b"e" * 64).write(segment)
         with pytest.raises(NoDeviceMemory, match=r"the GPU a+ is not visible"):
             CudaMemory.open(segment.name)
 

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_vllm import plan, preflight
+from aurora_vllm.checkpoint import target_head_bytes
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.gpu_plan import GpuPlan
 from aurora_vllm.learner.memory import CONTEXT_BYTES, MIB, DraftSizes, GpuMemory, predict, predict_gpu
 from aurora_vllm.runtime import Runtime
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.transport.bank import weights_bytes
-from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.control import BLOCKS, ControlBlock
 from aurora_vllm.transport.ring import HEADER_BYTES
 from aurora_vllm.transport.segment import SHM, Segment
 from tests.unit.test_plan import draft_dir, serve_plan, target
@@ -101,6 +102,23 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
 
 
 @pytest.mark.parametrize(
+    ("flags", "variable", "copied"),
+    [
+        ({}, "", False),
+        ({"enable_sleep_mode": True}, "", True),
+        ({"enable_cumem_allocator": True}, "", True),
+        ({}, "expandable_segments:True", True),
+    ],
+)
+def test_a_copy_of_the_targets_ends_is_counted_where_it_is_made(
+    serve_plan: plan.ServePlan, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], variable: str, copied: bool
+) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", variable)
+    found = plan.plan_gpu(serve_plan, Namespace(gpu_memory_utilization=0.9, **flags), 80 * GIB)
+    assert found.memory.target == (target_head_bytes(serve_plan.target) if copied else 0)
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [({"learn": False}, "there is no learner"), ({"learner_device": "cpu"}, "learner_device is cpu")],
 )
@@ -120,11 +138,13 @@ def test_the_server_says_what_is_wanted_and_removes_what_the_worker_made(
     for found, wanted in ((None, False), (gpu(), True), (gpu(refused="x"), False)):
         with Runtime(replace(silent, gpu=found), routes_installed=True) as runtime:
             assert runtime.session.on_device is wanted
-            made = SHM / "aurora-1-1-0123456789abcdef-ring_memory"
-            made.touch()
             control = ControlBlock.attach(Segment.attach(runtime.session.control))
-            control.worker.ring_memory = made.name
-        assert not made.exists()
+            kinds = [name for name in BLOCKS["worker"] if name.endswith("_memory")]
+            made = [SHM / f"aurora-1-1-0123456789abcdef-{kind}" for kind in kinds]
+            for kind, page in zip(kinds, made, strict=True):
+                page.touch()
+                setattr(control.worker, kind, page.name)
+        assert len(made) == 4 and not any(page.exists() for page in made)
 
 
 def test_this_machine_has_no_gpu_or_says_its_size() -> None:

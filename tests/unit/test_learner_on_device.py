@@ -119,6 +119,7 @@ def taught_on(where: torch.device, directory: Path) -> dict[str, torch.Tensor]:
 
 def test_a_lesson_is_the_one_of_the_cpu(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aurora_vllm.learner.curriculum.LESSON_ROWS", (300, 900))
+    monkeypatch.setattr("aurora_vllm.learner.train.fast_matmul_dtype", lambda device: torch.float32)
     near, far = taught_on(CPU, tmp_path), taught_on(device, tmp_path)
     for name, tensor in near.items():
         torch.testing.assert_close(far[name], tensor)

@@ -11,6 +11,7 @@ import torch
 
 from aurora_vllm.learner import process
 from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.target import lent_target_head
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
@@ -18,7 +19,7 @@ from aurora_vllm.transport import placement, probe
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.cuda import NoDeviceMemory
-from aurora_vllm.transport.placement import CPU, join, place
+from aurora_vllm.transport.placement import CPU, Ends, join, lend_ends, place
 from aurora_vllm.transport.ring import RingConsumer, RingGauge, RingProducer
 from aurora_vllm.transport.segment import SHM, Segment
 from tests.unit.pretend_device import DEVICE, Far, pretend_device
@@ -40,6 +41,19 @@ class Piece(Side):
         self._released.append(self.name)
 
 
+class Lent(Piece):
+    """What lies where it lay, the same memory on both sides."""
+
+    def __init__(self, shared: Device, name: str, device: torch.device, released: list[str]) -> None:
+        super().__init__(shared, name, device, released)
+        self.bytes = shared.memory
+
+    def hand_over(self) -> None:
+        self.calls.append(("hand_over", self.look()))
+
+    take_over = hand_over
+
+
 class StandIn:
     """A place whose memory does nothing before somebody waits for it. refuses: a kind that is not to be had."""
 
@@ -59,12 +73,24 @@ class StandIn:
         self.made[name] = shared, device
         return Piece(shared, name, device, self.released)
 
+    def lend(self, kind: str, tensor: torch.Tensor) -> Piece:
+        if kind == self.refuses:
+            raise NoDeviceMemory("cannot share memory of the GPU: CUDA_ERROR_INVALID_VALUE (1)")
+        shared = Device(0)
+        shared.memory = tensor.view(-1).view(torch.uint8)
+        name = f"aurora-1-1-0123456789abcdef-{kind}"
+        self.made[name] = shared, tensor.device
+        return Lent(shared, name, tensor.device, self.released)
+
     def open(self, name: str) -> Piece:
         self.opened.append(name)
-        return Piece(self.made[name][0], name, self.made[name][1], self.released)
+        kind = Lent if name in (EMBEDDING, LM_HEAD) else Piece
+        return kind(self.made[name][0], name, self.made[name][1], self.released)
 
 
 RING, BANK = "aurora-1-1-0123456789abcdef-ring_memory", "aurora-1-1-0123456789abcdef-bank_memory"
+
+EMBEDDING, LM_HEAD = (RING.replace("ring", kind) for kind in ("embedding", "lm_head"))
 
 
 @pytest.fixture
@@ -156,6 +182,78 @@ def test_what_fails_leaves_host_memory_and_one_warning(
     assert str(faults.get(fault, "OUT_OF_MEMORY")) in said
 
 
+def padded(matrix: torch.Tensor) -> torch.Tensor:
+    """As vLLM holds it: with rows behind the vocabulary."""
+    return torch.cat([matrix, matrix[:5] + 1])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_target_is_read_where_it_lies(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tried: list[list[str]],
+    tied: bool,
+) -> None:
+    world = World()
+    use(monkeypatch, StandIn())
+    with session(world, tmp_path) as (shared, _):
+        ring, bank, control = parts(shared)
+        place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
+        embedding = padded(world.embedding)
+        ends = Ends(embedding, embedding if tied else padded(world.lm_head))
+        lend_ends(lambda: ends, control.worker)
+        assert tried[1:] == [[EMBEDDING, EMBEDDING if tied else LM_HEAD]]
+        lent = join(ring, bank, control.worker).ends
+        assert lent is not None
+        head = lent_target_head(
+            shared.target, lent.embedding, lent.lm_head, torch.float32, tuple(world.embedding.shape)
+        )
+        assert torch.equal(head.embed_tokens, world.embedding)
+        assert torch.equal(head.lm_head, world.embedding if tied else world.lm_head)
+        assert head.embed_tokens.data_ptr() == embedding.data_ptr()  # no copy
+        assert (head.lm_head is head.embed_tokens) is tied
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("fault", ["embedding_memory", "lm_head_memory", "elsewhere", "a model nobody has seen"])
+def test_what_cannot_be_lent_is_copied_after_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    world, stand_in = World(), use(monkeypatch, StandIn(refuses=fault))
+    ends = Ends(world.embedding, world.lm_head)
+
+    def try_elsewhere(device: torch.device, names: list[str]) -> None:
+        if fault == "elsewhere" and EMBEDDING in names:
+            raise NoDeviceMemory("exclusive mode")
+
+    monkeypatch.setattr(placement, "try_elsewhere", try_elsewhere)
+    with session(world, tmp_path) as (shared, _):
+        ring, bank, control = parts(shared)
+        place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
+        lend_ends(lambda: 1 / 0 if fault.startswith("a model") else ends, control.worker)  # type: ignore[arg-type]
+        assert control.worker.memory_device and not (control.worker.embedding_memory or control.worker.lm_head_memory)
+        assert set(stand_in.released) == set(stand_in.made) - {RING, BANK}
+        joined = join(ring, bank, control.worker)
+        assert joined.ends is None and stand_in.opened == [RING, BANK]
+    (said,) = warnings(caplog)
+    assert "the learner takes a copy of the target's embedding and lm_head" in said and "\n" not in said
+
+
+def test_a_model_of_another_kind_lends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tried: list[list[str]]
+) -> None:
+    stand_in = use(monkeypatch, StandIn())
+    with session(World(), tmp_path) as (shared, _):
+        ring, bank, control = parts(shared)
+        place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
+        lend_ends(lambda: None, control.worker)
+        assert set(stand_in.made) == {RING, BANK}
+    with session(World(), tmp_path) as (shared, _):  # nor does one whose ring and bank lie on the host
+        lend_ends(lambda: pytest.fail("asked for nothing"), parts(shared)[2].worker)
+    assert not warnings(caplog)
+
+
 @pytest.mark.parametrize(("device", "wanted"), [("cpu", True), ("cuda", False)])
 def test_nothing_is_tried_where_there_is_no_device_or_it_is_not_wanted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, device: str, wanted: bool
@@ -233,9 +331,12 @@ def test_a_learner_on_a_device_trains_judges_and_publishes_there(
     with session(world, tmp_path, discard_weight=0.1) as (shared, _), pretend_device(monkeypatch):
         ring, bank, control = parts(shared)
         producer, weights = place(ring, bank, DEVICE, control.worker, wanted=True)
+        ends = Ends(padded(world.embedding).to(DEVICE), padded(world.lm_head).to(DEVICE))
+        lend_ends(lambda: ends, control.worker)
         learner = Learner(shared)
         assert learner.device == DEVICE and isinstance(learner.candidate.fc.weight.data, Far)
         assert isinstance(learner.head.lm_head, Far)
+        assert learner.head.lm_head.here.data_ptr() == ends.lm_head.here.data_ptr()  # type: ignore[attr-defined]
         serve(world, learner, producer, range(24))
         for _turn in range(12):
             learner.turn()
@@ -246,5 +347,5 @@ def test_a_learner_on_a_device_trains_judges_and_publishes_there(
         published = weights.read(version).tensors["fc.weight"].cpu()
         assert torch.equal(published, learner.incumbent.fc.weight.detach().cpu())
         again = Learner(shared)  # the one before was killed
-        assert again.version == version and stand_in.opened == [RING, BANK, RING, BANK]
+        assert again.version == version and stand_in.opened == [RING, BANK, EMBEDDING, LM_HEAD] * 2
         assert torch.equal(again.candidate.fc.weight.detach().cpu(), published)

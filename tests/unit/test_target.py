@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner import target
-from aurora_vllm.learner.target import TargetHead, load_target_head
+from aurora_vllm.learner.target import TargetHead, lent_target_head, load_target_head
 
 EMBEDDING, HEAD, OTHER = torch.randn(10, 4), torch.randn(10, 4), torch.randn(3, 3)
 
@@ -35,6 +35,24 @@ def test_untied_head_in_another_shard(tmp_path: Path) -> None:
     assert head.lm_head.dtype == torch.bfloat16 and torch.equal(head.lm_head, HEAD.bfloat16())
     assert head.embed(torch.tensor([3])).dtype == torch.float32
     assert head.rows(torch.tensor([1, 5])).dtype == torch.float32
+
+
+def test_what_is_lent_is_not_copied(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, [])
+    flat = [torch.cat([matrix, OTHER[0, 0].expand(2, 4)]).flatten().view(torch.uint8) for matrix in (EMBEDDING, HEAD)]
+    head = lent_target_head(directory, flat[0], flat[1], torch.float32, (10, 4))
+    assert torch.equal(head.embed_tokens, EMBEDDING) and torch.equal(head.lm_head, HEAD)
+    assert (head.embed_tokens.data_ptr(), head.lm_head.data_ptr()) == (flat[0].data_ptr(), flat[1].data_ptr())
+    tied = lent_target_head(directory, flat[0], flat[0], torch.float32, (10, 4))
+    assert tied.lm_head is tied.embed_tokens
+    with pytest.raises(AuroraError, match="lends 12 rows of the target's 13"):
+        lent_target_head(directory, flat[0], flat[0], torch.float32, (13, 4))
+
+
+def test_a_lent_head_is_of_no_use_either_where_logits_are_transformed(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, [], final_logit_softcapping=30.0)
+    with pytest.raises(AuroraError, match="softcapping"):
+        lent_target_head(directory, HEAD, HEAD, torch.float32, (10, 4))
 
 
 @pytest.mark.parametrize("config", [{}, {"final_logit_softcapping": 30.0}])
