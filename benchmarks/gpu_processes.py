@@ -33,6 +33,21 @@ def start(target: Callable[..., None], *args: Any) -> tuple[SpawnProcess, Connec
     return process, ours
 
 
+def captured(device: str, forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
+    """Functions that run the forward and give its last output: a replayed CUDA graph, or plain calls on a CPU."""
+    if device == "cpu":
+        return (lambda: None), forward
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries set themselves up in the first call, which must not be captured
+        forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = forward()
+    return graph.replay, lambda: output
+
+
 def make_ring(device: str, row_bytes: int, capacity: int) -> tuple[RingProducer, Names]:
     if device == "cpu":
         segment = Segment.create("ring", ring_bytes(row_bytes, capacity))

@@ -1,9 +1,9 @@
 """Does the transport do on this GPU what it promises? ``python -m benchmarks.gpu_selfcheck [--json FILE]``.
 
 Needs torch only, not vLLM. Two processes over CUDA IPC run the product's own ring, bank, trace writer and swap:
-integrity under load, bandwidth, weights swapped under a CUDA graph, what capture costs a step, and kill -9 of either
-side. Without a CUDA device it says so, writes ``"skipped": true`` and ends with 0; where a target is missed, with 1.
-The learner beside a decode load is not measured: it has no GPU stream yet. WRITTEN AND NEVER RUN on a GPU.
+integrity under load, bandwidth, weights swapped under a CUDA graph, what capture costs a step, kill -9 of either side,
+and the learner's training step beside a decode load. Without a CUDA device it says so, writes ``"skipped": true`` and
+ends with 0; where a target is missed, with 1. WRITTEN AND NEVER RUN on a GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from aurora_vllm.transport.ring import RingConsumer
 from aurora_vllm.transport.rows import RowLayout
 from aurora_vllm.transport.segment import Segment
 from benchmarks import gpu_processes as processes
+from benchmarks.gpu_learner import QWEN3_8B, decode_load, learner_beside_a_load
 from benchmarks.gpu_ring import kill_recovery, ring_integrity
 
 RING_RATIO, SWAP_P99_MS, CAPTURE_SHARE, STEP_US = 0.8, 2.0, 0.01, 10_000.0  # the targets
 HIDDEN = 4096  # Qwen3-8B
+LEARNER_ROWS, LOAD_SECONDS = 512, 15.0  # rows of a training step (batch_tokens' default), and of each measurement
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
@@ -138,7 +140,7 @@ def swap_under_a_graph(device: str, specs: list[TensorSpec], swaps: int) -> dict
     read_s = (time.perf_counter() - started) / 2
     bank.hold(live=2, previous=1)
     expected = {version: head_forward(publication.tensors, x) for version, publication in read.items()}
-    replay, output = _captured(device, lambda: head_forward(live, x))
+    replay, output = processes.captured(device, lambda: head_forward(live, x))
     tensors = list(live.values())
     addresses = [tensor.data_ptr() for tensor in tensors]
     standing = Standing(list(read[1].tensors.values()))
@@ -168,23 +170,6 @@ def swap_under_a_graph(device: str, specs: list[TensorSpec], swaps: int) -> dict
         "publish_s": published_s,
         "read_s": read_s,
     }
-
-
-def _captured(
-    device: str, forward: Callable[[], torch.Tensor]
-) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
-    """Functions that run the forward and give its last output: a replayed CUDA graph, or plain calls on a CPU."""
-    if device == "cpu":
-        return (lambda: None), forward
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up in the first call, which must not be captured
-        forward()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = forward()
-    return graph.replay, lambda: output
 
 
 def capture_cost(device: str, hidden: int, batches: Sequence[int], steps: int = 50, drafts: int = 3) -> dict[str, Any]:
@@ -246,6 +231,8 @@ def check(device: str) -> dict[str, Any]:
     found["swap"] = swap_under_a_graph(device, head_specs(HIDDEN, 12_288, 32_000, torch.bfloat16), 1000)
     found["capture"] = capture_cost(device, HIDDEN, (1, 8, 32, 64))
     found["kill"] = kill_recovery(device, row_bytes, 64)
+    load = decode_load(device, 8192, 64)  # 8 GiB
+    found["learner"] = learner_beside_a_load(device, QWEN3_8B, LEARNER_ROWS, load, LOAD_SECONDS)
     return found | {"met": verdicts(found)}
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import gpu_learner, gpu_ring
 from benchmarks import gpu_processes as processes
-from benchmarks import gpu_ring
 from benchmarks import gpu_selfcheck as selfcheck
 
 
@@ -100,3 +101,18 @@ def test_bandwidth_and_capture_are_of_what_was_written() -> None:
 
 def test_kill_of_either_side() -> None:
     assert all(gpu_ring.kill_recovery("cpu", 192, 16).values())
+
+
+def test_a_learner_beside_a_load_rests_where_it_has_a_budget() -> None:
+    tiny = replace(
+        gpu_learner.QWEN3_8B, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=64, draft_vocab_size=32, target_hidden_size=32,
+    )  # fmt: skip
+    load = gpu_learner.decode_load("cpu", 16, 3)
+    found = gpu_learner.learner_beside_a_load("cpu", tiny, 512, load, seconds=1.5)
+    learners = [found["learner_alone"], *(found[name]["learner"] for name in ("with_budget", "without_budget"))]
+    assert all(learner["steps"] >= 1 and learner["rows_per_s"] > 0 for learner in learners)
+    assert learners[1]["share"] < 0.7 * learners[2]["share"]  # 0.05 and 1, but for the last step of a busy machine
+    assert len(found["load_alone"]) == 2 and found["load_slowdown"].keys() == {"with_budget", "without_budget"}
+    for load_figures in (*found["load_alone"], found["with_budget"]["load"]):
+        assert load_figures["steps_per_s"] > 0 and load_figures["p99_ms"] >= load_figures["p50_ms"] > 0
