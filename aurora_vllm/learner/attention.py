@@ -75,43 +75,34 @@ class _TTTAttention(torch.autograd.Function):
         steps = len(own) // 2
         q = _scaled(query, key.shape[1])  # [A, kv, group, D]
         own_scores = _own_scores(q, own[:steps])  # [A, kv, group, steps]
-        output = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:-1])  # log-sum-exp of all scores of a query, [A, kv, group]
+        output, own_p = torch.empty_like(q), torch.empty_like(own_scores)
         for rows, keys, ahead in _blocks(segments, q.device):
-            scores = _causal_scores(q[rows], key[keys], ahead)  # [kv, group * n, seen]
-            own_block = _heads_first(own_scores[rows])  # [kv, group * n, steps]
-            highest = scores.amax(-1, keepdim=True)
-            if steps:
-                highest = torch.maximum(highest, own_block.amax(-1, keepdim=True))
-            scores.sub_(highest).exp_()
-            total = scores.sum(-1, keepdim=True) + (own_block - highest).exp_().sum(-1, keepdim=True)
-            attended = _product(scores, value[keys].transpose(0, 1), dtype).div_(total)
-            output[rows] = _rows_first(attended, q[rows].shape)
-            lse[rows] = _rows_first(total.log_().add_(highest), q[rows].shape).squeeze(-1)
-        own_probabilities = (own_scores - lse.unsqueeze(-1)).exp_()
+            p, own_p[rows] = _probabilities(q[rows], key[keys], own_scores[rows], ahead)
+            output[rows] = _rows_first(_product(p, value[keys].transpose(0, 1), dtype), q[rows].shape)
         for i, own_value in enumerate(own[steps:]):
-            output.addcmul_(own_probabilities[..., i : i + 1], own_value.unsqueeze(2))
-        ctx.save_for_backward(q, key, value, output, lse, *own)
+            output.addcmul_(own_p[..., i : i + 1], own_value.unsqueeze(2))
+        ctx.save_for_backward(q, key, value, output, *own)
         ctx.segments, ctx.dtype = segments, dtype
         return output.view_as(query)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, key, value, output, lse, *own = ctx.saved_tensors
+        q, key, value, output, *own = ctx.saved_tensors
         steps, dtype = len(own) // 2, ctx.dtype
         grad = grad.reshape(q.shape)
         mean = (grad * output).sum(-1)  # [A, kv, group]; the softmax's sum over p * dp
         grad_q, grad_key, grad_value = torch.empty_like(q), torch.zeros_like(key), torch.zeros_like(value)
+        own_scores = _own_scores(q, own[:steps])
+        own_p = torch.empty_like(own_scores)
         for rows, keys, ahead in _blocks(ctx.segments, q.device):
             q_block, grad_block = _heads_first(q[rows]), _heads_first(grad[rows])
             k_block, v_block = key[keys].transpose(0, 1), value[keys].transpose(0, 1)
-            p = _causal_scores(q[rows], key[keys], ahead).sub_(_heads_first(lse[rows].unsqueeze(-1))).exp_()
+            p, own_p[rows] = _probabilities(q[rows], key[keys], own_scores[rows], ahead)
             grad_value[keys] += _product(p.transpose(1, 2), grad_block, dtype).transpose(0, 1)
             grad_scores = _product(grad_block, v_block.transpose(1, 2), dtype)
             grad_scores.sub_(_heads_first(mean[rows].unsqueeze(-1))).mul_(p)
             grad_q[rows] = _rows_first(_product(grad_scores, k_block, dtype), q[rows].shape)
             grad_key[keys] += _product(grad_scores.transpose(1, 2), q_block, dtype).transpose(0, 1)
-        own_p = (_own_scores(q, own[:steps]) - lse.unsqueeze(-1)).exp_()
         grad_own_keys, grad_own_values = [], []
         for i, (own_key, own_value) in enumerate(zip(own[:steps], own[steps:], strict=True)):
             p = own_p[..., i]
@@ -156,12 +147,27 @@ def _blocks(segments: list[Segment], device: torch.device) -> Iterator[tuple[sli
             yield rows, slice(one.key_start, one.key_start + stands[-1] + 1), near > own.unsqueeze(1)
 
 
-def _causal_scores(q: torch.Tensor, key: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
-    """q: [n, kv, group, D], key: [seen, kv, D] -> [kv, group * n, seen], -inf where a key lies ahead of its query."""
+def _probabilities(
+    q: torch.Tensor, key: torch.Tensor, own_scores: torch.Tensor, ahead: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over the keys a block of queries sees and over its own.
+
+    Args:
+        q: [n, kv, group, D].
+        key: [seen, kv, D].
+        own_scores: [n, kv, group, steps].
+        ahead: bool [n, m], which of the last m keys lie ahead of their query.
+
+    Returns:
+        [kv, group * n, seen] and [n, kv, group, steps]
+    """
     scores = torch.bmm(_heads_first(q), key.permute(1, 2, 0))
     n, kv, group, _ = q.shape
     scores.view(kv, group, n, -1)[..., -ahead.shape[1] :].masked_fill_(ahead, -torch.inf)
-    return scores
+    if own_scores.shape[-1]:
+        scores = torch.cat([scores, _heads_first(own_scores)], -1)
+    p, own_p = torch.softmax(scores, -1).split([len(key), own_scores.shape[-1]], -1)
+    return p, _rows_first(own_p, q.shape)
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
@@ -172,4 +178,4 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 def _rows_first(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """[kv, group * n, X] -> [n, kv, group, X]."""
     n, kv, group, _ = shape
-    return x.view(kv, group, n, -1).permute(2, 0, 1, 3)
+    return x.unflatten(1, (group, n)).permute(2, 0, 1, 3)
