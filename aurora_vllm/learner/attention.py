@@ -177,5 +177,5 @@ def _heads_first(x: torch.Tensor) -> torch.Tensor:
 
 def _rows_first(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """[kv, group * n, X] -> [n, kv, group, X]."""
-    n, kv, group, _ = shape
+    n, _, group, _ = shape
     return x.unflatten(1, (group, n)).permute(2, 0, 1, 3)
