@@ -18,7 +18,12 @@ def correlated(rows: int, correlations: list[float], seed: int) -> tuple[torch.T
     x, y = torch.randn(rows, 9, generator=generator), torch.randn(rows, 7, generator=generator)
     for i, correlation in enumerate(correlations):
         y[:, i] = correlation * x[:, i] + (1 - correlation**2) ** 0.5 * y[:, i]
-    return x @ torch.randn(9, 9, generator=generator), y @ torch.randn(7, 7, generator=generator)
+    return x @ _mixing(9, generator), y @ _mixing(7, generator)
+
+
+def _mixing(size: int, generator: torch.Generator) -> torch.Tensor:
+    """Turns and stretches, by no more than float32 can take back."""
+    return torch.linalg.qr(torch.randn(size, size, generator=generator)).Q * torch.linspace(0.5, 2, size)
 
 
 def by_svd(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:

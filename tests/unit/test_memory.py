@@ -64,7 +64,7 @@ def plan(tmp_path: Path) -> ServePlan:
     if not (SMOLLM2 / "model.safetensors").is_file():
         pytest.skip("the demo's model is not here (make model)")
     config = AuroraConfig(
-        ring_mb=16, replay_mb=256, replay_passes=0.08, max_trajectory_tokens=LENGTH, draft_vocab_size=4608,
+        ring_mb=16, replay_mb=320, replay_passes=0.08, max_trajectory_tokens=LENGTH, draft_vocab_size=4608,
         vocabulary_coverage=0, publish_margin=9, learner_cpu_share=1, cache_dir=tmp_path,
     )  # fmt: skip
     target = Target(str(SMOLLM2), SMOLLM2, 576, 30, 49152, "float32", 2048)

@@ -20,7 +20,8 @@ SIZES = Sizes([12, 9], [3, 2], hidden=16, head_dim=8, vocab=40, draft_vocab=30)
 def test_learns_a_batch_by_heart_and_changes_only_the_draft() -> None:
     draft, head, batch = random_case(SIZES)
     frozen = [t.clone() for t in (head.embed_tokens, head.lm_head, draft.d2t, draft.frequencies)]
-    trainer = Trainer(draft, head, learning_rate=1e-2, ttt_length=3)
+    # In float32: this target is nearly undecided, and its first choice would hang on rounding.
+    trainer = Trainer(draft, head, learning_rate=1e-2, ttt_length=3, matmul_dtype=torch.float32)
     outputs = [trainer.step(batch) for _ in range(60)]
     assert float(outputs[-1].total) < 0.6 * float(outputs[0].total)
     assert float(outputs[-1].step_accuracy.min()) > 0.8 > float(outputs[0].step_accuracy.max())
