@@ -46,8 +46,9 @@ class Acceptance:
 def acceptance(samples: Sequence[Sample], first: float, last: float, max_draft_length: int) -> Acceptance | None:
     """Acceptance length of a part of the run: [first, last] of the requests, as shares of all.
 
-    Live where the server drafted the full K nearly all the time of that part; else the mean of the learner's simulation
-    of the version in use, which is always at the full K. None without either.
+    Live where the server drafted the full K nearly all the time of that part and copied nothing (copies count in what
+    is accepted, and may be longer than K); else the mean of the learner's simulation of the version in use, which is
+    always at the full K. None without either.
     """
     if not samples:
         return None
@@ -57,7 +58,8 @@ def acceptance(samples: Sequence[Sample], first: float, last: float, max_draft_l
         return None
     drafts = part[-1].drafts - part[0].drafts
     draft_tokens = part[-1].draft_tokens - part[0].draft_tokens
-    if drafts >= LIVE_DRAFTS and draft_tokens >= 0.98 * max_draft_length * drafts:
+    copied = part[-1].copied_accepted > part[0].copied_accepted
+    if not copied and drafts >= LIVE_DRAFTS and draft_tokens >= 0.98 * max_draft_length * drafts:
         return Acceptance(1.0 + (part[-1].accepted - part[0].accepted) / drafts, "live")
     shadow = [s.shadow_length for s in part if s.shadow_length is not None]
     return Acceptance(statistics.fmean(shadow), "shadow") if shadow else None

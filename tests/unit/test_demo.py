@@ -93,6 +93,8 @@ def test_acceptance_is_live_only_where_the_full_draft_length_ran() -> None:
     shorter = [replace(s, draft_tokens=2 * s.drafts, shadow_length=1.6) for s in full]
     assert figures.acceptance(shorter, 0, 1, 3) == figures.Acceptance(pytest.approx(1.6), "shadow")
     assert figures.acceptance([replace(s, shadow_length=None) for s in shorter], 0, 1, 3) is None
+    copying = [replace(s, copied_accepted=i, shadow_length=1.6) for i, s in enumerate(full)]
+    assert figures.acceptance(copying, 0, 1, 3) == figures.Acceptance(pytest.approx(1.6), "shadow")
     assert figures.acceptance([], 0, 1, 3) is None
 
 
