@@ -30,7 +30,7 @@ from aurora_vllm.learner.batch import Batch
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.rope import cos_sin, rotate
 from aurora_vllm.learner.target import TargetHead
-from aurora_vllm.learner.unroll import Unrolled, UnrollPlan, embed
+from aurora_vllm.learner.unroll import Unrolled, UnrollPlan, embed, linear_layers_in
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,6 @@ def unroll_branches(
         K tensors [chains with d <= i, H]: the hidden states after step i of the chains that have left the path by
         then, which are the first of all, before the final norm that precedes ``lm_head``.
     """
-    autocast = torch.autocast(batch.aux.device.type, torch.bfloat16, enabled=matmul_dtype == torch.bfloat16)
-    with autocast:
-        return _unroll_branches(draft, head, batch, plan, path, chains, matmul_dtype)
-
-
-def _unroll_branches(
-    draft: Eagle3Draft,
-    head: TargetHead,
-    batch: Batch,
-    plan: UnrollPlan,
-    path: Unrolled,
-    chains: Chains,
-    dtype: torch.dtype,
-) -> list[torch.Tensor]:
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
     query, segments = _places(batch, plan, chains)
     positions = batch.positions[chains.sequence, chains.root]
@@ -136,24 +122,27 @@ def _unroll_branches(
     outputs = [hidden]  # no chain leaves at step 0
     own_keys: list[torch.Tensor] = []
     own_values: list[torch.Tensor] = []
-    for step in range(1, len(path.outputs)):
-        left = int((chains.leaves <= step).sum())
-        arriving = query[len(hidden) : left]  # [n] into A
-        hidden = torch.cat([hidden, path.hidden[step - 1][arriving]])
-        for own, of_path in ((own_keys, path.own_keys), (own_values, path.own_values)):
-            own[:] = [torch.cat([mine, theirs[arriving]]) for mine, theirs in zip(own, of_path, strict=False)]
-        normed = layer.hidden_norm(hidden)
-        tokens = layer.input_layernorm(embed(draft, head, chains.tokens[:left, step]))
-        x = torch.cat([tokens, normed], -1)
-        q, k, v = (p(x).unflatten(-1, (-1, config.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-        cos, sin = cos_sin(positions[:left] + step, draft.frequencies)
-        own_keys.append(rotate(k, cos, sin))
-        own_values.append(v)
-        here = [one for one in segments if one.query_start < left]
-        attended = ttt_attention(rotate(q, cos, sin), path.key, path.value, own_keys, own_values, here, dtype)
-        output = draft.finish(attended, normed if config.norm_before_residual else hidden)
-        outputs.append(output)
-        hidden = draft.norm(output) if config.norm_output else output
+    with linear_layers_in(matmul_dtype, batch.aux.device):
+        for step in range(1, len(path.outputs)):
+            left = int((chains.leaves <= step).sum())
+            arriving = query[len(hidden) : left]  # [n] into A
+            hidden = torch.cat([hidden, path.hidden[step - 1][arriving]])
+            for own, of_path in ((own_keys, path.own_keys), (own_values, path.own_values)):
+                own[:] = [torch.cat([mine, theirs[arriving]]) for mine, theirs in zip(own, of_path, strict=False)]
+            normed = layer.hidden_norm(hidden)
+            tokens = layer.input_layernorm(embed(draft, head, chains.tokens[:left, step]))
+            x = torch.cat([tokens, normed], -1)
+            q, k, v = (p(x).unflatten(-1, (-1, config.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+            cos, sin = cos_sin(positions[:left] + step, draft.frequencies)
+            own_keys.append(rotate(k, cos, sin))
+            own_values.append(v)
+            here = [one for one in segments if one.query_start < left]
+            attended = ttt_attention(
+                rotate(q, cos, sin), path.key, path.value, own_keys, own_values, here, matmul_dtype
+            )
+            output = draft.finish(attended, normed if config.norm_before_residual else hidden)
+            outputs.append(output)
+            hidden = draft.norm(output) if config.norm_output else output
     return outputs
 
 

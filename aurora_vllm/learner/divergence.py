@@ -90,7 +90,7 @@ class _Divergence(torch.autograd.Function):
         step_loss = torch.zeros(len(terms), device=states.device)
         agree = [torch.zeros(len(one.target), dtype=torch.bool, device=states.device) for one in terms]
         grad_hidden = [torch.empty_like(h) if want_grad else h for h in hidden]
-        grad_head = lm_head[:0]
+        grad_head: torch.Tensor | None = None
         weight = lm_head.to(dtype)
         edges = torch.arange(0, len(states) + CHUNK, CHUNK, device=states.device)
         bounds = torch.stack([torch.searchsorted(one.target, edges) for one in terms], 1).tolist()
@@ -122,7 +122,7 @@ class _Divergence(torch.autograd.Function):
         total = sum(one.weight * step_loss[i] for i, one in enumerate(terms))
         assert isinstance(total, torch.Tensor)
         if want_grad:
-            ctx.grads = (grad_head if len(grad_head) else torch.zeros_like(lm_head), *grad_hidden)
+            ctx.grads = (torch.zeros_like(lm_head) if grad_head is None else grad_head, *grad_hidden)
         ctx.mark_non_differentiable(step_loss, *agree)
         return total, step_loss, *agree
 
@@ -133,8 +133,8 @@ class _Divergence(torch.autograd.Function):
         return *(None,) * 8, *(g.mul_(grad) for g in grads)
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a @ b, in total's memory; total is float32 whatever the dtype of the product, and of no rows for zero."""
-    if not len(total):
-        return (a @ b).to(total.dtype)
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b, in total's memory where there is one; float32 whatever the dtype of the product."""
+    if total is None:
+        return (a @ b).float()
     return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)

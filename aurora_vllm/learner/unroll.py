@@ -100,8 +100,7 @@ def unroll(
 
     ``matmul_dtype`` is that of its linear layers; residuals, norms and softmax stay float32.
     """
-    autocast = torch.autocast(batch.aux.device.type, torch.bfloat16, enabled=matmul_dtype == torch.bfloat16)
-    with autocast:
+    with linear_layers_in(matmul_dtype, batch.aux.device):
         return _unroll(draft, head, batch, plan, ttt_length, matmul_dtype)
 
 
@@ -166,6 +165,11 @@ def _unroll(
         hidden = draft.norm(output) if config.norm_output else output
         carried.append(hidden)
     return Unrolled(outputs, carried, key, value, own_keys, own_values)
+
+
+def linear_layers_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """A context in which linear layers multiply in bfloat16, if that is the dtype."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def embed(draft: Eagle3Draft, head: TargetHead, ids: torch.Tensor) -> torch.Tensor:

@@ -67,7 +67,7 @@ def place(
             "aurora: memory of %s cannot be shared (%s): ring and bank stay in POSIX shared memory, a captured step "
             "waits for its copy to the host, and the learner runs on the CPU",
             device,
-            " ".join(f"{type(error).__name__}: {error}".split()),
+            _in_one_line(error),
         )
         return producer, weights
     producer = RingProducer.create(ring, producer.row_bytes, producer.capacity, made[0])
@@ -111,8 +111,8 @@ def lend_ends(find: Callable[[], Ends | None], worker: Block) -> None:
     except Exception as error:  # of the driver, of torch, of a model nobody has seen
         for one in made:
             one.release()
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        logger.warning("aurora: the learner takes a copy of the target's embedding and lm_head (%s)", said)
+        why = _in_one_line(error)
+        logger.warning("aurora: the learner takes a copy of the target's embedding and lm_head (%s)", why)
         return
     worker.embedding_memory, worker.lm_head_memory = (one.name for one in made)
 
@@ -137,14 +137,16 @@ def join(ring: Segment, bank: Segment, worker: Block) -> Joined:
     where = memory_for(torch.device(named)) if named else None
     if where is None:
         return Joined(RingConsumer.attach(ring), WeightBank.attach(bank), CPU)
-    lent = [worker.embedding_memory, worker.lm_head_memory] if worker.lm_head_memory else []
+    lent = dict.fromkeys(filter(None, (worker.embedding_memory, worker.lm_head_memory)))  # one name where tied
     try:
         rows, weights, *ends = [where.open(name) for name in (worker.ring_memory, worker.bank_memory, *lent)]
     except Exception as error:  # of the driver, of the system, of torch: all of them end here
         raise AuroraError(f"the learner cannot open the ring and the bank on {named}: {error}") from error
     for one in ends:
         one.take_over()
-    flat = [one.bytes for one in ends]
-    tied = worker.embedding_memory == worker.lm_head_memory
-    target = Ends(flat[0], flat[0 if tied else 1]) if flat else None
+    target = Ends(ends[0].bytes, ends[-1].bytes) if ends else None
     return Joined(RingConsumer.attach(ring, rows), WeightBank.attach(bank, weights), rows.device, target)
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
