@@ -51,7 +51,6 @@ class Runtime:
         RingProducer.create(ring, plan.layout.row_bytes, plan.ring_rows)
         WeightBank.create(bank, plan.draft.specs)
         control = self._control = ControlBlock.create(block)
-        control.server.owner_pid = self._owner
         self.session = Session(
             config=plan.config,
             target=plan.target.directory,
@@ -62,6 +61,7 @@ class Runtime:
             ring=ring.name,
             bank=bank.name,
             control=block.name,
+            server_pid=self._owner,
             on_device=plan.gpu is not None and plan.gpu.used,
             resume=plan.draft.directory if plan.draft.origin == "resumed" else None,
             model=str(plan.target.directory) if Path(plan.target.model).is_dir() else plan.target.model,

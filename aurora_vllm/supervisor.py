@@ -1,14 +1,13 @@
 """The learner as a child process: started late, at low priority, restarted with back-off, never left behind.
 
-The learner dies with the server whatever happens: stopped by its pid at exit, and killed by the kernel
-(PR_SET_PDEATHSIG) where the server had no chance. Run as a program, this is the few lines between fork and learner::
+The learner dies with the server whatever happens: stopped by its pid at exit, and killed by the kernel where the server
+had no chance (it may die at any point of a publish). Run as a program, this is the few lines between fork and learner::
 
     python -m aurora_vllm.supervisor PARENT_PID NICE COMMAND...
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,13 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from aurora_vllm.errors import notice
+from aurora_vllm.parent import end_with_parent
 
 LEARNER = (sys.executable, "-m", "aurora_vllm.learner.process")
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 STABLE_S = 60.0  # a learner that lived this long starts over at the first wait
 STOP_S = 3.0  # from SIGTERM to SIGKILL
 SAVE_S = 15.0  # the same for a learner that writes a last checkpoint
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class ServerBlock(Protocol):
@@ -151,9 +150,7 @@ def become_background(parent_pid: int, nice: int) -> None:
     Raises:
         SystemExit: the parent is gone already.
     """
-    # SIGKILL, not SIGTERM: the learner may die at any point of a publish, and nobody is left to wait for it.
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it died before the call above
+    if not end_with_parent(parent_pid):
         raise SystemExit(1)
     os.nice(nice)
 

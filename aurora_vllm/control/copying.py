@@ -1,8 +1,8 @@
 """Copy or draft? Whether tokens copied from earlier text are proposed instead of the draft's.
 
 Both proposals are there in every step, and what the target emits next shows which first token was right, whichever was
-verified. So the choice needs no exploration: it is a comparison of pairs, by the kind of copy: where it comes from and
-how many tokens matched. Numbers in, decisions out.
+verified. So the choice needs no exploration: it is a comparison of pairs, by the kind of copy: where it comes from,
+how many tokens matched, and whether the request is sampled. Numbers in, decisions out.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ which it looks around and works on nothing. While nothing is served the share is
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 LONGEST_SLEEP_S = 2.0
@@ -17,8 +18,9 @@ class DeviceClock:
     """Seconds of a GPU that this process has taken, as the host sees it: from the beginning of each piece of work until
     the GPU has done it.
 
-    An upper bound: the host's own part of the work is in it. Without MPS a GPU runs one process at a time, so it is the
-    slices between two rests that bound what serving has to wait for; a stream's priority says nothing across processes.
+    An upper bound: the host's own part of the work is in it, but for what is said to need no GPU at all. Without MPS a
+    GPU runs one process at a time, so it is the slices between two rests that bound what serving has to wait for; a
+    stream's priority says nothing across processes.
 
     Args:
         settle: returns when all work so far is done.
@@ -27,18 +29,27 @@ class DeviceClock:
 
     def __init__(self, settle: Callable[[], None], wall_clock: Callable[[], float] = time.monotonic) -> None:
         self._settle, self._wall_clock = settle, wall_clock
-        self._seconds = 0.0
+        self._seconds = self._on_host = 0.0
 
     def __call__(self) -> float:
         return self._seconds
 
     def run(self, work: Callable[[], bool]) -> bool:
         """Do a piece of work, and count it."""
-        began = self._wall_clock()
+        began, on_host = self._wall_clock(), self._on_host
         done = work()
         self._settle()
-        self._seconds += self._wall_clock() - began
+        self._seconds += self._wall_clock() - began - (self._on_host - on_host)
         return done
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Around a part of such work that needs no GPU: it is not counted."""
+        began = self._wall_clock()
+        try:
+            yield
+        finally:
+            self._on_host += self._wall_clock() - began
 
 
 @dataclass

@@ -149,6 +149,11 @@ class Curriculum:
         owed = (self.tokens_seen - self._not_owed) * self._config.replay_passes
         return "training" if self.tokens_trained < owed else ""
 
+    @property
+    def works_on_host(self) -> bool:
+        """Whether that piece is one of a lesson for a draft on a GPU, which needs none of it."""
+        return isinstance(self.teacher, HostLesson) and self.next() not in ("", "training")
+
     def work(self) -> bool:
         """Do that piece. Returns whether the candidate is another one now, so that older scores say nothing of it."""
         what = self.next()

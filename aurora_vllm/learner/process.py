@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -156,7 +157,9 @@ class Learner:
     def _work(self) -> None:
         curriculum, block = self.curriculum, self.control.learner
         dropped, steps = curriculum.dropped, curriculum.trainer.steps
-        if curriculum.work():
+        with self.gpu_time.on_host() if self.gpu_time and curriculum.works_on_host else nullcontext():
+            is_another = curriculum.work()
+        if is_another:
             self._candidate_is_another("a lesson was learnt")
         if curriculum.dropped > dropped:
             block.message = curriculum.fault

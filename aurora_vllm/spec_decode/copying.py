@@ -37,6 +37,12 @@ class _Request:
     rivals: tuple[int, int, int] | None = None  # kind of copy, and both first tokens
     simulations: dict[bool, _Simulation] = field(default_factory=dict)  # by where the copy comes from
 
+    def kind(self, copy: Copy) -> int:
+        """Of a copy for this request. Those of sampled requests are kinds of their own: less often right, they would be
+        proposed too long on the word of greedy ones."""
+        sampled = self.vllm.sampling_params.temperature > 0
+        return copy.kind + (KINDS - 1 if sampled and copy.kind else 0)
+
 
 class DraftCopier:
     """Replaces proposals, and learns from what is emitted when to.
@@ -47,7 +53,7 @@ class DraftCopier:
     """
 
     def __init__(self, positions: int, answers: int = 0) -> None:
-        self.copies = Copies(positions, KINDS)
+        self.copies = Copies(positions, 2 * KINDS - 1)  # greedy requests' and sampled ones'
         self._positions = positions
         self._answers = EarlierAnswers(answers) if answers else None
         self._requests: dict[str, _Request] = {}
@@ -97,18 +103,19 @@ class DraftCopier:
                 if simulation.right < len(copy.tokens) and copy.tokens[simulation.right] == token:
                     simulation.right += 1
                 else:  # the token after the accepted ones: the simulated step is over
-                    self.copies.simulate(copy.kind, len(copy.tokens), simulation.right)
+                    self.copies.simulate(known.kind(copy), len(copy.tokens), simulation.right)
                     del known.simulations[source]
                     break
 
     def _choose(self, known: _Request, draft: list[int], worth: Callable[[int, bool], int]) -> list[int]:
         copy = self._best_copy(known)
-        self.copies.seen(copy.kind)
+        kind = known.kind(copy)
+        self.copies.seen(kind)
         if copy.tokens and draft:
-            known.rivals = copy.kind, copy.tokens[0], draft[0]
+            known.rivals = kind, copy.tokens[0], draft[0]
         # Where the draft proposes nothing a copy has no rival, however often drafts have been right before.
-        known.copied = self.copies.preferred(copy.kind) if draft else bool(copy.tokens)
-        return (copy.tokens if known.copied else draft)[: worth(copy.kind, known.copied)]
+        known.copied = self.copies.preferred(kind) if draft else bool(copy.tokens)
+        return (copy.tokens if known.copied else draft)[: worth(kind, known.copied)]
 
     def _best_copy(self, known: _Request) -> Copy:
         """Of the request's own text and of earlier answers, what is expected to be right for longer."""
@@ -120,4 +127,4 @@ class DraftCopier:
             known.simulations.setdefault(copy.from_others, _Simulation(copy))
         if len(copies) < 2:
             return copies[0] if copies else NO_MATCH
-        return max(copies, key=lambda copy: self.copies.expected(copy.kind))
+        return max(copies, key=lambda copy: self.copies.expected(known.kind(copy)))

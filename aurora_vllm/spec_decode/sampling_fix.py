@@ -5,8 +5,8 @@
    first: once upstream is mended, nothing is replaced.
 2. With a draft configured, every step goes through the rejection sampler, steps without a single draft too. There it
    costs time, and on a CPU a request with ``top_k`` ends the engine ("max(): Expected reduction dim ...": the maximum
-   of
-   no values). Such a step is sent to the plain sampler, which is what the rejection sampler itself asks for its result.
+   of no values). Such a step is sent to the plain sampler, which is what the rejection sampler itself asks for its
+   result.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ HEADER_BYTES = 64
 # Times ending in _ns are time.monotonic_ns(): one clock for all processes of a machine, which nobody sets.
 BLOCKS: dict[str, dict[str, Kind]] = {
     "server": {
-        "owner_pid": INT,
         "learner_pid": INT,
         "learner_restarts": INT,
         "update_request": REQUEST,  # transport/update_request.py

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from aurora_vllm.learner.checkpoints import Checkpoint
 from aurora_vllm.semantics.sglang_api import acceptance_length
+from aurora_vllm.transport.segment import sweep
 
 MARKER = "Zyxomma Quintessor"  # words that occur nowhere but in a prompt of this test
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,3 +243,19 @@ def test_the_next_server_goes_on_from_the_checkpoint(server: Server, target: Pat
     assert second.directory.name > first.directory.name
     assert second.facts["statistics"]["steps"] > step
     assert second.facts["lineage"] == first.facts["lineage"]
+
+
+def test_kill_9_of_the_server_leaves_no_engine_and_no_learner(server: Server, target: Path) -> None:
+    killed = Server(target, server.directory)
+    try:
+        killed.wait_up()
+        wait_for(lambda: killed.status()["learner"]["alive"], 60)
+        tree = psutil.Process(killed.process.pid).children(recursive=True)
+        assert any("EngineCore" in process.name() for process in tree)
+    finally:
+        killed.http.close()
+        killed.process.kill()
+        killed.process.wait()
+    _, alive = psutil.wait_procs(tree, timeout=20)
+    assert not alive
+    assert any(name.startswith(f"aurora-{killed.process.pid}-") for name in sweep())  # as the next server does

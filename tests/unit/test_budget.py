@@ -101,3 +101,18 @@ def test_on_a_gpu_time_counts_until_the_device_is_done() -> None:
     assert pause == pytest.approx(1.2)  # 0.4 of 1.6 seconds
     clocks.wall += pause
     assert clock() == pytest.approx(0.4)  # a rest is not counted
+
+
+def test_what_needs_no_gpu_is_not_counted() -> None:
+    clocks = Clocks()
+    clock = DeviceClock(lambda: None, lambda: clocks.wall)
+
+    def work() -> bool:
+        clocks.wall += 0.1
+        with clock.on_host():
+            clocks.wall += 60.0
+        return True
+
+    for turn in (1, 2):
+        clock.run(work)
+        assert clock() == pytest.approx(turn * 0.1)

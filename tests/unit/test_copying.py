@@ -18,7 +18,12 @@ from tests.unit.tiny_world import World, session
 
 
 def request(
-    tokens: list[int], prefill: bool = False, finished: bool = False, salt: str | None = None, **sampling: object
+    tokens: list[int],
+    prefill: bool = False,
+    finished: bool = False,
+    salt: str | None = None,
+    temperature: float = 0.0,
+    **extra: object,
 ) -> SimpleNamespace:
     return SimpleNamespace(
         all_token_ids=tokens,
@@ -26,7 +31,7 @@ def request(
         is_prefill_chunk=prefill,
         is_finished=lambda: finished,
         cache_salt=salt,
-        sampling_params=SimpleNamespace(extra_args=sampling),
+        sampling_params=SimpleNamespace(temperature=temperature, extra_args=extra),
     )
 
 
@@ -127,6 +132,19 @@ def test_what_copies_would_give_is_known_without_verifying_any(drafting: bool) -
     assert max(copier.copies.chain(2)) < 0.1 and min(copier.copies.chain(10)) > 0.8
     unmatched = dict(copier.copies.shares())[0]
     assert 0.5 < unmatched < 0.9
+
+
+def test_what_sampled_requests_accept_says_nothing_of_greedy_ones() -> None:
+    copier = DraftCopier(3)
+    greedy, sampled, rng = [1, 2, 3, 4] * 3, [1, 2, 3, 4] * 3, random.Random(0)
+    requests = {"g": request(greedy), "s": request(sampled, temperature=1.0)}
+    for turn in range(400):
+        copier.replace(proposals(g=[], s=[]), requests, whole(0))
+        greedy.append(1 + turn % 4)
+        sampled.append(1 + turn % 4 if rng.random() < 0.5 else rng.randrange(5, 99))
+    likely = {kind: copier.copies.chain(kind)[0] for kind, _ in copier.copies.shares() if kind}
+    assert likely[LONGEST_MATCH] > 0.9
+    assert 0.3 < max(chance for kind, chance in likely.items() if kind >= KINDS) < 0.7
 
 
 def ask(copier: DraftCopier, name: str, asked: SimpleNamespace) -> list[int]:

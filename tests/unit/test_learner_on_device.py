@@ -111,8 +111,8 @@ def taught_on(where: torch.device, directory: Path) -> dict[str, torch.Tensor]:
         curriculum.add(one)
     assert curriculum.next() == "first lesson"
     while not curriculum.work():
-        assert curriculum.next() == "first lesson"
-    assert curriculum.next() == "training"
+        assert curriculum.next() == "first lesson" and curriculum.works_on_host == (where != CPU)
+    assert curriculum.next() == "training" and not curriculum.works_on_host
     curriculum.work()
     return {name: tensor.detach().cpu() for name, tensor in draft.state_dict().items()}
 
