@@ -6,13 +6,16 @@ the controller. What the scheduler sees anyway, verdicts and step times, is what
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from aurora_vllm.parent import end_with_parent
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.transport.segment import owner_is_alive
 
 
 class _ChosenDraftLength:
@@ -30,10 +33,19 @@ def advise(scheduler: Any) -> DraftLengthAdvisor | None:
     session = Session.from_environment()
     if session is None or not scheduler.num_spec_tokens:
         return None
+    _end_with_server(session)
     no_copies = _why_no_copies(scheduler.vllm_config) if session.config.prompt_lookup else "off by the settings"
     advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens, no_copies)
     scheduler.dynamic_sd_lookup = _ChosenDraftLength(advisor)
     return advisor
+
+
+def _end_with_server(session: Session) -> None:
+    """vLLM's engine, whose process this is, would outlive a server that is killed (kill -9, out of memory), with the
+    model in memory. Its workers end with it."""
+    is_child = os.getppid() == session.server_pid and end_with_parent(session.server_pid)
+    if not is_child and not owner_is_alive(session.control):  # killed while the model was loaded
+        raise SystemExit(1)
 
 
 def _why_no_copies(vllm_config: Any) -> str:

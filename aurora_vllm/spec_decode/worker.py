@@ -6,7 +6,6 @@ the original. Whatever fails here leaves plain serving behind.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
@@ -16,8 +15,6 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
-from aurora_vllm.parent import end_with_parent
-from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.attachment import Attachment, logger
 from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling, sample_plainly_without_drafts
 
@@ -31,7 +28,6 @@ class AuroraWorker(PlatformWorker):
     _aurora: Attachment | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        _end_with_server()
         super().load_model(*args, **kwargs)
         if hasattr(self.model_runner, "drafter"):  # V1; V2 samples by other code, which has neither fault
             if current_platform.is_cpu():
@@ -57,13 +53,3 @@ class AuroraWorker(PlatformWorker):
         if self._aurora is not None:
             self._aurora.close()
         super().shutdown()
-
-
-def _end_with_server() -> None:
-    """vLLM's engine outlives a server that was killed (kill -9, out of memory), and with it the model in memory.
-
-    Where vLLM gives the worker a process of its own, which for one worker it does not, the server is not its parent.
-    """
-    session = Session.from_environment()
-    if session is not None and os.getppid() == session.server_pid:
-        end_with_parent(session.server_pid)

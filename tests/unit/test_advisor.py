@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.spec_decode import advisor as advisor_module
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.scheduler import advise
 from tests.unit.tiny_world import World, session
 
 
@@ -66,3 +68,12 @@ def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(
             advisor.step_ends(step, [[1]])
             assert advisor._control.scheduler.in_flight == left
     assert seen == [10.0, 3.0]
+
+
+def test_an_engine_whose_server_was_killed_meanwhile_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobodys = f"aurora-{2**30}-1-{'0' * 16}-control"  # above the largest pid there is
+    with session(World(), tmp_path) as (shared, _):
+        gone = shared.model_copy(update={"control": nobodys, "server_pid": 2**30})
+        monkeypatch.setenv(ENVIRONMENT_KEY, gone.model_dump_json())
+        with pytest.raises(SystemExit):
+            advise(SimpleNamespace(num_spec_tokens=3))
