@@ -61,7 +61,6 @@ class Runtime:
             ring=ring.name,
             bank=bank.name,
             control=block.name,
-            server_pid=self._owner,
             on_device=plan.gpu is not None and plan.gpu.used,
             resume=plan.draft.directory if plan.draft.origin == "resumed" else None,
             model=str(plan.target.directory) if Path(plan.target.model).is_dir() else plan.target.model,

@@ -33,7 +33,6 @@ class Session(BaseModel):
     ring: str  # names of the shared-memory segments
     bank: str
     control: str
-    server_pid: int = 0  # whose end the engine is not to outlive
     on_device: bool = False  # ring and bank are to lie on the target's GPU, and the learner is to train there
     resume: Path | None = None  # the checkpoint that `draft` is, where the learner goes on from one
     model: str = ""  # the target as the user named it

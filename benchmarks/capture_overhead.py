@@ -96,7 +96,7 @@ def _step_seconds(engine: Engine, batch: list[str], first: bool) -> dict[bool, l
             seconds[capture].append(spent)
         running -= ended
         step += 1
-    engine.generate(batch[:1], max_tokens=1, extra_args={"aurora_learn": False})  # lets the block's requests end
+    engine.let_requests_end()
     engine.drain()
     return seconds
 

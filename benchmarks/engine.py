@@ -162,6 +162,10 @@ class Engine:
         given = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
         return self.llm.generate(given, params, use_tqdm=False)
 
+    def let_requests_end(self) -> None:
+        """One token for nobody: only the step after it shows the worker that a request has ended."""
+        self.generate([[1]], max_tokens=1, extra_args={"aurora_learn": False})
+
     def call(self, method: str, *args: Any) -> Any:
         """An RPC of InspectableWorker."""
         return self.llm.collective_rpc(method, args=args)[0]

@@ -58,8 +58,7 @@ def record(rows: int, unseen: int, tokens: int, seed: int, console: Console) -> 
                 chats = [[{"role": "user", "content": text}] for text in prompts[start : start + CONCURRENCY]]
                 ids = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
                 engine.generate(ids, max_tokens=tokens, ignore_eos=False)
-                # One token for nobody: it lets the worker see that the block's requests have ended.
-                engine.generate(ids[:1], max_tokens=1, extra_args={"aurora_learn": False})
+                engine.let_requests_end()
                 for one in assembler.feed(engine.drain()):
                     done.append(one)
                     after += recorded >= rows

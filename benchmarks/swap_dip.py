@@ -150,6 +150,7 @@ def _drafts(
     with engine.draft_length("never"):
         for start in range(0, len(prompts), BATCH):
             engine.generate(prompts[start : start + BATCH], max_tokens=64)
+            engine.let_requests_end()
             seen += assembler.feed(engine.drain())
 
     def learned(some: list[Trajectory]) -> dict[str, torch.Tensor]:

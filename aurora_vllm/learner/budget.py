@@ -29,17 +29,17 @@ class DeviceClock:
 
     def __init__(self, settle: Callable[[], None], wall_clock: Callable[[], float] = time.monotonic) -> None:
         self._settle, self._wall_clock = settle, wall_clock
-        self._seconds = self._on_host = 0.0
+        self._seconds = 0.0
 
     def __call__(self) -> float:
         return self._seconds
 
     def run(self, work: Callable[[], bool]) -> bool:
         """Do a piece of work, and count it."""
-        began, on_host = self._wall_clock(), self._on_host
+        began = self._wall_clock()
         done = work()
         self._settle()
-        self._seconds += self._wall_clock() - began - (self._on_host - on_host)
+        self._seconds += self._wall_clock() - began
         return done
 
     @contextmanager
@@ -49,7 +49,7 @@ class DeviceClock:
         try:
             yield
         finally:
-            self._on_host += self._wall_clock() - began
+            self._seconds -= self._wall_clock() - began
 
 
 @dataclass

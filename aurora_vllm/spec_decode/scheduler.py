@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from aurora_vllm.parent import end_with_parent
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
-from aurora_vllm.transport.segment import owner_is_alive
+from aurora_vllm.transport.segment import owner_is_alive, owner_pid
 
 
 class _ChosenDraftLength:
@@ -43,7 +43,8 @@ def advise(scheduler: Any) -> DraftLengthAdvisor | None:
 def _end_with_server(session: Session) -> None:
     """vLLM's engine, whose process this is, would outlive a server that is killed (kill -9, out of memory), with the
     model in memory. Its workers end with it."""
-    is_child = os.getppid() == session.server_pid and end_with_parent(session.server_pid)
+    server = owner_pid(session.control)
+    is_child = os.getppid() == server and end_with_parent(server)
     if not is_child and not owner_is_alive(session.control):  # killed while the model was loaded
         raise SystemExit(1)
 

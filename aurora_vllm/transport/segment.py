@@ -159,12 +159,23 @@ def sweep() -> list[str]:
     return removed
 
 
+def owner_pid(name: str) -> int:
+    """Of the process that made this segment, dead or alive. Raises ValueError where it is no segment's name."""
+    return _owner(name)[0]
+
+
 def owner_is_alive(name: str) -> bool:
     """Whether the process that made this segment still runs. Raises ValueError where it is no segment's name."""
+    pid, start = _owner(name)
+    return process_start_time(pid) == start
+
+
+def _owner(name: str) -> tuple[int, int]:
+    """Pid and start time of the process that made this segment."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"not the name of a segment: {name!r}")
-    return process_start_time(int(match["pid"])) == int(match["start"])
+    return int(match["pid"]), int(match["start"])
 
 
 def process_start_time(pid: int) -> int | None:

@@ -52,7 +52,7 @@ def _serve(target: Path, scratch: Path) -> None:
     try:
         before = engine.spec_decode_counters()
         engine.generate(["The capital of France is", "1 2 3 4 5 6 7 8", "Once upon a time"], max_tokens=16)
-        engine.generate(["x"], max_tokens=1, extra_args={"aurora_learn": False})
+        engine.let_requests_end()
         rows, after = engine.drain(), engine.spec_decode_counters()
         worker = engine.llm.llm_engine.model_executor.driver_worker.worker
         found = {

@@ -32,10 +32,10 @@ DRAFTS = 3  # the engine's K
 
 @torch.no_grad()
 def test_a_chain_proposes_what_the_server_did(engine: Engine) -> None:
-    engine.generate(["x"], max_tokens=1, extra_args={"aurora_learn": False})
+    engine.let_requests_end()
     engine.drain()
     engine.generate(PROMPTS, max_tokens=48)
-    engine.generate(["x"], max_tokens=1, extra_args={"aurora_learn": False})  # flushes the end rows
+    engine.let_requests_end()
     trajectories = Assembler(engine.session.row_layout).feed(engine.drain())
     assert len(trajectories) == len(PROMPTS)
     draft, head = load_draft(engine.session.draft), load_target_head(engine.session.target)

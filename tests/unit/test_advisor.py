@@ -73,7 +73,7 @@ def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(
 def test_an_engine_whose_server_was_killed_meanwhile_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nobodys = f"aurora-{2**30}-1-{'0' * 16}-control"  # above the largest pid there is
     with session(World(), tmp_path) as (shared, _):
-        gone = shared.model_copy(update={"control": nobodys, "server_pid": 2**30})
+        gone = shared.model_copy(update={"control": nobodys})
         monkeypatch.setenv(ENVIRONMENT_KEY, gone.model_dump_json())
         with pytest.raises(SystemExit):
             advise(SimpleNamespace(num_spec_tokens=3))
