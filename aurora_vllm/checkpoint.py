@@ -32,6 +32,7 @@ class Target:
     vocab_size: int
     dtype: str  # "float32", "bfloat16", ...
     max_model_len: int | None = None  # longest request vLLM takes, where known
+    kv_width: int | None = None  # keys and values of one token in all layers together, where every layer has them
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Draft:
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(spec.shape) for spec in self.specs if spec.name != "d2t")
+
+    @property
+    def kv_width(self) -> int:
+        """Keys and values of one token."""
+        return sum(spec.shape[0] for spec in self.specs if spec.name.endswith((".k_proj.weight", ".v_proj.weight")))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

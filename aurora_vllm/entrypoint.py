@@ -77,7 +77,7 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
 
 def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     from aurora_vllm import plan as plans
-    from aurora_vllm import preflight, resuming, vllm_server
+    from aurora_vllm import plan_view, preflight, resuming, vllm_server
     from aurora_vllm.runtime import Runtime
 
     runner, probes = _probes()
@@ -91,7 +91,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)
     plan = replace(_plan(invocation, server, args, probes), model_runner=runner)
     if invocation.plan:
-        plans.show(plan, invocation.plan)
+        plan_view.show(plan, invocation.plan)
         return 0
     for line in plan.aurora_file.summary() if plan.aurora_file else ():
         notice(line)

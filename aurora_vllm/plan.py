@@ -1,17 +1,12 @@
-"""ServePlan: what a run will be, decided before anything starts. ``--aurora-plan`` prints it."""
+"""ServePlan: what a run will be, decided before anything starts."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
 
 from aurora_vllm.checkpoint import Draft, Target, target_head_bytes
 from aurora_vllm.config import AuroraConfig
@@ -70,6 +65,17 @@ class ServePlan:
         possible = self.config.prompt_lookup and self.model_runner is not None and self.model_runner.name == "V1"
         return self.config.prompt_lookup_tokens if possible else 0
 
+    @property
+    def draft_kv_bytes(self) -> int:
+        """Of one token, in vLLM's KV cache; for a cache of the target's dtype, as is the next one."""
+        return self.draft.kv_width * self.layout.dtype.itemsize
+
+    @property
+    def target_kv_bytes(self) -> int | None:
+        """Of one token, all layers together; None where not every layer keeps keys and values."""
+        width = self.target.kv_width
+        return None if width is None else width * self.layout.dtype.itemsize
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -101,6 +107,7 @@ class ServePlan:
                 "ring_rows": self.ring_rows,
                 "ring_bytes": self.ring_bytes,
                 "bank_bytes": self.bank_bytes,
+                "kv_bytes_per_token": {"draft": self.draft_kv_bytes, "target": self.target_kv_bytes},
                 "replay_bytes": self.config.replay_mb * MIB,
                 "learner_peak_bytes": self.learner.total if self.config.learn else 0,
                 "learner_peak": asdict(self.learner) if self.config.learn else {},
@@ -218,59 +225,3 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
         # scheduler does not look into the table.
         table = [[size, size, most + 1 - size] for size in range(1, most + 2)]
         args.speculative_config.setdefault("num_speculative_tokens_per_batch_size", table)
-
-
-def show(plan: ServePlan, style: str) -> None:
-    """Print the plan to stdout: a table on a terminal, plain lines elsewhere, JSON for style "json"."""
-    if style == "json":
-        print(json.dumps(plan.as_dict(), indent=2))
-        return
-    if not sys.stdout.isatty():
-        for name, value in _lines(plan):
-            print(f"{name:<16}{value}")
-        return
-    table = Table(title="aurora_vllm would run", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in _lines(plan):
-        table.add_row(name, value)
-    Console().print(table)
-
-
-def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
-    config, target, draft = plan.config, plan.target, plan.draft
-    yield "vLLM", plan.vllm_version
-    if plan.model_runner is not None:
-        yield "model runner", f"{plan.model_runner.name} ({plan.model_runner.reason})"
-    yield (
-        "model",
-        f"{target.model} ({target.num_layers} layers, hidden {target.hidden_size}, vocabulary {target.vocab_size})",
-    )
-    yield "dtype", target.dtype
-    yield "draft", f"{draft.origin}: {draft.directory}"
-    yield "", f"{draft.num_parameters / 1e6:.1f}M parameters, vocabulary {draft.vocab_size}"
-    yield "aux layers", ", ".join(map(str, draft.aux_layers))
-    copies = f"up to {plan.copied_tokens} copied tokens" if plan.copied_tokens else "no copied tokens"
-    yield "speculation", f"K up to {config.num_speculative_tokens}, {copies}, {config.speculate}"
-    yield "trace ring", f"{plan.ring_bytes / MIB:.1f} MiB ({plan.ring_rows} rows of {plan.layout.row_bytes} bytes)"
-    yield "weight bank", f"{plan.bank_bytes / MIB:.1f} MiB (three slots)"
-    yield "replay", f"{config.replay_mb} MiB"
-    if config.learn:
-        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in asdict(plan.learner).items())
-        yield "learner's peak", f"{plan.learner.total / MIB:.0f} MiB, besides ring and bank ({parts})"
-    if plan.gpu is not None:
-        yield "GPU", plan.gpu.why
-        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in asdict(plan.gpu.memory).items())
-        yield "", f"{parts} of {plan.gpu.total / MIB:.0f} MiB"
-    yield "learner", " ".join(f"{name}={getattr(config, name)}" for name in LEARNER_SETTINGS)
-    misfits = [probe for probe in plan.probes if not probe.ok]
-    yield (
-        "hooks",
-        f"{len(plan.probes) - len(misfits)} of {len(plan.probes)} fit" + (": serves plain vLLM" if misfits else ""),
-    )
-    for probe in plan.probes:
-        yield "", f"{'ok  ' if probe.ok else 'MISS'} {probe.name}: {probe.detail}"
-    if plan.aurora_file is not None:
-        yield "Aurora's file", str(plan.aurora_file.file)
-        for entry in plan.aurora_file.entries:
-            yield "", f"{'ok  ' if entry.honoured else 'NOT '} {entry.key}: {entry.what}"

@@ -160,7 +160,15 @@ def resolve_target(args: Namespace, weights: bool) -> Target:
         vocab_size=model.get_vocab_size(),
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=model.max_model_len,
+        kv_width=_kv_width(model),
     )
+
+
+def _kv_width(model: Any) -> int | None:
+    """See :class:`Target`. model: vLLM's ``ModelConfig``."""
+    if model.use_mla or model.is_hybrid or model.is_attention_free:
+        return None
+    return int(2 * model.hf_text_config.num_hidden_layers * model.get_total_num_kv_heads() * model.get_head_size())
 
 
 def resolve_draft(config: AuroraConfig, target: Target) -> Draft:

@@ -34,13 +34,13 @@ import torch
 
 from aurora_vllm.learner.draft import Attention
 from aurora_vllm.learner.lesson_rows import newest
-from aurora_vllm.learner.normal_equations import regress, ridge_factor
+from aurora_vllm.learner.ridge import Ridge, regress
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
 MATCH = 16.0  # attention score of a row whose code is as expected, for a query and a key of typical size
 LOUDNESS = 1.0  # of a code beside all of the target's state, as vectors. Twice as much gained nothing
-RIDGE = 0.03  # see ridge_factor
+RIDGE = 0.03  # see ridge.Ridge
 
 
 @dataclass(frozen=True)
@@ -162,19 +162,19 @@ def canonical_pairs(x: torch.Tensor, y: torch.Tensor, count: int) -> tuple[torch
     Returns:
         [X, count] and [Y, count]: with x P as the regression of y Q, a score x P . y Q is large where y is as x says.
     """
-    of_x, of_y = (ridge_factor(z, RIDGE) for z in (x, y))
-    cross = torch.linalg.solve_triangular(of_x, x.T @ y, upper=False)
-    cross = torch.linalg.solve_triangular(of_y, cross.T, upper=False).T
+    of_x, of_y = Ridge(x, RIDGE), Ridge(y, RIDGE)
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(y.shape[1], count + 16, generator=generator)
-    for _ in range(4):  # subspace iteration, as in torch.svd_lowrank, which takes no generator
-        basis = torch.linalg.qr(cross.T @ (cross @ basis)).Q
-    left, correlations, right = torch.linalg.svd(cross @ basis, full_matrices=False)
-    left, right = left * correlations, basis @ right.T
-    return (
-        torch.linalg.solve_triangular(of_x.T, left[:, :count], upper=True),
-        torch.linalg.solve_triangular(of_y.T, right[:, :count], upper=True),
-    )
+    directions = torch.randn(y.shape[1], count + 16, generator=generator)
+    for _ in range(5):  # subspace iteration: of what x tells of these directions, what y has of it
+        directions = of_y.weights(x @ of_x.weights(y @ torch.linalg.qr(directions).Q))
+    directions = torch.linalg.qr(directions).Q
+    seen = y @ directions
+    told = seen.T @ (x @ of_x.weights(seen))
+    whole = seen.T @ seen + of_y.penalty * torch.eye(len(told))
+    whiten = torch.linalg.inv(torch.linalg.cholesky(whole))
+    axes = torch.linalg.eigh(whiten @ (told + told.T) @ whiten.T).eigenvectors.flip(1)
+    key = directions @ (whiten.T @ axes[:, :count])
+    return of_x.weights(y @ key), key
 
 
 def _typical(codes: torch.Tensor) -> float:

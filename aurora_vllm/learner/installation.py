@@ -95,19 +95,20 @@ def _first_step(
         F, and rho.
     """
     identity = torch.eye(len(recursion))
+    codes = induction.strength * induction.codes if induction is not None else aux[:, :0]
+    sample = a[:SAMPLE_ROWS]
+    guesses, sample_codes = sample @ aux, sample @ codes
 
-    def solve(rho: float) -> torch.Tensor:
-        found = torch.linalg.solve(identity + recursion / rho, aux, left=False)
-        if induction is not None:
-            found[:, : induction.width] = induction.strength * induction.codes
+    def solve(rho: float, wanted: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+        found = torch.linalg.solve(identity + recursion / rho, wanted, left=False)
+        found[:, : beside.shape[1]] = beside
         return found
 
     low, high = size, 64.0 * size
-    a = a[:SAMPLE_ROWS]
     for _ in range(12):  # rms(u) falls with rho; the two end within a thousandth of each other
         rho = (low * high) ** 0.5
-        if float(rms(a @ solve(rho)).median()) > rho:
+        if float(rms(solve(rho, guesses, sample_codes)).median()) > rho:
             low = rho
         else:
             high = rho
-    return solve(high), high
+    return solve(high, aux, codes), high

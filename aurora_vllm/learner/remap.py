@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from aurora_vllm.learner.draft import Eagle3Draft
-from aurora_vllm.learner.normal_equations import regress
+from aurora_vllm.learner.ridge import regress
 from aurora_vllm.learner.target import TargetHead
 
 ROWS_FOR_TURN = 2  # times the hidden size: with fewer, rows are taken for moved alike

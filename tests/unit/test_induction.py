@@ -21,6 +21,17 @@ def correlated(rows: int, correlations: list[float], seed: int) -> tuple[torch.T
     return x @ _mixing(9, generator), y @ _mixing(7, generator)
 
 
+def test_canonical_pairs_of_fewer_rows_than_channels() -> None:
+    """What the dual form finds is what it finds where zeros, which tell nothing, are more rows than channels."""
+    x, y = correlated(24, [0.9, 0.8, 0.7, 0.6], seed=3)
+    wider = torch.nn.functional.pad(x, (0, 60)), torch.nn.functional.pad(y, (0, 60))
+    ahead, key = canonical_pairs(*wider, 2)
+    padded = tuple(torch.nn.functional.pad(z, (0, 0, 0, 100)) for z in wider)
+    for found, other in zip((ahead, key), canonical_pairs(*padded, 2), strict=True):
+        signs = (found * other).sum(0).sign()
+        torch.testing.assert_close(found, other * signs, atol=2e-3, rtol=0)
+
+
 def _mixing(size: int, generator: torch.Generator) -> torch.Tensor:
     """Turns and stretches, by no more than float32 can take back."""
     return torch.linalg.qr(torch.randn(size, size, generator=generator)).Q * torch.linspace(0.5, 2, size)

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from aurora_vllm.learner import induction, lesson, lesson_rows, lesson_shape
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.dual_equations import DualEquations
 from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.installation import Solution
 from aurora_vllm.learner.lesson import Lesson
 from aurora_vllm.learner.lesson_shape import heads_for, unknowns
+from aurora_vllm.learner.normal_equations import NormalEquations
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.learner.unroll import plan_unroll, unroll
@@ -85,6 +87,26 @@ def test_what_is_linear_is_learned_in_one_lesson() -> None:
     teach(draft, head, linear_world(head, norm, 40, 30))
     after = acceptance(draft, head, unseen)
     assert before < 1.3 and after > 1.8
+
+
+def test_both_forms_of_the_regression_make_the_same_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, forms = [], []
+    for below, form in ((0.0, NormalEquations), (99.0, DualEquations)):
+        monkeypatch.setattr(lesson, "DUAL_BELOW", below)
+        draft, head = day0_draft()
+        head = TargetHead(head.lm_head, head.lm_head)
+        teacher = Lesson(draft, head)
+        equations = teacher._equations
+        monkeypatch.setattr(teacher, "_equations", lambda *a, of=equations: forms.append(of(*a)) or forms[-1])
+        for _ in teacher.run(repetitive_world(head, draft.norm.weight.detach().clone(), 12, seed=0)):
+            pass
+        assert isinstance(forms[-1], form)
+        weights = {name: weight.float() for name, weight in draft.state_dict().items()}
+        value, output = (weights.pop(f"midlayer.self_attn.{name}_proj.weight") for name in "vo")
+        made.append(weights | {"value and output": output @ value})  # which direction goes through which head is free
+    assert (made[0]["norm.weight"] == 0).any()  # with copying
+    for name, weight in made[0].items():
+        assert float((weight - made[1][name]).norm()) <= 2e-3 * float(weight.norm()), name
 
 
 @pytest.mark.parametrize(("copying", "heads"), [(False, HEADS), (False, HEADS // 2), (True, HEADS)])
@@ -196,7 +218,7 @@ def test_a_lesson_may_leave_induction_heads_out() -> None:
     own = without.config.hidden_size
     assert bool((without.midlayer.self_attn.o_proj.weight[:, own:] == 0).all())
     unseen = repetitive_world(head, norm, 20, 1)
-    assert acceptance(with_heads, head, unseen) > acceptance(without, head, unseen) + 0.5
+    assert acceptance(with_heads, head, unseen) > acceptance(without, head, unseen) + 0.25
 
 
 def test_a_later_lesson_may_decide_otherwise() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aurora_vllm import checkpoint, plan, preflight
+from aurora_vllm import checkpoint, plan, plan_view, preflight
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
@@ -258,24 +258,36 @@ def test_v2_captures_graphs_for_every_draft_length(serve_plan: plan.ServePlan) -
 
 def test_the_runner_is_shown(serve_plan: plan.ServePlan, capsys: Any) -> None:
     for_v1 = replace(serve_plan, model_runner=ModelRunner("V1", "no Triton for this device"))
-    plan.show(for_v1, "text")
+    plan_view.show(for_v1, "text")
     assert "model runner    V1 (no Triton for this device)\n" in capsys.readouterr().out
     assert for_v1.as_dict()["model_runner"] == {"name": "V1", "reason": "no Triton for this device"}
     assert plan.with_draft(for_v1, for_v1.draft).model_runner == for_v1.model_runner
 
 
 def test_shown_as_json(serve_plan: plan.ServePlan, capsys: Any) -> None:
-    plan.show(serve_plan, "json")
+    plan_view.show(serve_plan, "json")
     shown = json.loads(capsys.readouterr().out)
     assert shown == serve_plan.as_dict()
     assert shown["memory"]["bank_bytes"] == serve_plan.bank_bytes
     assert shown["serves"] == "aurora"
 
 
+def test_the_drafts_part_of_the_kv_cache(serve_plan: plan.ServePlan, capsys: Any) -> None:
+    """One head of 8 channels keeps 8 keys and 8 values, float32; the target's eight layers keep as much each."""
+    known = replace(serve_plan, target=replace(serve_plan.target, kv_width=8 * 16))
+    assert known.as_dict()["memory"]["kv_bytes_per_token"] == {"draft": 64, "target": 512}
+    plan_view.show(known, "text")
+    assert (
+        "KV cache        0.1 KiB a token for the draft beside the target's 0.5 (11% of all)" in capsys.readouterr().out
+    )
+    plan_view.show(serve_plan, "text")  # a target whose layers do not all have one
+    assert "KV cache        0.1 KiB a token for the draft\n" in capsys.readouterr().out
+
+
 def test_every_key_of_an_aurora_file_is_shown(serve_plan: plan.ServePlan, tmp_path: Path, capsys: Any) -> None:
     content = {"training": {"seed": 3}, "decode": {"top_p": 0.9}}
     shown = replace(serve_plan, aurora_file=aurora_yaml.read(content, tmp_path / "a.yaml"))
-    plan.show(plan.with_draft(shown, serve_plan.draft), "text")
+    plan_view.show(plan.with_draft(shown, serve_plan.draft), "text")
     out = capsys.readouterr().out
     assert f"Aurora's file   {tmp_path / 'a.yaml'}" in out
     assert "ok   training.seed: seed = 3" in out
@@ -286,7 +298,7 @@ def test_every_key_of_an_aurora_file_is_shown(serve_plan: plan.ServePlan, tmp_pa
 
 def test_shown_as_text(serve_plan: plan.ServePlan, capsys: Any, monkeypatch: Any) -> None:
     misfit = replace(serve_plan, probes=(*serve_plan.probes, Probe("c:d", False, "not in this vLLM")))
-    plan.show(misfit, "text")
+    plan_view.show(misfit, "text")
     out = capsys.readouterr().out
     for word in (
         "owner/target",
@@ -299,5 +311,5 @@ def test_shown_as_text(serve_plan: plan.ServePlan, capsys: Any, monkeypatch: Any
         assert word in out
     assert misfit.as_dict()["serves"] == "plain vLLM"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    plan.show(serve_plan, "text")
+    plan_view.show(serve_plan, "text")
     assert "aurora_vllm would run" in capsys.readouterr().out

@@ -1,0 +1,78 @@
+"""How ``--aurora-plan`` shows a plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from aurora_vllm.plan import LEARNER_SETTINGS, MIB, ServePlan
+
+
+def show(plan: ServePlan, style: str) -> None:
+    """Print the plan to stdout: a table on a terminal, plain lines elsewhere, JSON for style "json"."""
+    if style == "json":
+        print(json.dumps(plan.as_dict(), indent=2))
+        return
+    if not sys.stdout.isatty():
+        for name, value in _lines(plan):
+            print(f"{name:<16}{value}")
+        return
+    table = Table(title="aurora_vllm would run", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _lines(plan):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
+    config, target, draft = plan.config, plan.target, plan.draft
+    yield "vLLM", plan.vllm_version
+    if plan.model_runner is not None:
+        yield "model runner", f"{plan.model_runner.name} ({plan.model_runner.reason})"
+    yield (
+        "model",
+        f"{target.model} ({target.num_layers} layers, hidden {target.hidden_size}, vocabulary {target.vocab_size})",
+    )
+    yield "dtype", target.dtype
+    yield "draft", f"{draft.origin}: {draft.directory}"
+    yield "", f"{draft.num_parameters / 1e6:.1f}M parameters, vocabulary {draft.vocab_size}"
+    yield "aux layers", ", ".join(map(str, draft.aux_layers))
+    copies = f"up to {plan.copied_tokens} copied tokens" if plan.copied_tokens else "no copied tokens"
+    yield "speculation", f"K up to {config.num_speculative_tokens}, {copies}, {config.speculate}"
+    yield "trace ring", f"{plan.ring_bytes / MIB:.1f} MiB ({plan.ring_rows} rows of {plan.layout.row_bytes} bytes)"
+    yield "weight bank", f"{plan.bank_bytes / MIB:.1f} MiB (three slots)"
+    yield "KV cache", _kv_cache(plan)
+    yield "replay", f"{config.replay_mb} MiB"
+    if config.learn:
+        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in asdict(plan.learner).items())
+        yield "learner's peak", f"{plan.learner.total / MIB:.0f} MiB, besides ring and bank ({parts})"
+    if plan.gpu is not None:
+        yield "GPU", plan.gpu.why
+        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in asdict(plan.gpu.memory).items())
+        yield "", f"{parts} of {plan.gpu.total / MIB:.0f} MiB"
+    yield "learner", " ".join(f"{name}={getattr(config, name)}" for name in LEARNER_SETTINGS)
+    misfits = [probe for probe in plan.probes if not probe.ok]
+    yield (
+        "hooks",
+        f"{len(plan.probes) - len(misfits)} of {len(plan.probes)} fit" + (": serves plain vLLM" if misfits else ""),
+    )
+    for probe in plan.probes:
+        yield "", f"{'ok  ' if probe.ok else 'MISS'} {probe.name}: {probe.detail}"
+    if plan.aurora_file is not None:
+        yield "Aurora's file", str(plan.aurora_file.file)
+        for entry in plan.aurora_file.entries:
+            yield "", f"{'ok  ' if entry.honoured else 'NOT '} {entry.key}: {entry.what}"
+
+
+def _kv_cache(plan: ServePlan) -> str:
+    draft, target = plan.draft_kv_bytes, plan.target_kv_bytes
+    share = (
+        "" if target is None else f" beside the target's {target / 1024:.1f} ({draft / (draft + target):.0%} of all)"
+    )
+    return f"{draft / 1024:.1f} KiB a token for the draft{share}"
