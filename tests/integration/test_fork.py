@@ -1,4 +1,4 @@
-"""patches/vllm-0.32.0.patch: it applies to the installed sources, and the fork it makes captures as the wraps do."""
+"""patches/vllm-VERSION.patch: it applies to the installed sources, and the fork it makes captures as the wraps do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 
 from aurora_vllm.spec_decode.vllm_sources import VllmSources
 from tests.integration.forked_vllm import make_fork, touched
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.integration.paths import REPOSITORY, python_path
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_the_fork_captures_without_our_worker_and_scheduler(fork: Path, target: 
     done = subprocess.run(
         [sys.executable, "-m", "tests.integration.forked_vllm", str(target), str(tmp_path)],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": f"{fork}:{REPOSITORY}"},
+        env=os.environ | {"PYTHONPATH": python_path(fork)},
         capture_output=True,
         text=True,
         timeout=200,

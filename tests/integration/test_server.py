@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from aurora_vllm.learner.checkpoints import Checkpoint
 from aurora_vllm.semantics.sglang_api import acceptance_length
 from aurora_vllm.transport.segment import sweep
+from tests.integration.paths import python_path
 
 MARKER = "Zyxomma Quintessor"  # words that occur nowhere but in a prompt of this test
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Server:
@@ -52,7 +52,7 @@ class Server:
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=directory, env=environment | home | {"PYTHONPATH": str(ROOT)}, stdout=log, stderr=log
+                command, cwd=directory, env=environment | home | {"PYTHONPATH": python_path()}, stdout=log, stderr=log
             )
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
 

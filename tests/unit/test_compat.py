@@ -167,14 +167,24 @@ def test_a_version_that_was_only_read_is_not_called_tested(monkeypatch: pytest.M
     assert all(probe.ok and "only read" in probe.detail for probe in compat.probe())
 
 
-def test_the_command(directory: Path, capsys: Any) -> None:
+def test_a_build_of_a_version_is_that_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat.metadata, "version", lambda _: f"{VllmSources.installed().version}+cpu")
+    assert {probe.detail for probe in compat.probe()} == {"the tested source"}
+
+
+def test_the_command(directory: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["check-vllm"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["same"] * len(HOOKS)
-    assert cli.main(["check-vllm", "--against", "0.33.0"]) == 0
+    (other,) = set(compat.WAS_RUN) - {VllmSources.installed().version}
+    assert cli.main(["check-vllm", "--against", other]) == 0
     out = capsys.readouterr().out
-    assert "only read" in out
+    assert f"compared with {other} (run)" in out
     assert "changed vllm.v1.core.sched.scheduler:Scheduler.schedule" in out
+    with monkeypatch.context() as patch:
+        patch.setattr(compat, "WAS_RUN", ())
+        assert cli.main(["check-vllm", "--against", other]) == 0
+    assert f"compared with {other} (only read)" in capsys.readouterr().out
     assert cli.main(["check-vllm", "--sources", str(directory)]) == 1
     assert "missing vllm.v1.worker.gpu_worker:Worker.load_model" in capsys.readouterr().out
     for wrong in (["--against", "0.1"], ["--sources", str(directory / "nowhere")]):

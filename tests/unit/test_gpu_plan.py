@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_vllm import plan, preflight
+from aurora_vllm import plan, plan_view, preflight
 from aurora_vllm.checkpoint import target_head_bytes
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.gpu_plan import GpuPlan
@@ -89,7 +89,7 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
     rows = serve_plan.ring_bytes - HEADER_BYTES
     assert rows <= memory.ring < rows + 2 * MIB
     assert plan.with_draft(planned, planned.draft).gpu == planned.gpu
-    plan.show(planned, "text")
+    plan_view.show(planned, "text")
     out = capsys.readouterr().out
     assert planned.gpu.why in out and f"context {CONTEXT_BYTES // MIB}" in out
     assert json.loads(json.dumps(planned.as_dict()))["memory"]["gpu"]["bytes"] == memory.total
@@ -97,7 +97,7 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
     assert args.gpu_memory_utilization == planned.gpu.utilization < 0.9
     plan.apply(serve_plan, args)  # on a CPU nothing is changed
     assert args.gpu_memory_utilization == planned.gpu.utilization
-    plan.show(serve_plan, "text")
+    plan_view.show(serve_plan, "text")
     assert "GPU" not in capsys.readouterr().out and serve_plan.as_dict()["memory"]["gpu"] is None
 
 

@@ -242,6 +242,10 @@ def test_cached_blocks_are_kept_where_vllm_can(serve_plan: plan.ServePlan) -> No
     args.speculative_config = {"disable-eagle-block-drop": False}  # the user wants it
     plan.apply(serve_plan, args, speculative_fields={"disable_eagle_block_drop"})
     assert args.speculative_config["disable_eagle_block_drop"] is False
+    args.speculative_config = None
+    fields = {"disable_eagle_block_drop", "disable_lookahead_block_hashes"}  # this vLLM knows what to keep
+    plan.apply(serve_plan, args, speculative_fields=fields)
+    assert "disable_eagle_block_drop" not in args.speculative_config
 
 
 def test_v2_captures_graphs_for_every_draft_length(serve_plan: plan.ServePlan) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from tests.integration.paths import python_path
+
 DISTRIBUTION = "aurora_triton_interpreter"
 
 
@@ -21,7 +22,7 @@ def environment(directory: Path) -> dict[str, str]:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: 1\n")
     (info / "entry_points.txt").write_text(f"[triton.backends]\ncpu = {__name__}\n")
     return {
-        "PYTHONPATH": f"{ROOT}:{directory}",
+        "PYTHONPATH": python_path(directory),
         "TRITON_INTERPRET": "1",
         "TRITON_DEFAULT_BACKEND": "cpu",
         "VLLM_USE_V2_MODEL_RUNNER": "1",

