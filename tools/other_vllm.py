@@ -1,6 +1,7 @@
 """Another vLLM on a CPU: its Python sources with the installed vLLM's compiled CPU kernels.
 
-    python -m tools.other_vllm 0.33.0 build/vllm-0.33.0     then: PYTHONPATH=build/vllm-0.33.0 python -m pytest ...
+    python -m tools.other_vllm 0.33.0 build/vllm-0.33.0 --with orjson
+    PYTHONPATH=build/vllm-0.33.0 python -m pytest tests/integration        both: make compat VLLM=0.33.0 NEEDS=orjson
 
 A new vLLM is on PyPI as a wheel for CUDA alone; what Aurora wraps is Python, and kernels change slower than it. So the
 integration tests run on it before there is a wheel for CPUs, or without one. It shows what the wrapped code does. It
@@ -10,6 +11,7 @@ shows nothing of the new kernels, and where these are called otherwise than befo
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,9 @@ def lay_out(wheel: Path, kernels: Path, out: Path) -> str:
 def main(
     version: Annotated[str, typer.Argument(help="of vllm on PyPI, or a wheel")],
     out: Annotated[Path, typer.Argument(help="directory to make")],
+    more: Annotated[
+        list[str] | None, typer.Option("--with", help="a package that it needs and the installed vLLM does not")
+    ] = None,
 ) -> None:
     """Put another vLLM's Python sources and the installed CPU kernels together."""
     found = importlib.util.find_spec("vllm")
@@ -71,6 +76,8 @@ def main(
         with tempfile.TemporaryDirectory() as scratch:
             wheel = Path(version) if version.endswith(".whl") else _download(version, Path(scratch))
             said = lay_out(wheel, Path(found.submodule_search_locations[0]), out)
+            if more:
+                _pip("install", "--target", str(out), *more)
     except AuroraError as error:
         raise typer.Exit(report(error)) from None
     print(f"vLLM {said} is in {out}: PYTHONPATH={out.resolve()}")
@@ -78,13 +85,16 @@ def main(
 
 def _download(version: str, directory: Path) -> Path:
     print(f"downloading the wheel of vllm {version}", flush=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory)]
-    done = subprocess.run([*pip, f"vllm=={version}"], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise AuroraError(
-            f"no vllm {version} to download", (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
-        )
+    _pip("download", "--dest", str(directory), f"vllm=={version}")
     return next(directory.glob("*.whl"))
+
+
+def _pip(command: str, *arguments: str) -> None:
+    pip = [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *arguments]
+    done = subprocess.run(pip, check=False, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it says nothing"]
+        raise AuroraError(f"pip {command}: {said[-1].removeprefix('ERROR: ')}", f"see {shlex.join(pip)}")
 
 
 if __name__ == "__main__":

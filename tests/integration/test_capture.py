@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aurora_vllm.checkpoint import Draft
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.rows import Field, RowFlag
 from benchmarks.engine import Engine
@@ -35,6 +36,14 @@ def test_the_runner_is_the_one_meant(served: Served) -> None:
 
 def test_what_a_learner_would_be_lent_of_the_target_is_its_checkpoints(served: Served) -> None:
     assert served.engine.call("lent_ends_are_the_checkpoints") == [True, True]
+
+
+def test_the_plan_knows_what_a_token_takes_of_the_kv_cache(served: Served) -> None:
+    layers, of_target = served.engine.call("kv_bytes_per_token")
+    session, specs = served.engine.session, tuple(served.engine.bank.specs)
+    draft = Draft(session.draft, "given", (), 0, specs)
+    assert sum(layers.values()) == of_target + draft.kv_width * session.row_layout.dtype.itemsize
+    assert 0 < of_target < sum(layers.values())
 
 
 def test_mixed_batch_with_chunked_prefill_agrees_with_transformers(served: Served) -> None:

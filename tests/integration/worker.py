@@ -55,6 +55,20 @@ class InspectableWorker(AuroraWorker):
         pairs = ((ends.embedding, stored.embed_tokens), (ends.lm_head, stored.lm_head))
         return [torch.equal(running[: len(kept)], kept) for running, kept in pairs]
 
+    def kv_bytes_per_token(self) -> tuple[dict[str, float], float]:
+        """Of each layer, as vLLM has laid the cache out; and of all of the target's, as the plan works it out."""
+        from aurora_vllm.preflight import kv_width
+
+        found = {}
+        for group in self.model_runner.kv_cache_config.kv_cache_groups:
+            specs = getattr(group.kv_cache_spec, "kv_cache_specs", {})
+            for name in group.layer_names:
+                spec = specs.get(name, group.kv_cache_spec)
+                found[name] = spec.page_size_bytes / spec.block_size
+        width = kv_width(self.vllm_config.model_config)
+        assert width is not None
+        return found, width * self.vllm_config.model_config.dtype.itemsize
+
     def runner_class(self) -> str:
         return f"{type(self.model_runner).__module__}.{type(self.model_runner).__qualname__}"
 

@@ -1,0 +1,43 @@
+"""vLLM's own command line, wherever a version keeps its parts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from aurora_vllm import vllm_server
+from aurora_vllm.vllm_server import UnknownLayout, VllmServer
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    """As if no place that this vLLM could keep something in held it."""
+    find = vllm_server._first
+
+    def first(*places: str, **how: Any) -> Any:
+        return find(*(place + "?" if word in place else place for place in places), **how)
+
+    monkeypatch.setattr(vllm_server, "_first", first)
+
+
+def test_the_installed_vllm_is_served_with_its_own_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    monkeypatch.setattr(vllm_server, "_spawn_workers", lambda: pytest.fail("vLLM moved its own, say where to"))
+    args = VllmServer().parse(["some/model", "--port", "3"])
+    assert (args.model, args.port) == ("some/model", 3)
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_a_vllm_that_prepares_elsewhere_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.33 moved it, and where this is not found is no reason to serve plain."""
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    hide(monkeypatch, "cli_env_setup")
+    assert VllmServer().parse(["some/model"]).model == "some/model"
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_a_vllm_without_the_command_is_of_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, "cmd_init")
+    with pytest.raises(UnknownLayout, match="cmd_init"):
+        VllmServer()
