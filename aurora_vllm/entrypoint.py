@@ -79,6 +79,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     from aurora_vllm import plan as plans
     from aurora_vllm import plan_view, preflight, resuming, vllm_server
     from aurora_vllm.runtime import Runtime
+    from aurora_vllm.spec_decode import undrafted
 
     runner, probes = _probes()
     misfits = [probe for probe in probes if not probe.ok]
@@ -99,6 +100,8 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     resuming.check_checkpoint_dir(plan.config)
     plan = plans.with_draft(plan, preflight.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args, _speculative_fields())
+    if runner.name == "V2" or plan.gpu is None:  # on a GPU V1's drafts do not pass through the scheduler
+        undrafted.accept_requests()
     installed = vllm_server.routes_are_installed()
     if not installed:
         notice("not installed as a package: no /aurora/status and no metrics (pip install -e .)")

@@ -38,6 +38,7 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "data_parallel_multi_port_external_lb": (False,),
     "headless": (False,),
     "grpc": (False,),
+    "logits_processors": (None, []),  # vLLM would end: it takes none where it speculates
     "worker_cls": ("auto", WORKER_CLASS),
     "scheduler_cls": (None, SCHEDULER_CLASS),
     # The learner reads the target's embedding and lm_head from the files vLLM reads them from.

@@ -7,7 +7,9 @@ import torch
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.eagle3_config import Eagle3Config
 
-MAX_UNKNOWNS = 12_288  # of one column of the regression: its normal equations are 600 MB of float32
+# Of one column of the regression: 600 MB of normal equations in float32. A wider target's draft would also take much of
+# vLLM's KV cache, with a key-value head for each query head (docs/architecture.md).
+MAX_UNKNOWNS = 12_288
 
 
 def unknowns(hidden_size: int, num_heads: int, head_dim: int, num_aux: int) -> int:

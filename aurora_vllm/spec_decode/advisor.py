@@ -20,6 +20,7 @@ from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.copying import DraftCopier
+from aurora_vllm.spec_decode.undrafted import leave_out_drafts
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
@@ -61,6 +62,7 @@ class DraftLengthAdvisor:
         self._copying = CircuitBreaker("copying drafts", on_failure=self._say_copying_failed)
         self._control.scheduler.copying = no_copies or "on"
         self._max_draft_length = max_draft_length
+        self._drafts_for_nobody = False
         self._version = 0
         self._proposed_by = 0
         # When each step in flight was scheduled, and whether the learner worked then; two where steps overlap.
@@ -76,10 +78,10 @@ class DraftLengthAdvisor:
         self._control.scheduler.in_flight = len(self._started)
 
     def draft_length(self, batch_size: int) -> int:
-        """K for the step being scheduled; 0 if choosing fails."""
+        """K for the step being scheduled; 0 if choosing fails, or no request takes drafts."""
         decision = [Decision(0, "choosing the draft length failed")]
         self._breaker.run(lambda: decision.__setitem__(0, self._decide(batch_size)))
-        return decision[0].draft_length
+        return 0 if self._drafts_for_nobody else decision[0].draft_length
 
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
         """A step's results are in. sampled: the tokens each request gained."""
@@ -103,9 +105,11 @@ class DraftLengthAdvisor:
             requests: vLLM's requests by id.
         """
         self._proposed_by = self._control.worker.live_version
-        copier = self._copier
-        if copier is not None and proposals is not None and requests is not None:
+        if proposals is None or requests is None:
+            return
+        if (copier := self._copier) is not None:
             self._copying.run(lambda: copier.replace(proposals, requests, self._controller.worth))
+        self._drafts_for_nobody = leave_out_drafts(proposals, requests)
 
     def verified(self, num_drafts: int, num_accepted: int, request_id: str) -> None:
         """One request's drafts came back."""

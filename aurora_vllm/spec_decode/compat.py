@@ -71,6 +71,8 @@ V1_HOOKS = (
         ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
         "CPU sampling fix (vllm#55005)",
     ),
+    Hook("vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor", (), "requests without drafts: min_p"),
+    Hook("vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor", (), "requests without drafts: logit_bias"),
 )
 
 V2_HOOKS = (
@@ -115,6 +117,11 @@ COMMON_HOOKS = (
         f"{_SCHEDULER}.make_spec_decoding_stats",
         ("num_draft_tokens", "num_accepted_tokens", "request_id"),
         "scheduler: verdicts, as vllm:spec_decode_* counts them",
+    ),
+    Hook(
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        ("speculative_config",),
+        "requests without drafts: min_p and logit_bias are not refused",
     ),
     Hook("vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM", (), "swap: the draft's layout"),
     Hook(

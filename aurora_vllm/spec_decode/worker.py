@@ -17,6 +17,7 @@ else:
 
 from aurora_vllm.spec_decode.attachment import Attachment, logger
 from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling, sample_plainly_without_drafts
+from aurora_vllm.spec_decode.undrafted import add_logits_processors
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,6 +33,7 @@ class AuroraWorker(PlatformWorker):
         if hasattr(self.model_runner, "drafter"):  # V1; V2 samples by other code, which has neither fault
             if current_platform.is_cpu():
                 mend_cpu_sampling()
+                add_logits_processors(self.model_runner)
             sample_plainly_without_drafts(self.model_runner)
         try:
             self._aurora = Attachment.to_worker(self)

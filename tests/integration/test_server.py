@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -164,6 +165,31 @@ def test_a_draft_from_disk_goes_live_and_one_that_does_not_fit_does_not(server: 
     info = server.http.get("/get_server_info").json()
     assert info["internal_states"][0]["avg_spec_accept_length"] == acceptance_length(after)  # None where K stayed 0
     assert (server.http.get("/health").json()["status"], server.http.get("/aurora/health").status_code) == ("ok", 200)
+
+
+def test_what_drafts_cannot_be_verified_for_is_answered_as_without_them(server: Server) -> None:
+    """vLLM refuses min_p and logit_bias where it speculates, and a seed says nothing there."""
+    prompt = "1 2 3 4 5 6 7 8 9 10 1 2 3 4 5 6 7"
+    greedy = server.ask(prompt, 24)
+    verified = server.status()["speculation"]["copied_drafts"]
+    best_alone = server.ask(prompt, 24, temperature=1.5, min_p=1.0)  # whatever is less probable than the best is out
+    assert best_alone == greedy
+    assert server.ask(prompt, 12, logit_bias={"28": 100}) == "," * 12
+    seeded = [server.ask(prompt, 24, temperature=1.0, seed=7) for _ in range(3)]
+    assert seeded[0] == seeded[1] == seeded[2] != server.ask(prompt, 24, temperature=1.0, seed=8)
+    assert server.status()["speculation"]["copied_drafts"] == verified
+
+
+def test_structured_answers_are_what_was_asked_for(server: Server) -> None:
+    schema = {
+        "type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["yes", "no"]}},
+        "required": ["a", "b"], "additionalProperties": False,
+    }  # fmt: skip
+    for temperature in (0.0, 0.0, 1.0):  # the second time there is something to copy
+        answer = server.ask(
+            "An object:", 40, temperature=temperature, ignore_eos=False, structured_outputs={"json": schema}
+        )
+        assert json.loads(answer).keys() == {"a", "b"}
 
 
 def test_a_request_opts_out(server: Server) -> None:

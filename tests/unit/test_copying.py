@@ -31,7 +31,9 @@ def request(
         is_prefill_chunk=prefill,
         is_finished=lambda: finished,
         cache_salt=salt,
-        sampling_params=SimpleNamespace(temperature=temperature, extra_args=extra),
+        sampling_params=SimpleNamespace(
+            temperature=temperature, extra_args=extra, min_p=0.0, logit_bias=None, seed=None
+        ),
     )
 
 
@@ -217,7 +219,8 @@ def test_copied_verdicts_count_for_the_draft_length_and_for_no_version(tmp_path:
 def test_a_fault_in_copying_leaves_the_drafts_as_they_are(tmp_path: Path) -> None:
     with session(World(), tmp_path) as (current, _):
         advisor = DraftLengthAdvisor(current, 2)
-        broken = SimpleNamespace(is_finished=lambda: False, is_prefill_chunk=False)  # has no tokens
+        broken = request([])
+        del broken.all_token_ids
         arrived = proposals(a=[3, 4])
         advisor.drafts_arrived(arrived, {"a": broken})
         assert arrived.draft_token_ids == [[3, 4]]

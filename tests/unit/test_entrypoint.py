@@ -18,7 +18,7 @@ import pytest
 from aurora_vllm import entrypoint, preflight, vllm_server
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
-from aurora_vllm.spec_decode import compat
+from aurora_vllm.spec_decode import compat, undrafted
 from aurora_vllm.spec_decode.compat import Probe
 
 ARGS: dict[str, Any] = {
@@ -72,6 +72,7 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(vllm_server, "VllmServer", FakeServer)
     monkeypatch.setattr(entrypoint, "StopGuard", FakeGuard)  # the real one changes this process's signal handlers
     monkeypatch.setattr(entrypoint, "end_descendants", lambda: None)
+    monkeypatch.setattr(undrafted, "accept_requests", lambda: None)  # the real one changes vLLM for every test after it
     monkeypatch.setattr(compat, "probe", lambda hooks: [Probe("a:b", True, "the tested source")])
     yield
 

@@ -1,0 +1,58 @@
+"""Requests that are answered without drafts, as by a vLLM that does not speculate.
+
+With a draft configured vLLM refuses ``min_p`` and ``logit_bias``, which its V1 rejection sampler does not know, and a
+seed no longer says what the answer is: how many random numbers a step takes depends on its drafts, and ours change.
+None of this is a request's business. A request without drafts takes one token a step from vLLM's own sampler, which
+knows both parameters and draws as it always does, also where others in the batch have drafts.
+
+V2's rejection sampler applies both parameters to every row, so there nothing but the refusal is in the way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def goes_without_drafts(params: Any) -> bool:
+    """Whether a request's tokens have to be sampled one by one. params: vLLM's ``SamplingParams``."""
+    return params.min_p > 0 or bool(params.logit_bias) or (params.seed is not None and params.temperature > 0)
+
+
+def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:
+    """Empty the proposals for such requests, in place.
+
+    Args:
+        proposals: vLLM's ``DraftTokenIds``.
+        requests: vLLM's ``Request`` by id.
+
+    Returns:
+        Whether there are no other requests.
+    """
+    others = 0
+    for i, name in enumerate(proposals.req_ids):
+        request = requests.get(name)
+        if request is not None and goes_without_drafts(request.sampling_params):
+            proposals.draft_token_ids[i] = []
+        else:
+            others += 1
+    return not others
+
+
+def add_logits_processors(runner: Any) -> None:
+    """Give a V1 runner on a CPU the processors of both parameters, which vLLM leaves out where it speculates
+    (``vllm.v1.sample.logits_processor.build_logitsprocs``)."""
+    builtin = importlib.import_module("vllm.v1.sample.logits_processor.builtin")
+    processors = runner.input_batch.logitsprocs
+    for kind in (builtin.MinPLogitsProcessor, builtin.LogitBiasLogitsProcessor):
+        if not any(isinstance(one, kind) for one in processors.all):
+            made = kind(runner.vllm_config, runner.device, False)  # memory for a GPU would be pinned
+            group = processors.argmax_invariant if made.is_argmax_invariant() else processors.non_argmax_invariant
+            group.append(made)
+
+
+def accept_requests() -> None:
+    """Lift vLLM's refusal, in the process that checks requests."""
+    params = importlib.import_module("vllm.sampling_params").SamplingParams
+    params._validate_spec_decode = lambda self, speculative_config: None
