@@ -21,6 +21,7 @@ from aurora_vllm.errors import AuroraError
 WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
 PLAIN = "--aurora-off serves it as plain vLLM"
+GIVE_ONE = f"give one with --aurora-draft; {PLAIN}"
 
 # vLLM's argument -> the values Aurora works with. One engine, one worker, one API server, for now.
 SUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -187,15 +188,13 @@ def resolve_draft(config: AuroraConfig, target: Target) -> Draft:
 
     model_config = checkpoint.read_config(target.directory)
     if model_config.get("quantization_config"):
-        raise AuroraError(
-            f"no day-0 draft can be made from {target.model}, it is quantized", "give one with --aurora-draft"
-        )
+        raise AuroraError(f"no day-0 draft can be made from {target.model}, it is quantized", GIVE_ONE)
     try:
         own = day0.draft_config(model_config, config.draft_vocab_size)
         specs = checkpoint.draft_specs(own, target.dtype)
         key = checkpoint.fingerprint(target.directory, config.draft_vocab_size, day0.RECIPE)
     except (ValueError, AuroraError) as error:
-        raise AuroraError(f"{target.model}: {error}", "give one with --aurora-draft") from None
+        raise AuroraError(f"{target.model}: {error}", GIVE_ONE) from None
     name = target.directory.name if Path(target.model).is_dir() else Path(target.model).name  # not the hub's commit
     directory = config.cache_dir / "day0" / f"{name}-{key}"
     origin = "day-0, cached" if (directory / "model.safetensors").is_file() else "day-0, to be made"
@@ -224,7 +223,7 @@ def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
             f"cannot make the day-0 draft in {draft.directory}: {error}", "choose another --aurora-cache-dir"
         ) from None
     except (ValueError, KeyError) as error:
-        raise AuroraError(f"{target.model}: {error}", "give one with --aurora-draft") from None
+        raise AuroraError(f"{target.model}: {error}", GIVE_ONE) from None
     return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ _LAYER_KEYS = (
     "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "vocab_size",
     "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
 )  # fmt: skip
+_LAYER_PARTS = {
+    "input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "self_attn.rotary_emb", *(f"self_attn.{name}_proj" for name in "qkvo"), *(f"self_attn.{name}_norm" for name in "qk"),
+}  # fmt: skip
 
 
 def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None) -> Path:
@@ -64,6 +69,7 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None
     own = draft_config(config, draft_vocab_size)
     weights = _Checkpoint(target)
     layer = min(own["eagle_aux_hidden_state_layer_ids"][-1], config["num_hidden_layers"] - 1)
+    _check_layer(weights, f"model.layers.{layer}.")
     draft_ids = day0_vocabulary(target, config["vocab_size"], own["draft_vocab_size"])
     _write(out, own, _draft_tensors(weights, config, own, layer, draft_ids))
     return out
@@ -91,6 +97,8 @@ def draft_config(config: dict[str, Any], draft_vocab_size: int | None = None) ->
     missing = [key for key in ("hidden_size", "num_attention_heads", "rms_norm_eps", "vocab_size") if key not in config]
     if missing:
         raise ValueError(f"the target's config.json has no {', '.join(missing)}: not a Llama-shaped model")
+    if str(config.get("model_type")).startswith("gemma"):  # what its norms multiply by is one more than what is stored
+        raise ValueError(f"it is a {config['model_type']}: not a Llama-shaped model")
     aux_layer_ids = auxiliary_layers(config["num_hidden_layers"])
     return {
         **{key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
@@ -127,6 +135,17 @@ def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
     if num_layers >= 2:
         return 0, 1, 2
     raise ValueError(f"an EAGLE-3 draft needs a target of at least 2 layers, this one has {num_layers}")
+
+
+def _check_layer(weights: _Checkpoint, prefix: str) -> None:
+    """Refuse a layer that does more than a Llama layer does.
+
+    Raises:
+        ValueError: names what more it has.
+    """
+    parts = {name.removeprefix(prefix).rpartition(".")[0] for name in weights.names() if name.startswith(prefix)}
+    if more := sorted(parts - _LAYER_PARTS):
+        raise ValueError(f"its layers have {more[0]}, which Llama's do not: not a Llama-shaped model")
 
 
 def _draft_tensors(
@@ -224,6 +243,9 @@ class _Checkpoint:
         for file in files:
             with safe_open(file, framework="pt") as tensors:
                 self._file_of.update(dict.fromkeys(tensors.keys(), file))
+
+    def names(self) -> Collection[str]:
+        return self._file_of.keys()
 
     def get(self, name: str) -> torch.Tensor | None:
         return self[name] if name in self._file_of else None

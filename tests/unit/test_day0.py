@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from aurora_vllm.learner.day0 import auxiliary_layers, draft_config, make_day0_draft
 
@@ -85,6 +93,21 @@ def test_draft_holds_the_targets_weights(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(draft["midlayer.hidden_norm.weight"], target[layer + "input_layernorm.weight"])
     aux = torch.randn(5, 3 * 48)
     torch.testing.assert_close(aux @ draft["fc.weight"].T, aux[:, 96:])
+
+
+def test_layers_that_do_more_than_llamas_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    target = save(Gemma2ForCausalLM(Gemma2Config(**sizes)), tmp_path / "gemma2")
+    with pytest.raises(ValueError, match="it is a gemma2: not a Llama-shaped model"):
+        make_day0_draft(tmp_path / "gemma2", tmp_path / "draft", 100)
+    save(LlamaForCausalLM(LlamaConfig(**sizes)), tmp_path / "more")
+    file = tmp_path / "more" / "model.safetensors"
+    extra = "model.layers.5.pre_feedforward_layernorm.weight"
+    save_file(load_file(file) | {extra: target[extra]}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="its layers have pre_feedforward_layernorm, which Llama's do not"):
+        make_day0_draft(tmp_path / "more", tmp_path / "draft", 100)
+    assert not (tmp_path / "draft").exists()
 
 
 def test_heads_the_target_has_too_few_of_are_its_own_again(tmp_path: Path) -> None:
