@@ -46,7 +46,8 @@ _LAYER_KEYS = (
 )  # fmt: skip
 _LAYER_PARTS = {
     "input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    "self_attn.rotary_emb", *(f"self_attn.{name}_proj" for name in "qkvo"), *(f"self_attn.{name}_norm" for name in "qk"),
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
+    "self_attn.k_norm", "self_attn.rotary_emb",
 }  # fmt: skip
 
 
