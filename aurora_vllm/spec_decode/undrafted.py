@@ -28,16 +28,17 @@ def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:
         requests: vLLM's ``Request`` by id.
 
     Returns:
-        Whether there are no other requests.
+        Whether there are some, and no others.
     """
-    others = 0
+    found = others = 0
     for i, name in enumerate(proposals.req_ids):
         request = requests.get(name)
         if request is not None and goes_without_drafts(request.sampling_params):
             proposals.draft_token_ids[i] = []
+            found += 1
         else:
             others += 1
-    return not others
+    return found > 0 and not others
 
 
 def add_logits_processors(runner: Any) -> None:
