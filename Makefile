@@ -4,6 +4,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 VLLM   ?= 0.33.0
 NEEDS  ?= orjson
+PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := aurora_vllm demo benchmarks tests tools
 
 .PHONY: help setup model demo test compat quality format bench lock clean
@@ -21,11 +22,11 @@ demo: model      ## serve, learn, swap, measure: at most 15 minutes, writes buil
 	@$(RUN) -m demo.run $(ARGS)
 
 test: model      ## the whole suite, at most 15 minutes on 2 cores
-	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 compat: model    ## the integration tests on another vLLM's sources, with the installed CPU kernels: VLLM=0.33.0
 	@test -d build/vllm-$(VLLM) || $(RUN) -m tools.other_vllm $(VLLM) build/vllm-$(VLLM) $(NEEDS:%=--with %)
-	@PYTHONPATH=$(CURDIR)/build/vllm-$(VLLM):$(CURDIR) $(RUN) -m pytest tests/integration -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@PYTHONPATH=$(CURDIR)/build/vllm-$(VLLM):$(CURDIR) $(PYTEST) tests/integration $(ARGS)
 
 quality: setup   ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -10,7 +10,6 @@ shows nothing of the new kernels, and where these are called otherwise than befo
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Annotated
 import typer
 
 from aurora_vllm.errors import AuroraError, report
+from aurora_vllm.spec_decode.vllm_sources import VllmSources
 
 
 def lay_out(wheel: Path, kernels: Path, out: Path) -> str:
@@ -69,13 +69,11 @@ def main(
     ] = None,
 ) -> None:
     """Put another vLLM's Python sources and the installed CPU kernels together."""
-    found = importlib.util.find_spec("vllm")
     try:
-        if found is None or not found.submodule_search_locations:
-            raise AuroraError("vLLM is not installed", "make setup")
+        kernels = VllmSources.installed().where / "vllm"
         with tempfile.TemporaryDirectory() as scratch:
             wheel = Path(version) if version.endswith(".whl") else _download(version, Path(scratch))
-            said = lay_out(wheel, Path(found.submodule_search_locations[0]), out)
+            said = lay_out(wheel, kernels, out)
             if more:
                 _pip("install", "--target", str(out), *more)
     except AuroraError as error:

@@ -3,7 +3,7 @@
     weights  =  R^-1 X^T (X R^-1 X^T + n)^-1 Y          R: each input's ridge, n: rows of the first step
 
 What :mod:`normal_equations` solves for, at a cost in proportion to the number of inputs instead of its cube: for early
-lessons, where rows are few, and for wide targets. Rows are kept as they are, for nothing is added up.
+lessons, where rows are few. Rows are kept as they are, for nothing is added up.
 """
 
 from __future__ import annotations

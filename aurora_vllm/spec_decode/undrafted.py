@@ -5,7 +5,8 @@ seed no longer says what the answer is: how many random numbers a step takes dep
 None of this is a request's business. A request without drafts takes one token a step from vLLM's own sampler, which
 knows both parameters and draws as it always does, also where others in the batch have drafts.
 
-V2's rejection sampler applies both parameters to every row, so there nothing but the refusal is in the way.
+V2's rejection sampler applies both parameters to every row. So where its steps overlap, and drafts do not pass through
+the scheduler, nothing but the refusal is in the way.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from aurora_vllm.spec_decode.undrafted import accept_requests
 from aurora_vllm.transport.rows import RowLayout
 from benchmarks.engine import Engine
 from tests.integration.reference import Reference, RequestRows, count_verdicts
@@ -106,6 +107,18 @@ def answers(requests: Sequence[RequestRows], outputs: Sequence[Any]) -> Iterator
     for request in requests:
         length = next(n for n in range(1, len(request.tokens)) if tuple(request.tokens[:n]) in by_prompt)
         yield request, length, list(by_prompt[tuple(request.tokens[:length])])
+
+
+def answers_to_what_vllm_refuses(engine: Engine, prompts: list[list[int]], sampling: dict[str, Any]) -> list[list[int]]:
+    """In the engine's process, where the refusal is put back: other tests run there."""
+    from vllm import SamplingParams
+
+    refuse = SamplingParams._validate_spec_decode
+    accept_requests()
+    try:
+        return [list(done.outputs[0].token_ids) for done in engine.generate(prompts, max_tokens=12, **sampling)]
+    finally:
+        SamplingParams._validate_spec_decode = refuse
 
 
 def _reference(engine: Engine, target: Path) -> Reference:

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 
 from aurora_vllm.checkpoint import Draft
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
-from aurora_vllm.spec_decode.undrafted import accept_requests
 from aurora_vllm.transport.rows import Field, RowFlag
 from benchmarks.engine import Engine
 from tests.integration.reference import assert_states_agree, sort_rows
-from tests.integration.served import Served, answers
+from tests.integration.served import Served, answers, answers_to_what_vllm_refuses
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -144,18 +143,6 @@ def test_sampled_and_greedy_requests_are_told_apart(served: Served) -> None:
     assert [request.temperature_milli for request in (*sampled, greedy)] == [700] * 4 + [0]
     assert_states_agree(served.reference, [*sampled, greedy], {})
     served.assert_vllm_counted_the_same(rows, before)
-
-
-def answers_to_what_vllm_refuses(engine: Engine, prompts: list[list[int]], sampling: dict[str, Any]) -> list[list[int]]:
-    """In the engine's process, where the refusal is put back: other tests run there."""
-    from vllm import SamplingParams
-
-    refuse = SamplingParams._validate_spec_decode
-    accept_requests()
-    try:
-        return [list(done.outputs[0].token_ids) for done in engine.generate(prompts, max_tokens=12, **sampling)]
-    finally:
-        SamplingParams._validate_spec_decode = refuse
 
 
 def test_min_p_and_logit_bias_hold_while_others_speculate(served: Served) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from aurora_vllm.spec_decode.scheduler import AsyncAuroraScheduler
 from benchmarks.engine import Engine
 from tests.integration.reference import assert_states_agree, count_verdicts, sort_rows
-from tests.integration.served import Served, answers
+from tests.integration.served import Served, answers, answers_to_what_vllm_refuses
 
 
 @pytest.fixture(params=["v1", "v2"])
@@ -60,3 +62,20 @@ def test_overlapping_steps_are_logged_right(served_by_v2_overlapping: Served) ->
     requests = list(sort_rows(served.finish(), served.layout).values())
     assert_states_agree(served.reference, requests, {})
     assert served.engine.control.worker.capture_errors == 0
+
+
+def counters(engine: Engine) -> dict[str, int]:
+    return engine.spec_decode_counters()
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1.5, "min_p": 1.0}, {"logit_bias": {5: 100.0}}])
+def test_overlapping_steps_verify_drafts_with_what_vllm_refuses(
+    served_by_v2_overlapping: Served, sampling: dict[str, Any]
+) -> None:
+    """There drafts do not pass through the scheduler, which takes them away elsewhere."""
+    engine, prompts = served_by_v2_overlapping.engine, served_by_v2_overlapping.short
+    greedy = engine.run(answers_to_what_vllm_refuses, prompts, {})
+    before = engine.run(counters)["draft_tokens"]
+    found = engine.run(answers_to_what_vllm_refuses, prompts, sampling)
+    assert found == (greedy if "min_p" in sampling else [[5] * 12] * len(prompts))
+    assert engine.run(counters)["draft_tokens"] > before + 50
