@@ -47,7 +47,11 @@ class AuroraConfig(BaseModel):
 
     # --- capture ---
     sample_rate: float = Field(1.0, ge=0, le=1, description="share of requests that may be learned from")
-    ring_mb: int = Field(256, ge=1, description="trace ring size in MiB")
+    ring_mb: int | None = Field(
+        None,
+        ge=1,
+        description="trace ring size in MiB; without it 256, or on a GPU what two of vLLM's largest steps take",
+    )
 
     # --- learning ---
     learn: bool = Field(True, description="run the learner")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from aurora_vllm import settings
 from aurora_vllm.errors import AuroraError, notice, report
 from aurora_vllm.settings import Invocation
+from aurora_vllm.speculative_config import take_speculative_config
 from aurora_vllm.stopping import StopGuard, end_descendants
 from aurora_vllm.supervisor import SAVE_S
 
@@ -121,10 +122,11 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     from aurora_vllm import preflight
 
     preflight.check_supported(args)
-    config = preflight.take_speculative_config(args, invocation.config, invocation.explicit)
+    config = take_speculative_config(args, invocation.config, invocation.explicit)
     target = preflight.resolve_target(args, weights=not invocation.plan)
-    plan = plans.make_plan(config, server.version, target, preflight.resolve_draft(config, target), probes)
     total = preflight.gpu_total_bytes()
+    rows = plans.least_rows_on_gpu(args) if total is not None else 0
+    plan = plans.make_plan(config, server.version, target, preflight.resolve_draft(config, target), probes, rows)
     gpu = plans.plan_gpu(plan, args, total) if total is not None else None
     return replace(plan, aurora_file=invocation.aurora_file, gpu=gpu)
 

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from aurora_vllm.spec_decode.compat import ModelRunner, Probe
 
 MIB = 2**20
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names of one variable
+RING_MB = 256
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
+LARGEST_STEP = 8192  # tokens; vLLM's max_num_batched_tokens on a GPU of 70 GB or more, where nobody sets it
 LEARNER_SETTINGS = (
     "learn", "learner_device", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "semantics",
     "ttt_length", "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s",
@@ -53,6 +56,7 @@ class ServePlan:
     aurora_file: AuroraFile | None = None
     model_runner: ModelRunner | None = None
     gpu: GpuPlan | None = None  # None where the target runs on a CPU
+    least_rows: int = 0  # of the ring, where nobody says how large it is
 
     @property
     def fits(self) -> bool:
@@ -120,9 +124,17 @@ class ServePlan:
 
 
 def make_plan(
-    config: AuroraConfig, vllm_version: str, target: Target, draft: Draft, probes: tuple[Probe, ...] = ()
+    config: AuroraConfig,
+    vllm_version: str,
+    target: Target,
+    draft: Draft,
+    probes: tuple[Probe, ...] = (),
+    least_rows: int = 0,
 ) -> ServePlan:
     """Work out the sizes.
+
+    Args:
+        least_rows: of the ring, where the settings do not say how large it is.
 
     Raises:
         AuroraError: the ring is too small to be of use.
@@ -130,16 +142,19 @@ def make_plan(
     import torch
 
     layout = RowLayout(target.hidden_size, len(draft.aux_layers), getattr(torch, target.dtype))
-    rows = config.ring_mb * MIB // layout.row_bytes
+    ring_mb = config.ring_mb or RING_MB
+    rows = ring_mb * MIB // layout.row_bytes
+    if config.ring_mb is None:
+        rows = max(rows, least_rows)
     if rows < MIN_RING_ROWS:
         need = -(-MIN_RING_ROWS * layout.row_bytes // MIB)
         raise AuroraError(
-            f"--aurora-ring-mb {config.ring_mb} holds {rows} rows of {layout.row_bytes} bytes",
+            f"--aurora-ring-mb {ring_mb} holds {rows} rows of {layout.row_bytes} bytes",
             f"this model needs at least {need}, better {16 * need}",
         )
     sizes = ring_bytes(layout.row_bytes, rows), bank_bytes(draft.specs)
     learner = predict_learner(config, target, draft)
-    return ServePlan(config, vllm_version, target, draft, layout, rows, *sizes, learner, probes)
+    return ServePlan(config, vllm_version, target, draft, layout, rows, *sizes, learner, probes, least_rows=least_rows)
 
 
 def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> LearnerMemory:
@@ -156,6 +171,11 @@ def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> Learn
         config.ttt_length,
         fast_matmul_dtype(torch.device("cpu")) == torch.bfloat16,
     )
+
+
+def least_rows_on_gpu(args: Namespace) -> int:
+    """Rows of a ring that a step of nothing but prompts does not fill alone."""
+    return 2 * (getattr(args, "max_num_batched_tokens", None) or LARGEST_STEP)
 
 
 def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
@@ -179,7 +199,7 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
 def _lends_ends(args: Namespace) -> bool:
     """Whether the worker can let the learner read the target's embedding and lm_head (placement.lend_ends): not where
     torch or vLLM allocate by mapping, which CUDA IPC does not share."""
-    mapped = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    mapped = any("expandable_segments:True" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS)
     flags = ("enable_sleep_mode", "enable_cumem_allocator")
     return not mapped and not any(getattr(args, flag, False) for flag in flags)
 
@@ -196,7 +216,7 @@ def _most_rows(config: AuroraConfig, target: Target) -> int:
 
 def with_draft(plan: ServePlan, draft: Draft) -> ServePlan:
     """The same plan, once its day-0 draft is made."""
-    made = make_plan(plan.config, plan.vllm_version, plan.target, draft, plan.probes)
+    made = make_plan(plan.config, plan.vllm_version, plan.target, draft, plan.probes, plan.least_rows)
     return replace(made, aurora_file=plan.aurora_file, model_runner=plan.model_runner, gpu=plan.gpu)
 
 

@@ -16,11 +16,10 @@ from pydantic import ValidationError
 from aurora_vllm import checkpoint, resuming
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import PLAIN, AuroraError
 
 WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
-PLAIN = "--aurora-off serves it as plain vLLM"
 GIVE_ONE = f"give one with --aurora-draft; {PLAIN}"
 
 # vLLM's argument -> the values Aurora works with. One engine, one worker, one API server, for now.
@@ -91,46 +90,6 @@ def check_port(args: Namespace) -> None:
         raise AuroraError(
             f"cannot listen on {host or '0.0.0.0'}:{port}: {reason}", "choose another with --port"
         ) from None
-
-
-def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: frozenset[str]) -> AuroraConfig:
-    """Understand vLLM's own --speculative-config: an EAGLE-3 draft there is the draft to start from.
-
-    Args:
-        explicit: the settings somebody gave; one of these that says something else is a contradiction.
-
-    Raises:
-        AuroraError: another method, no model, or a contradiction.
-    """
-    if args.speculative_config is None:
-        return config
-    given = {key.replace("-", "_"): value for key, value in args.speculative_config.items()}
-    method, model = given.get("method", "eagle3"), given.get("model")
-    if method != "eagle3" or not model:
-        what = f"method {method!r}" if method != "eagle3" else "no model"
-        raise AuroraError(
-            f"Aurora trains EAGLE-3 drafts, and --speculative-config says {what}", f"leave it out, or {PLAIN}"
-        )
-    for key in ("quantization", "draft_lm_head_quantization"):  # the second from vLLM 0.33 on
-        if given.get(key):
-            raise AuroraError(
-                f"Aurora cannot update a quantised draft, and --speculative-config says {key} {given[key]}",
-                f"leave that out, or {PLAIN}",
-            )
-    said = {"draft": str(model)}
-    if "num_speculative_tokens" in given:
-        said["num_speculative_tokens"] = given["num_speculative_tokens"]
-    for key, value in said.items():
-        if key in explicit and str(getattr(config, key)) != str(value):
-            flag = "--aurora-" + key.replace("_", "-")
-            raise AuroraError(
-                f"--speculative-config and {flag} disagree ({value} and {getattr(config, key)})", "give one of them"
-            )
-    try:
-        return AuroraConfig(**(config.model_dump() | said))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise AuroraError(f"--speculative-config: {fault['loc'][0]}: {fault['msg']}, not {fault['input']!r}") from None
 
 
 def resolve_target(args: Namespace, weights: bool) -> Target:

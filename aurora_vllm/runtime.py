@@ -74,6 +74,8 @@ class Runtime:
                 control.server, ready, plan.config.learner_threads, plan.config.learner_nice, stop_s=stop_s
             )
             self._supervisor.start()
+            # With the signal, not after vLLM: the learner reads memory of the target's that goes with its engine.
+            stopping.at_once.append(self._supervisor.stop)
 
     def close(self) -> None:
         """End the learner, then remove the segments; idempotent."""

@@ -27,6 +27,7 @@ from aurora_vllm.errors import notice
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 8.0  # vLLM's own way out takes a second or two, more on a busy machine
 
+at_once: list[Callable[[], None]] = []  # called when the first signal is noted, beside vLLM's own way out
 cleanups: list[Callable[[], None]] = []  # called before the process is ended from the thread
 
 
@@ -81,7 +82,11 @@ class StopGuard:
         handler(number, frame)
 
     def _end(self) -> None:
-        time.sleep(self.grace_s)
+        deadline = time.monotonic() + self.grace_s
+        for stop in at_once:
+            with contextlib.suppress(Exception):  # whatever it is, the clock runs
+                stop()
+        time.sleep(max(deadline - time.monotonic(), 0.0))
         notice(f"still here {self.grace_s:.0f} s after {signal.Signals(self.number or 0).name}: ending all processes")
         try:
             end_descendants()

@@ -108,14 +108,14 @@ def learn(device: str, config: Eagle3Config, rows: int, share: float, pipe: Conn
 
 def _start_learner(device: str, config: Eagle3Config, rows: int, share: float) -> tuple[Any, Connection]:
     process, pipe = processes.start(learn, device, config, rows, share)
-    pipe.recv()
+    processes.receive(pipe)
     pipe.send("go")
     return process, pipe
 
 
 def _end_learner(process: Any, pipe: Connection) -> dict[str, float]:
     pipe.send("enough")
-    report: dict[str, float] = pipe.recv()
+    report: dict[str, float] = processes.receive(pipe)
     process.join()
     return report
 

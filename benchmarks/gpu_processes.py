@@ -20,6 +20,7 @@ from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingProducer,
 from aurora_vllm.transport.segment import Segment
 
 Names = tuple[str, str | None]  # of the segment, and of the device memory where there is some
+TIMEOUT_S = 120.0
 STRIDE = 1_000_003  # between the words of two rows
 
 
@@ -31,6 +32,13 @@ def start(target: Callable[..., None], *args: Any) -> tuple[SpawnProcess, Connec
     process.start()
     theirs.close()
     return process, ours
+
+
+def receive(pipe: Connection, timeout_s: float = TIMEOUT_S) -> Any:
+    """What the other process says next. Raises TimeoutError where it says nothing, EOFError where it has ended."""
+    if not pipe.poll(timeout_s):
+        raise TimeoutError(f"the other process said nothing for {timeout_s:g} s")
+    return pipe.recv()
 
 
 def captured(device: str, forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:

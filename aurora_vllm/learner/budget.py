@@ -60,11 +60,13 @@ class CpuBudget:
         share: of one CPU while something is served, in (0, 1].
         cpu_clock: seconds of CPU this process has used, all threads (``time.process_time``); or a :class:`DeviceClock`.
         wall_clock: seconds that pass (``time.monotonic``).
+        longest_sleep_s: without a look around.
     """
 
     share: float
     cpu_clock: Callable[[], float] = time.process_time
     wall_clock: Callable[[], float] = time.monotonic
+    longest_sleep_s: float = LONGEST_SLEEP_S
 
     def __post_init__(self) -> None:
         self._cpu, self._wall = self.cpu_clock(), self.wall_clock()
@@ -89,9 +91,9 @@ class CpuBudget:
         else:
             self._owed = max(self._owed + used / (self.share * factor) - passed, 0.0)
         self._cpu, self._wall, self._engine_steps = cpu, wall, engine_steps
-        return min(self._owed, LONGEST_SLEEP_S)
+        return min(self._owed, self.longest_sleep_s)
 
     @property
     def owes_more(self) -> bool:
         """Whether a sleep as long as was just said is not enough: work has to wait for the next."""
-        return self._owed > LONGEST_SLEEP_S
+        return self._owed > self.longest_sleep_s

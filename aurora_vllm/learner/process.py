@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from aurora_vllm.transport.segment import Segment
 from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
+GPU_LONGEST_SLEEP_S = 0.5  # a GPU fills the ring in seconds
 SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
 # Of the learner's CPU time, what goes into scoring where there is something else to do: with a candidate that has
 # learned something to judge, and without one, where scores only tell what the draft in use is worth.
@@ -77,6 +78,8 @@ class Learner:
         self.shadow = Recent(config.num_speculative_tokens)
         self.gpu_time = DeviceClock(self.ring.memory.settle) if self.device != CPU else None
         self.budget = CpuBudget(config.learner_cpu_share, self.gpu_time or time.process_time)
+        if self.device != CPU:
+            self.budget.longest_sleep_s = GPU_LONGEST_SLEEP_S
         self.unscored: deque[Trajectory] = deque()
         self.score_seconds = 0.0
         self.candidate_is_ahead = False  # it differs from the incumbent, so it has scores of its own
@@ -94,8 +97,8 @@ class Learner:
         if request := update_request.open_request(self.control):
             self._say("updating from disk")
             update_request.answer(self.control, request, self._update(Path(request.directory)))
-        for trajectory in self.assembler.feed(self.ring.read(READ_ROWS).cpu()):
-            self._arrived(trajectory)
+        with self._on_host():  # a GPU only hands the rows over
+            self._take_rows()
         if rests:
             return False
         if self.sleep.asleep:
@@ -118,6 +121,19 @@ class Learner:
             self._say("collecting for the first lesson" if waits else "waiting for traffic")
             return False
         return True
+
+    def _take_rows(self) -> None:
+        """What the ring holds, all of it: a look around comes seldom, and where there is no room requests are lost."""
+        for _ in range(0, self.ring.capacity, READ_ROWS):
+            rows = self.ring.read(READ_ROWS)
+            for trajectory in self.assembler.feed(rows.cpu()):
+                self._arrived(trajectory)
+            if len(rows) < READ_ROWS:
+                break
+
+    def _on_host(self, really: bool = True) -> AbstractContextManager[None]:
+        """Around work that takes none of the GPU's time, where that is what is counted."""
+        return self.gpu_time.on_host() if self.gpu_time is not None and really else nullcontext()
 
     def _arrived(self, trajectory: Trajectory) -> None:
         self.control.learner.trajectories += 1
@@ -157,7 +173,7 @@ class Learner:
     def _work(self) -> None:
         curriculum, block = self.curriculum, self.control.learner
         dropped, steps = curriculum.dropped, curriculum.trainer.steps
-        with self.gpu_time.on_host() if self.gpu_time and curriculum.works_on_host else nullcontext():
+        with self._on_host(curriculum.works_on_host):
             is_another = curriculum.work()
         if is_another:
             self._candidate_is_another("a lesson was learnt")

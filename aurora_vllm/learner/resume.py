@@ -57,7 +57,7 @@ class Keeper:
             path = self._checkpoints.save(
                 self._learner.incumbent, self._draft_config, *state_of(self._learner, self._carried)
             )
-        except (OSError, SafetensorError) as error:  # no room, most likely; learning goes on
+        except (OSError, SafetensorError, RuntimeError) as error:  # no room, most likely, or a GPU's; learning goes on
             block.checkpoint = f"not saved: {error}"
             return
         self._saved = state

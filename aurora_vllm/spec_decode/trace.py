@@ -12,17 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
-from aurora_vllm.transport.rows import META_WORDS, Field, RowFlag, RowLayout
+from aurora_vllm.spec_decode.open_request import OpenRequest
+from aurora_vllm.spec_decode.upload import upload
+from aurora_vllm.transport.rows import META_WORDS, Field, RowLayout
 
 if TYPE_CHECKING:
     from aurora_vllm.transport.control import ControlBlock
 
 
-# Plain integers: indexing with a member of an IntEnum costs a method call each time.
-(_REQUEST_LOW, _REQUEST_HIGH, _FLAGS, _POSITION, _TOKEN, _STEP, _DRAFT_INDEX, _NUM_DRAFTS, _EMITTED,
- _DRAFT_VERSION, _PROMPT_LENGTH, _TEMPERATURE_MILLI) = (int(word) for word in Field)  # fmt: skip
+_FLAGS, _POSITION, _TOKEN, _STEP, _EMITTED, _DRAFT_VERSION = (
+    int(word) for word in (Field.FLAGS, Field.POSITION, Field.TOKEN, Field.STEP, Field.EMITTED, Field.DRAFT_VERSION)
+)
 
 
 class RowSink(Protocol):
@@ -54,14 +57,6 @@ class StepTrace:
 
 
 @dataclass
-class _OpenRequest:
-    key: int  # the random number the learner knows the request by
-    prompt_length: int
-    temperature_milli: int
-    dropped: bool = False
-
-
-@dataclass
 class TraceWriter:
     """Writes steps into the ring; drops whole requests, and counts them, when there is no room.
 
@@ -78,8 +73,8 @@ class TraceWriter:
     control: ControlBlock
     sample_rate: float = 1.0
     seed: int | None = None
-    _open: dict[str, _OpenRequest] = field(default_factory=dict)
-    _ended: list[_OpenRequest] = field(default_factory=list)
+    _open: dict[str, OpenRequest] = field(default_factory=dict)
+    _ended: list[OpenRequest] = field(default_factory=list)
     _step: int = 0
 
     def __post_init__(self) -> None:
@@ -98,7 +93,7 @@ class TraceWriter:
         if self.sample_rate < 1.0 and self._random.random() >= self.sample_rate:
             return
         worker.requests_captured += 1
-        self._open[request_id] = _OpenRequest(
+        self._open[request_id] = OpenRequest(
             key=self._random.getrandbits(62), prompt_length=prompt_length, temperature_milli=round(temperature * 1000)
         )
 
@@ -161,7 +156,10 @@ class TraceWriter:
         starts = [0]
         for length in trace.lengths:
             starts.append(starts[-1] + length)
-        return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen]).to(trace.token_ids.device)
+        rows = array("q")
+        for i in chosen:
+            rows.extend(range(starts[i], starts[i + 1]))
+        return upload(rows, trace.token_ids.device)
 
     def _meta(self, trace: StepTrace, chosen: list[int], row_index: torch.Tensor | None) -> torch.Tensor:
         """Metadata words of every row. int32 [n, 16], on the trace's device.
@@ -172,8 +170,8 @@ class TraceWriter:
         """
         known, places, silent = self._known_to_the_host(trace, chosen)
         device = trace.token_ids.device
-        meta = torch.frombuffer(known, dtype=torch.int32).view(-1, META_WORDS).to(device, non_blocking=True)
-        emitted = trace.sampled.take(torch.frombuffer(places, dtype=torch.int64).to(device, non_blocking=True))
+        meta = upload(known, device).view(-1, META_WORDS)
+        emitted = trace.sampled.take(upload(places, device))
         if silent:
             emitted.masked_fill_(meta[:, _EMITTED] < 0, -1)
         if any(trace.num_drafts):
@@ -187,34 +185,24 @@ class TraceWriter:
     def _known_to_the_host(self, trace: StepTrace, chosen: list[int]) -> tuple[array[int], array[int], bool]:
         """What is known of every row before the verdict.
 
-        Plain Python, a request's prompt in one go: numpy takes a dozen small calls for it, and between two steps each
-        of them costs 10 to 20 microseconds, because the target's weights have just swept the caches.
+        A request's rows in one go, decoding ones as they were laid out the last time: between two steps each small
+        call costs microseconds, because the target's weights have just swept the caches.
 
         Returns:
-            Words, int32 [n, 16] flat: EMITTED is -1 where nothing is emitted whatever the verdict and else 0, FLAGS
-            is REJECTED for every draft; the place of each row's token in ``sampled`` flat, int64 [n]; whether any
-            EMITTED is -1.
+            Words as :meth:`OpenRequest.rows` has them, step and version added, int32 [n, 16] flat; the place of each
+            row's token in ``sampled`` flat, int64 [n]; whether any EMITTED is -1.
         """
         rows, places, silent = array("i"), array("q"), False
         width = trace.sampled.shape[1]
         for i in chosen:
-            request, drafts = self._open[trace.request_ids[i]], trace.num_drafts[i]
-            words = [0] * META_WORDS
-            words[_REQUEST_LOW], words[_REQUEST_HIGH] = _split(request.key)
-            words[_STEP], words[_DRAFT_INDEX], words[_NUM_DRAFTS], words[_EMITTED] = self._step, -1, drafts, -1
-            words[_DRAFT_VERSION], words[_PROMPT_LENGTH] = trace.draft_version, request.prompt_length
-            words[_TEMPERATURE_MILLI] = request.temperature_milli
+            drafts = trace.num_drafts[i]
             before = trace.lengths[i] - 1 - drafts  # rows before the last certain token
-            rows += array("i", words) * before
-            words[_EMITTED] = 0 if trace.emits[i] else -1
-            rows.extend(words)
-            words[_FLAGS] = int(RowFlag.REJECTED)
-            for draft in range(drafts):
-                words[_DRAFT_INDEX] = draft
-                rows.extend(words)
+            rows += self._open[trace.request_ids[i]].rows(before, drafts, trace.emits[i])
             places += array("q", [i * width]) * before
             places.extend(range(i * width, i * width + 1 + drafts))
             silent |= before > 0 or not trace.emits[i]
+        words = np.frombuffer(rows, dtype=np.int32).reshape(-1, META_WORDS)
+        words[:, _STEP], words[:, _DRAFT_VERSION] = self._step, trace.draft_version
         return rows, places, silent
 
     def _fill(
@@ -223,25 +211,16 @@ class TraceWriter:
         """Copy one reserved piece. view: uint8 [k, row_bytes], meta: int32 [k, 16]."""
         take = rows if row_index is None else row_index
         self.layout.meta(view).copy_(meta)
-        states = [state[take] for state in (*trace.aux_hidden_states, trace.last_hidden_states)]
-        self.layout.states(view).copy_(torch.cat(states, dim=1), non_blocking=True)  # the ring may lie elsewhere
+        # One after the other: all of them in one piece would be hundreds of MB of a GPU in a step with a long prompt.
+        columns = self.layout.states(view).split(self.layout.hidden_size, dim=1)
+        for column, state in zip(columns, (*trace.aux_hidden_states, trace.last_hidden_states), strict=True):
+            column.copy_(state[take])
 
-    def _write_end(self, request: _OpenRequest) -> bool:
+    def _write_end(self, request: OpenRequest) -> bool:
         views = self.sink.reserve(1)
         if views is None:
             return False
-        meta = self.layout.meta(views[0])
-        meta.zero_()
-        low, high = _split(request.key)
-        flags = RowFlag.END | (RowFlag.DROPPED if request.dropped else RowFlag.NONE)
-        words = {Field.REQUEST_LOW: low, Field.REQUEST_HIGH: high, Field.FLAGS: int(flags), Field.STEP: self._step}
-        for word, value in words.items():
-            meta[0, word] = value
+        self.layout.meta(views[0])[0].copy_(upload(request.end_row(self._step), views[0].device))
         self.sink.commit()
         self.control.worker.rows_written += 1
         return True
-
-
-def _split(key: int) -> tuple[int, int]:
-    """A 62-bit number as two non-negative int32."""
-    return key & 0x7FFFFFFF, key >> 31

@@ -27,6 +27,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -79,6 +80,10 @@ class CudaMemory:
     It stays mapped until the process ends: tensors over unmapped memory would crash it.
     """
 
+    # What this process made and did not release, whoever else has forgotten it: others open it by its name at any time,
+    # and then wait for its event, which torch destroys with its last reference.
+    _made: ClassVar[dict[str, CudaMemory]] = {}
+
     def __init__(
         self,
         segment: Segment,
@@ -87,15 +92,18 @@ class CudaMemory:
         size: int,
         event: torch.cuda.Event,
         owned: bool,
-        lent: bool = False,
+        lent: torch.Tensor | None = None,
     ) -> None:
         self.name = segment.name
         self.device = device
         self.bytes = tensor_over(pointer, size, device)
         self._segment = segment
         self._event = event
-        self._owned, self._lent = owned, lent
+        self._owned = owned
+        self._lent = lent  # whose memory it is: it is not freed while others read it
         self._stream: torch.cuda.Stream | None = None  # the one last handed over from
+        if owned:
+            self._made[self.name] = self
 
     @classmethod
     def create(cls, kind: str, size: int, device: torch.device) -> CudaMemory:
@@ -128,7 +136,7 @@ class CudaMemory:
         device = _make_current(tensor.device)
         with torch.cuda.device(device):
             handle, offset = cuda_driver.export(tensor.data_ptr())
-            return cls._describe(kind, device, tensor.data_ptr(), tensor.nbytes, handle, offset, lent=True)
+            return cls._describe(kind, device, tensor.data_ptr(), tensor.nbytes, handle, offset, tensor)
 
     @classmethod
     def _describe(
@@ -139,7 +147,7 @@ class CudaMemory:
         size: int,
         handle: bytes,
         offset: int = 0,
-        lent: bool = False,
+        lent: torch.Tensor | None = None,
     ) -> CudaMemory:
         """The owner's side, with the page that others open it by."""
         event = torch.cuda.Event(interprocess=True)
@@ -171,7 +179,7 @@ class CudaMemory:
         if not self._owned:
             raise ValueError("only the process that made device memory hands it over: it alone may record the event")
         stream = torch.cuda.current_stream(self.device)
-        if stream != self._stream:
+        if self._stream is None or stream != self._stream:  # to torch no stream differs from None
             self._event.wait(stream)  # the one event stands for what was done on every stream so far
             self._stream = stream
         self._event.record(stream)
@@ -207,8 +215,9 @@ class CudaMemory:
     def release(self) -> None:
         """As :meth:`.memory.NamedMemory.release`."""
         self.unlink()
+        self._made.pop(self.name, None)
         pointer, self.bytes = self.bytes.data_ptr(), torch.empty(0, dtype=torch.uint8)
-        if not self._lent:
+        if self._lent is None:
             with torch.cuda.device(self.device):
                 cuda_driver.free(pointer)
 

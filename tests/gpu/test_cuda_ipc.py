@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,8 @@ from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Standing
 from aurora_vllm.transport.bank import TensorSpec
 from aurora_vllm.transport.cuda import CudaMemory
 from aurora_vllm.transport.placement import place
+from benchmarks import gpu_capture, gpu_ring, gpu_timing
 from benchmarks import gpu_processes as processes
-from benchmarks import gpu_ring
-from tests.unit.test_learner_on_device import steps_on
-from tests.unit.test_placement import parts
-from tests.unit.tiny_world import World, session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda:0"
@@ -44,11 +42,22 @@ def test_capture_and_commit_never_synchronise(no_synchronisation: None) -> None:
     processes.remove(names)
 
 
+def test_the_host_does_not_wait_in_capture() -> None:
+    found = gpu_capture.capture_waits(DEVICE, 512)
+    assert not found["host_waits"] and found["rows_written"] == 2 * (511 * 4 + 1)
+
+
+def test_a_wait_would_be_seen() -> None:
+    there = torch.ones(4, device=DEVICE)
+    assert gpu_timing.host_waits(DEVICE, lambda: there.sum().item())
+    assert not gpu_timing.host_waits(DEVICE, lambda: there.add_(1))
+
+
 def test_a_published_version_goes_live_without_synchronising() -> None:
     specs = [TensorSpec("a", (64, 32), torch.bfloat16), TensorSpec("b", (7,), torch.bfloat16)]
     bank, names = processes.make_bank(DEVICE, specs)
     process, pipe = processes.start(processes.publish, names, [1])
-    pipe.recv()
+    processes.receive(pipe)
     process.join()
     publication = bank.read(1)
     live = [torch.zeros(spec.shape, dtype=spec.dtype, device=DEVICE) for spec in specs]
@@ -67,6 +76,10 @@ def test_a_published_version_goes_live_without_synchronising() -> None:
 
 
 def test_what_a_worker_places_another_process_reads(tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    from tests.unit.test_placement import parts
+    from tests.unit.tiny_world import World, session
+
     with session(World(), tmp_path) as (shared, _):
         ring, bank, control = parts(shared)
         producer, _weights = place(ring, bank, torch.device(DEVICE), control.worker, wanted=True)
@@ -83,18 +96,22 @@ def test_tensors_of_torchs_allocator_are_read_by_another_process() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randint(256, (n,), generator=generator, dtype=torch.uint8) for n in (1000, 3, 30 << 20)]
     on_device = [tensor.to(DEVICE) for tensor in tensors]
-    lent = [CudaMemory.lend(f"lent_{i}", tensor) for i, tensor in enumerate(on_device)]
+    names = [CudaMemory.lend(f"lent_{i}", tensor).name for i, tensor in enumerate(on_device)]
     torch.cuda.synchronize()
-    process, pipe = processes.start(processes.read_lent, [one.name for one in lent])
-    assert pipe.recv() == [tensor.tolist() for tensor in tensors]
+    gc.collect()  # nobody here holds what was lent
+    process, pipe = processes.start(processes.read_lent, names)
+    assert processes.receive(pipe) == [tensor.tolist() for tensor in tensors]
     process.join()
-    for one in lent:
-        one.release()
+    for name in names:
+        CudaMemory._made[name].release()
     assert torch.equal(on_device[0].cpu(), tensors[0])  # still torch's
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse+next-token"])
 def test_a_training_step_is_the_one_of_the_cpu(direction: str) -> None:
+    pytest.importorskip("pydantic")
+    from tests.unit.test_learner_on_device import steps_on
+
     on_cpu = steps_on(torch.device("cpu"), direction)
     assert steps_on(torch.device(DEVICE), direction) == pytest.approx(on_cpu, rel=1e-3)
 

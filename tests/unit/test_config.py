@@ -26,6 +26,7 @@ OTHER: dict[str, str] = {
     "learn": "false",
     "learner_sleep": "false",
     "draft_vocab_size": "500",
+    "ring_mb": "128",
     "semantics": "aurora-release",
     "sglang_api": "true",
     "sync": "steps",

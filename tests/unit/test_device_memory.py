@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_vllm.transport import cuda
+from aurora_vllm.transport import cuda, placement
 from aurora_vllm.transport.bank import TensorSpec, TornPublish, WeightBank, bank_bytes, weights_bytes
 from aurora_vllm.transport.cuda import CudaMemory, Description, NoDeviceMemory, OwnerGone, tensor_over, wait_until
 from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingGauge, RingProducer, ring_bytes
@@ -175,6 +179,42 @@ def test_without_a_gpu_it_says_so() -> None:
         Description(64, 0, "a" * 36, b"m" * 64, b"e" * 64).write(segment)
         with pytest.raises(NoDeviceMemory, match=r"the GPU a+ is not visible"):
             CudaMemory.open(segment.name)
+
+
+def test_what_was_made_can_be_opened_though_its_maker_forgot_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch destroys an event with its last reference, and a learner may come at any time."""
+
+    class Event:
+        def __init__(self, interprocess: bool) -> None:
+            assert interprocess
+
+        def ipc_handle(self) -> bytes:
+            return b"e" * 64
+
+        def record(self, stream: object) -> None: ...
+        def wait(self, stream: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: object())
+    monkeypatch.setattr(cuda, "_make_current", lambda device: device)
+    monkeypatch.setattr(cuda, "_uuid", lambda device: "a" * 36)
+    monkeypatch.setattr(cuda.cuda_driver, "export", lambda pointer: (b"m" * 64, 0))
+    monkeypatch.setattr(placement, "memory_for", lambda device: CudaMemory)
+    monkeypatch.setattr(placement, "try_elsewhere", lambda device, names: None)
+    worker = SimpleNamespace(memory_device="cuda:0", embedding_memory="", lm_head_memory="")
+    tensors = [torch.arange(8.0), torch.arange(6.0)]
+    held = [weakref.ref(tensor) for tensor in tensors]
+    placement.lend_ends(lambda: placement.Ends(*tensors), worker)  # type: ignore[arg-type]
+    tensors.clear()
+    gc.collect()
+    names = worker.embedding_memory, worker.lm_head_memory
+    events = [weakref.ref(CudaMemory._made[name]._event) for name in names]
+    assert all(event() is not None for event in events) and all(tensor() is not None for tensor in held)
+    for name in names:
+        CudaMemory._made[name].release()
+    gc.collect()
+    assert not any(event() is not None for event in events) and not any(name in CudaMemory._made for name in names)
 
 
 def test_a_tensor_over_given_memory() -> None:

@@ -20,6 +20,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.spec_decode import compat, undrafted
 from aurora_vllm.spec_decode.compat import Probe
+from aurora_vllm.speculative_config import take_speculative_config
 
 ARGS: dict[str, Any] = {
     "model": "/nowhere/model",
@@ -242,9 +243,11 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         preflight.check_port(Namespace(**(ARGS | {"uds": str(tmp_path / "socket")})))
 
 
-def speculate(given: dict[str, Any] | None, config: AuroraConfig | None = None, *explicit: str) -> AuroraConfig:
-    args = Namespace(speculative_config=given)
-    return preflight.take_speculative_config(args, config or AuroraConfig(), frozenset(explicit))
+def speculate(
+    given: dict[str, Any] | None, config: AuroraConfig | None = None, *explicit: str, **short: Any
+) -> AuroraConfig:
+    args = Namespace(speculative_config=given, **short)
+    return take_speculative_config(args, config or AuroraConfig(), frozenset(explicit))
 
 
 def test_an_eagle3_draft_of_vllms_is_ours() -> None:
@@ -254,6 +257,21 @@ def test_an_eagle3_draft_of_vllms_is_ours() -> None:
     assert speculate({"model": "/d"}).num_speculative_tokens == 3
     same = AuroraConfig(draft=Path("/d"), num_speculative_tokens=5)
     assert speculate({"model": "/d", "num_speculative_tokens": 5}, same, "draft", "num_speculative_tokens") == same
+
+
+def test_vllms_short_flags_say_the_same() -> None:
+    short: dict[str, Any] = {"spec_method": "eagle3", "spec_model": "/d", "spec_tokens": 5}
+    assert speculate(None, **short) == speculate({"method": "eagle3", "model": "/d", "num_speculative_tokens": 5})
+    args = Namespace(
+        speculative_config={"model": "/d", "draft_sample_method": "greedy"}, **short | {"spec_model": None}
+    )
+    assert take_speculative_config(args, AuroraConfig(), frozenset()).num_speculative_tokens == 5
+    assert not (args.spec_method or args.spec_tokens)  # vLLM would find them, and ours, mutually exclusive
+    assert args.speculative_config["draft_sample_method"] == "greedy"
+    with pytest.raises(AuroraError, match="--spec-tokens and --speculative-config both say num_speculative_tokens"):
+        speculate({"model": "/d", "num-speculative-tokens": 4}, spec_tokens=5)
+    with pytest.raises(AuroraError, match="Aurora trains EAGLE-3 drafts, and --spec-method says method 'ngram'"):
+        speculate(None, spec_method="ngram")
 
 
 @pytest.mark.parametrize(

@@ -107,15 +107,32 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
         ({}, "", False),
         ({"enable_sleep_mode": True}, "", True),
         ({"enable_cumem_allocator": True}, "", True),
-        ({}, "expandable_segments:True", True),
+        ({}, "PYTORCH_CUDA_ALLOC_CONF", True),
+        ({}, "PYTORCH_ALLOC_CONF", True),
     ],
 )
 def test_a_copy_of_the_targets_ends_is_counted_where_it_is_made(
     serve_plan: plan.ServePlan, monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool], variable: str, copied: bool
 ) -> None:
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", variable)
+    if variable:
+        monkeypatch.setenv(variable, "expandable_segments:True")
     found = plan.plan_gpu(serve_plan, Namespace(gpu_memory_utilization=0.9, **flags), 80 * GIB)
     assert found.memory.target == (target_head_bytes(serve_plan.target) if copied else 0)
+
+
+def test_a_ring_on_a_gpu_holds_two_of_vllms_largest_steps(serve_plan: plan.ServePlan) -> None:
+    def rows(least: int, **settings: Any) -> int:
+        parts = AuroraConfig(**settings), "0.32.0", serve_plan.target, serve_plan.draft
+        made = plan.make_plan(*parts, least_rows=least)
+        assert plan.with_draft(made, made.draft).ring_rows == made.ring_rows
+        return made.ring_rows
+
+    on_host = rows(0)
+    assert on_host == 256 * MIB // serve_plan.layout.row_bytes == rows(on_host - 1)
+    assert rows(on_host + 7) == on_host + 7
+    assert rows(on_host + 7, ring_mb=1) == MIB // serve_plan.layout.row_bytes  # somebody said how large
+    assert plan.least_rows_on_gpu(Namespace(max_num_batched_tokens=None)) == 16_384
+    assert plan.least_rows_on_gpu(Namespace(max_num_batched_tokens=500)) == 1000
 
 
 @pytest.mark.parametrize(

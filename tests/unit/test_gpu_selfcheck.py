@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,21 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_learner, gpu_ring
+from benchmarks import gpu_capture, gpu_learner, gpu_ring, gpu_timing
 from benchmarks import gpu_processes as processes
 from benchmarks import gpu_selfcheck as selfcheck
 
 
 def test_percentiles() -> None:
     samples = [float(i) for i in range(100, 0, -1)]
-    assert [selfcheck.percentile(samples, share) for share in (0.0, 0.01, 0.5, 0.99, 1.0)] == [1, 1, 50, 99, 100]
-    assert selfcheck.percentile([7.0], 0.99) == 7
+    assert [gpu_timing.percentile(samples, share) for share in (0.0, 0.01, 0.5, 0.99, 1.0)] == [1, 1, 50, 99, 100]
+    assert gpu_timing.percentile([7.0], 0.99) == 7
 
 
 GOOD: dict[str, Any] = {
-    "ring": {"wrong_rows": 0, "rows": 10, "expected_rows": 10, "ratio": {"128": 0.8, "2048": 0.95}},
-    "swap": {"wrong_outputs": 0, "addresses_unchanged": True, "p99_ms": 1.9},
+    "ring": {"wrong_rows": 0, "rows": 10, "expected_rows": 10},
+    "bandwidth": {"ratio": {"128": 0.8, "2048": 0.95}},
+    "swap": {"wrong_outputs": 0, "addresses_unchanged": True, "p99_ms": 1.9, "host_waits": False},
     "capture": {"32": {"host_us": 90.0, "device_us": 100.0}},
+    "capture_waits": {"host_waits": False},
     "kill": {"a": True, "b": True},
 }
 
@@ -37,10 +40,13 @@ GOOD: dict[str, Any] = {
         ("ring", {}, None),
         ("ring", {"wrong_rows": 1}, "ring_integrity"),
         ("ring", {"rows": 9}, "ring_integrity"),
-        ("ring", {"ratio": {"128": 0.79, "2048": 0.95}}, "ring_bandwidth"),
+        ("bandwidth", {"ratio": {"128": 0.79, "2048": 0.95}}, "ring_bandwidth"),
+        ("bandwidth", {"error": "RuntimeError: no"}, "ring_bandwidth"),
         ("swap", {"wrong_outputs": 1}, "swap_outputs"),
         ("swap", {"addresses_unchanged": False}, "swap_outputs"),
         ("swap", {"p99_ms": 2.0}, "swap_latency"),
+        ("swap", {"host_waits": True}, "swap_never_waits"),
+        ("capture_waits", {"host_waits": True}, "capture_never_waits"),
         ("capture", {"32": {"host_us": 101.0, "device_us": 1.0}}, "capture_cost"),
         ("kill", {"b": False}, "kill_recovery"),
     ],
@@ -63,6 +69,36 @@ def test_without_a_gpu_it_says_so_and_needs_no_vllm(tmp_path: Path) -> None:
     assert written == json.loads(done.stdout)
     assert written["skipped"] is True
     assert written["why"] == "no CUDA device here"
+
+
+def test_a_section_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> dict[str, Any]:
+        raise RuntimeError("CUDA error:\ninvalid argument")
+
+    pieces = {name: (lambda name=name: dict(GOOD[name])) for name in GOOD} | {"swap": fails}
+    monkeypatch.setattr(selfcheck, "sections", lambda device: pieces)
+    kept: list[list[str]] = []
+    found = selfcheck.check("cpu", lambda so_far: kept.append(list(so_far)))
+    assert kept == [list(GOOD)[: i + 1] for i in range(len(GOOD))]
+    assert found["swap"]["error"] == "RuntimeError: CUDA error: invalid argument"
+    assert {name for name, met in found["met"].items() if not met} == {
+        "swap_outputs",
+        "swap_latency",
+        "swap_never_waits",
+    }
+
+
+def test_every_section_has_its_size_and_every_target_its_section() -> None:
+    assert {section for section, _ in selfcheck.TARGETS.values()} <= set(selfcheck.sections("cpu"))
+
+
+def test_a_process_that_says_nothing_is_not_waited_for() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with pytest.raises(TimeoutError, match=r"said nothing for 0\.01 s"):
+        processes.receive(ours, 0.01)
+    theirs.close()
+    with pytest.raises(EOFError):
+        processes.receive(ours)
 
 
 def test_integrity_between_two_processes() -> None:
@@ -92,11 +128,16 @@ def test_a_swap_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_bandwidth_and_capture_are_of_what_was_written() -> None:
-    bandwidth = selfcheck.ring_bandwidth("cpu", 192, (2, 8), rounds=3)
+    bandwidth = gpu_ring.ring_bandwidth("cpu", 192, (2, 8), rounds=3)
     assert set(bandwidth["ratio"]) == {"2", "8"}
     assert all(ratio > 0 for ratio in bandwidth["ratio"].values())
-    capture = selfcheck.capture_cost("cpu", 16, (1, 4), steps=3)
+    capture = gpu_capture.capture_cost("cpu", 16, (1, 4), steps=3)
     assert {batch: found["rows_written"] for batch, found in capture.items()} == {"1": 8 * 4, "4": 8 * 16}
+
+
+def test_a_large_step_is_captured_but_for_who_does_not_want_it() -> None:
+    found = gpu_capture.capture_waits("cpu", 16, batch=9)
+    assert found == {"host_waits": False, "rows_written": 2 * (8 * 4 + 1)}
 
 
 def test_kill_of_either_side() -> None:

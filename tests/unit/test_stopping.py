@@ -74,6 +74,20 @@ except KeyboardInterrupt:
     assert took < 10
 
 
+def test_what_is_to_stop_at_once_does_beside_vllms_own_way_out() -> None:
+    script = """
+stopping.at_once.append(lambda: say("stopped"))
+stopping.at_once.append(lambda: 1 / 0)
+stopping.cleanups.append(lambda: say("cleaned up"))
+try:
+    say("ready"); time.sleep(20)
+except KeyboardInterrupt:
+    time.sleep(20)
+"""
+    code, out, _error, took = run(script, signal.SIGTERM)
+    assert (code, out) == (143, "stopped\ncleaned up\n") and took < 10  # the clock ran on
+
+
 def test_a_second_signal_does_not_interrupt_the_clean_up() -> None:
     script = """
 try:

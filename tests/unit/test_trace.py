@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
+from aurora_vllm.spec_decode.upload import upload
 from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
+from tests.unit import pretend_device
+from tests.unit.pretend_device import Far
 
 LAYOUT = RowLayout(hidden_size=4, num_aux=3, dtype=torch.float32)
 
@@ -170,3 +177,54 @@ def test_a_resumed_request_keeps_its_number() -> None:
     keys = sink.meta()[:, [Field.REQUEST_LOW, Field.REQUEST_HIGH]]
     assert len(keys.unique(dim=0)) == 1
     assert worker.requests_seen == 1
+
+
+@pytest.mark.parametrize(("code", "dtype"), [("i", torch.int32), ("q", torch.int64)])
+def test_what_is_uploaded_arrives(code: str, dtype: torch.dtype) -> None:
+    for values in ([], [3, -1, 2**31 - 1]):
+        assert torch.equal(upload(array(code, values), torch.device("cpu")), torch.tensor(values, dtype=dtype))
+
+
+def test_on_a_device_no_copy_makes_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request is not captured, one has ended; rows, verdicts and ring lie on the device."""
+    dispatch, waits, crossed = pretend_device._dispatch, [], []
+
+    def watching(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if (name := func.overloadpacket.__name__) in ("copy_", "_to_copy"):
+            source = args[1] if name == "copy_" else args[0]
+            target = isinstance(args[0], Far) if name == "copy_" else kwargs.get("device") == pretend_device.DEVICE
+            if isinstance(source, Far) != target and (name == "copy_" or kwargs.get("device") is not None):
+                crossed.append(str(func))
+                if not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])):
+                    waits.append(str(func))
+        return dispatch(func, args, kwargs)
+
+    monkeypatch.setattr(pretend_device, "_dispatch", watching)
+    writer, sink, _ = make_writer()
+    for i in range(3):
+        writer.begin(f"r{i}", prompt_length=3, temperature=0.0, may_learn=i != 1)
+    writer.begin("gone", prompt_length=3, temperature=0.0, may_learn=True)
+    writer.end("gone")
+    step = make_step([4, 4, 6], [3, 3, 0], [1, 2, 0])
+    expected, at_home, _ = make_writer()
+    expected._open, expected._ended = dict(writer._open), list(writer._ended)
+    expected.write(step)
+    with pretend_device.pretend_device(monkeypatch) as device:
+        reserve = sink.reserve
+
+        def reserve_there(n: int) -> list[torch.Tensor] | None:
+            sink._pending = [view.to(device, non_blocking=True) for view in reserve(n) or ()]
+            return sink._pending
+
+        monkeypatch.setattr(sink, "reserve", reserve_there)
+        there = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(step).items()
+            if isinstance(value, torch.Tensor)
+        }
+        aux = [state.to(device, non_blocking=True) for state in step.aux_hidden_states]
+        crossed.clear()
+        writer.write(replace(step, **there, aux_hidden_states=aux))
+        found = torch.cat([rows.here for rows in sink.rows])  # type: ignore[attr-defined]
+    assert len(crossed) > 3 and not waits
+    assert torch.equal(found, torch.cat(at_home.rows))

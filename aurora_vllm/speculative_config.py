@@ -1,0 +1,68 @@
+"""What the user tells vLLM itself about speculation."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from pydantic import ValidationError
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import PLAIN, AuroraError
+
+FLAG = "--speculative-config"
+SHORT_FLAGS = {"--spec-method": "method", "--spec-model": "model", "--spec-tokens": "num_speculative_tokens"}
+
+
+def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: frozenset[str]) -> AuroraConfig:
+    """Understand vLLM's --speculative-config and its short flags: an EAGLE-3 draft there is the draft to start from.
+
+    Args:
+        args: vLLM's; what its short flags say stands in ``speculative_config`` afterwards.
+        explicit: the settings somebody gave; one of these that says something else is a contradiction.
+
+    Raises:
+        AuroraError: another method, no model, or a contradiction.
+    """
+    by = _fold_short_flags(args)
+    if args.speculative_config is None:
+        return config
+    given = {key.replace("-", "_"): value for key, value in args.speculative_config.items()}
+    method, model = given.get("method", "eagle3"), given.get("model")
+    if method != "eagle3" or not model:
+        what = f"method {method!r}" if method != "eagle3" else "no model"
+        raise AuroraError(f"Aurora trains EAGLE-3 drafts, and {by} says {what}", f"leave it out, or {PLAIN}")
+    for key in ("quantization", "draft_lm_head_quantization"):  # the second from vLLM 0.33 on
+        if given.get(key):
+            raise AuroraError(
+                f"Aurora cannot update a quantised draft, and {by} says {key} {given[key]}",
+                f"leave that out, or {PLAIN}",
+            )
+    said = {"draft": str(model)}
+    if "num_speculative_tokens" in given:
+        said["num_speculative_tokens"] = given["num_speculative_tokens"]
+    for key, value in said.items():
+        if key in explicit and str(getattr(config, key)) != str(value):
+            flag = "--aurora-" + key.replace("_", "-")
+            raise AuroraError(f"{by} and {flag} disagree ({value} and {getattr(config, key)})", "give one of them")
+    try:
+        return AuroraConfig(**(config.model_dump() | said))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise AuroraError(f"{by}: {fault['loc'][0]}: {fault['msg']}, not {fault['input']!r}") from None
+
+
+def _fold_short_flags(args: Namespace) -> str:
+    """Put what the short flags say where the long one's value is, as vLLM would do later. The flags, in words."""
+    flags = [FLAG] if args.speculative_config is not None else []
+    for flag, key in SHORT_FLAGS.items():
+        name = flag.removeprefix("--").replace("-", "_")
+        value = getattr(args, name, None)  # an older vLLM has none
+        if value is None:
+            continue
+        given = args.speculative_config or {}
+        if key in given or key.replace("_", "-") in given:
+            raise AuroraError(f"{flag} and {FLAG} both say {key}", "give one of them")
+        args.speculative_config = given | {key: value}
+        setattr(args, name, None)
+        flags.append(flag)
+    return " with ".join(flags)

@@ -1,0 +1,58 @@
+"""What work costs the host, what it costs the device, and whether the host waits in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+HEAD_START, LONG = 20_000_000, 1_000_000_000  # cycles a GPU is kept busy for: about 10 ms, and half a second
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The smallest sample that `share` of all samples do not exceed (nearest rank)."""
+    ordered = sorted(samples)
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+
+def elapsed_us(device: str, work: Callable[[], None]) -> tuple[float, float]:
+    """Microseconds the host was busy with the work, and those the device took from its first to its last part.
+
+    The device begins when the host is done, as it does in a server whose host is ahead of its GPU; else its time would
+    be the host's.
+    """
+    if device == "cpu":
+        started = time.perf_counter()
+        work()
+        took = 1e6 * (time.perf_counter() - started)
+        return took, took
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START)
+    begin.record()
+    started = time.perf_counter()
+    work()
+    took = 1e6 * (time.perf_counter() - started)
+    end.record()
+    end.synchronize()
+    return took, 1000 * begin.elapsed_time(end)
+
+
+def host_waits(device: str, work: Callable[[], object]) -> bool:
+    """Whether the host comes out of this work no earlier than the device out of what it was told before.
+
+    ``torch.cuda.set_sync_debug_mode`` does not see every wait: not the driver's own, where it stages what is not
+    pinned.
+    """
+    if device == "cpu":
+        work()
+        return False
+    torch.cuda.synchronize()
+    before = torch.cuda.Event()
+    torch.cuda._sleep(LONG)
+    before.record()
+    work()
+    waited = before.query()
+    torch.cuda.synchronize()
+    return waited
