@@ -80,7 +80,6 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     from aurora_vllm import plan as plans
     from aurora_vllm import plan_view, preflight, resuming, vllm_server
     from aurora_vllm.runtime import Runtime
-    from aurora_vllm.spec_decode import undrafted
 
     runner, probes = _probes()
     misfits = [probe for probe in probes if not probe.ok]
@@ -101,12 +100,12 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     resuming.check_checkpoint_dir(plan.config)
     plan = plans.with_draft(plan, preflight.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args, _speculative_fields())
-    if runner.name == "V2" or plan.gpu is None:  # on a GPU V1's drafts do not pass through the scheduler
-        undrafted.accept_requests()
     installed = vllm_server.routes_are_installed()
     if not installed:
-        notice("not installed as a package: no /aurora/status and no metrics (pip install -e .)")
-    with Runtime(plan, installed):
+        notice("not installed as a package: no /aurora/status, no metrics, no min_p and logit_bias (pip install -e .)")
+    api_servers = getattr(args, "api_server_count", None) or 1  # several have processes of their own
+    lifts_refusals = runner.name == "V2" or plan.gpu is None  # on a GPU V1's drafts do not pass through the scheduler
+    with Runtime(plan, installed and api_servers == 1, lifts_refusals):
         server.run(args)
     return 0
 
@@ -121,7 +120,7 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     from aurora_vllm import plan as plans
     from aurora_vllm import preflight
 
-    preflight.check_supported(args)
+    preflight.check_supported(args, invocation.config)
     config = take_speculative_config(args, invocation.config, invocation.explicit)
     target = preflight.resolve_target(args, weights=not invocation.plan)
     total = preflight.gpu_total_bytes()

@@ -22,7 +22,7 @@ WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
 GIVE_ONE = f"give one with --aurora-draft; {PLAIN}"
 
-# vLLM's argument -> the values Aurora works with. One engine, one worker, one API server, for now.
+# vLLM's argument -> the values Aurora works with. One engine and one worker, for now.
 SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
@@ -30,7 +30,6 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "prefill_context_parallel_size": (1,),
     "decode_context_parallel_size": (1,),
     "nnodes": (1,),
-    "api_server_count": (None, 1),
     "data_parallel_rank": (None,),
     "data_parallel_start_rank": (None,),
     "data_parallel_external_lb": (False,),
@@ -46,7 +45,7 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def check_supported(args: Namespace) -> None:
+def check_supported(args: Namespace, config: AuroraConfig) -> None:
     """Refuse what Aurora cannot serve yet.
 
     Raises:
@@ -58,6 +57,10 @@ def check_supported(args: Namespace) -> None:
             flag = "--" + name.replace("_", "-")
             said = flag if isinstance(value, bool) else f"{flag} {value}"
             raise AuroraError(f"Aurora does not support {said} yet", PLAIN)
+    api_servers = getattr(args, "api_server_count", None)
+    if api_servers is not None and (api_servers < 1 or (api_servers > 1 and config.sglang_api)):
+        beside = " beside --aurora-sglang-api, which is one server's" if api_servers > 1 else ""
+        raise AuroraError(f"Aurora does not support --api-server-count {api_servers}{beside}", PLAIN)
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise AuroraError("Aurora does not support VLLM_USE_RUST_FRONTEND yet", PLAIN)
 

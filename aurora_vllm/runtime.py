@@ -27,11 +27,12 @@ engine_is_up = threading.Event()
 class Runtime:
     """Segments, session and supervised learner of one run; a context manager that leaves nothing behind."""
 
-    def __init__(self, plan: ServePlan, routes_installed: bool) -> None:
+    def __init__(self, plan: ServePlan, told_when_up: bool, lifts_refusals: bool = False) -> None:
         """
         Args:
-            routes_installed: vLLM will load our endpoint plugin, which says when the engine is up; without it the
-                learner starts when the worker has attached.
+            told_when_up: vLLM will load our endpoint plugin in this process, which says when the engine is up; without
+                it the learner starts when the worker has attached.
+            lifts_refusals: see :class:`Session`.
 
         Raises:
             AuroraError: no room in shared memory.
@@ -62,13 +63,14 @@ class Runtime:
             bank=bank.name,
             control=block.name,
             on_device=plan.gpu is not None and plan.gpu.used,
+            lifts_refusals=lifts_refusals,
             resume=plan.draft.directory if plan.draft.origin == "resumed" else None,
             model=str(plan.target.directory) if Path(plan.target.model).is_dir() else plan.target.model,
             command=without_secrets(sys.argv),
         )
         self.session.export()
         if plan.config.learn:
-            ready = engine_is_up.is_set if routes_installed else (lambda: bool(control.worker.attached))
+            ready = engine_is_up.is_set if told_when_up else (lambda: bool(control.worker.attached))
             stop_s = SAVE_S if plan.config.checkpoint_dir else STOP_S
             self._supervisor = Supervisor(
                 control.server, ready, plan.config.learner_threads, plan.config.learner_nice, stop_s=stop_s

@@ -13,13 +13,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from aurora_vllm import runtime
 from aurora_vllm.errors import notice
+from aurora_vllm.parent import end_with_parent
 from aurora_vllm.semantics.sglang_api import SglangApi
 from aurora_vllm.server import metrics
 from aurora_vllm.server.status import status
 from aurora_vllm.session import Session
+from aurora_vllm.spec_decode import undrafted
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.ring import RingGauge
-from aurora_vllm.transport.segment import Segment
+from aurora_vllm.transport.segment import Segment, owner_pid
 
 
 class StatusReader:
@@ -52,6 +54,11 @@ class AuroraEndpoints:
         if session is None:
             app.add_api_route("/aurora/status", _off, methods=["GET"])
             return
+        # Here, because every API server of vLLM's comes by; several are children of the process that owns the session.
+        if session.lifts_refusals:
+            undrafted.accept_requests()
+        if os.getppid() == (owner := owner_pid(session.control)):
+            end_with_parent(owner)
         try:
             reader = StatusReader(session)
         except (OSError, ValueError) as error:  # vLLM would not start over it, and need not know
@@ -71,7 +78,7 @@ class AuroraEndpoints:
             metrics.register(reader.read)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """vLLM calls this when the engine is up: time for the learner."""
+        """vLLM calls this when the engine is up: time for the learner, if this is the process that starts it."""
         if self._sglang_api is not None:
             self._sglang_api.guard(args)
         runtime.engine_is_up.set()

@@ -271,13 +271,19 @@ def test_the_next_server_goes_on_from_the_checkpoint(server: Server, target: Pat
     assert second.facts["lineage"] == first.facts["lineage"]
 
 
-def test_kill_9_of_the_server_leaves_no_engine_and_no_learner(server: Server, target: Path) -> None:
-    killed = Server(target, server.directory)
+def test_several_api_servers_are_one_and_kill_9_leaves_nothing_of_it(server: Server, target: Path) -> None:
+    killed = Server(target, server.directory, "--api-server-count", "2", "--no-aurora-sglang-api")
     try:
         killed.wait_up()
         wait_for(lambda: killed.status()["learner"]["alive"], 60)
         tree = psutil.Process(killed.process.pid).children(recursive=True)
-        assert any("EngineCore" in process.name() for process in tree)
+        names = [process.name() for process in tree]
+        assert any("EngineCore" in name for name in names) and sum("APIServer" in name for name in names) == 2
+        for _ in range(4):  # whichever of the two answers
+            with httpx.Client(base_url=killed.http.base_url, timeout=120) as client:
+                body = {"model": "m", "prompt": "1 2 3 4 5 6", "max_tokens": 4, "min_p": 0.5}
+                assert client.post("/v1/completions", json=body).status_code == 200
+                assert "aurora_" in client.get("/metrics").text
     finally:
         killed.http.close()
         killed.process.kill()

@@ -18,7 +18,7 @@ import pytest
 from aurora_vllm import entrypoint, preflight, vllm_server
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
-from aurora_vllm.spec_decode import compat, undrafted
+from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.speculative_config import take_speculative_config
 
@@ -73,7 +73,6 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(vllm_server, "VllmServer", FakeServer)
     monkeypatch.setattr(entrypoint, "StopGuard", FakeGuard)  # the real one changes this process's signal handlers
     monkeypatch.setattr(entrypoint, "end_descendants", lambda: None)
-    monkeypatch.setattr(undrafted, "accept_requests", lambda: None)  # the real one changes vLLM for every test after it
     monkeypatch.setattr(compat, "probe", lambda hooks: [Probe("a:b", True, "the tested source")])
     yield
 
@@ -208,7 +207,6 @@ def test_the_plugin_is_let_in_and_no_other_is_kept_out(monkeypatch: pytest.Monke
     ("change", "said"),
     [
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
-        ({"api_server_count": 2}, "--api-server-count 2"),
         ({"headless": True}, "--headless"),
         ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls my.Scheduler"),
@@ -216,15 +214,26 @@ def test_the_plugin_is_let_in_and_no_other_is_kept_out(monkeypatch: pytest.Monke
     ],
 )
 def test_what_is_not_supported_is_named(change: dict[str, Any], said: str) -> None:
-    preflight.check_supported(Namespace(**ARGS))
+    preflight.check_supported(Namespace(**ARGS), AuroraConfig())
     with pytest.raises(AuroraError) as caught:
-        preflight.check_supported(Namespace(**(ARGS | change)))
+        preflight.check_supported(Namespace(**(ARGS | change)), AuroraConfig())
     assert str(caught.value) == f"Aurora does not support {said} yet; --aurora-off serves it as plain vLLM"
 
 
 def test_our_own_classes_are_supported() -> None:
-    ours = {"worker_cls": preflight.WORKER_CLASS, "scheduler_cls": preflight.SCHEDULER_CLASS, "api_server_count": 1}
-    preflight.check_supported(Namespace(**(ARGS | ours)))
+    ours = {"worker_cls": preflight.WORKER_CLASS, "scheduler_cls": preflight.SCHEDULER_CLASS}
+    preflight.check_supported(Namespace(**(ARGS | ours)), AuroraConfig())
+
+
+def test_several_api_servers_are_but_for_sglangs_endpoints() -> None:
+    for count in (None, 1, 2):
+        preflight.check_supported(Namespace(**(ARGS | {"api_server_count": count})), AuroraConfig())
+    sglang = AuroraConfig(sglang_api=True)
+    preflight.check_supported(Namespace(**(ARGS | {"api_server_count": 1})), sglang)
+    with pytest.raises(AuroraError, match="--api-server-count 2 beside --aurora-sglang-api, which is one server's"):
+        preflight.check_supported(Namespace(**(ARGS | {"api_server_count": 2})), sglang)
+    with pytest.raises(AuroraError, match="--api-server-count 0;"):  # to vLLM that is --headless
+        preflight.check_supported(Namespace(**(ARGS | {"api_server_count": 0})), AuroraConfig())
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:

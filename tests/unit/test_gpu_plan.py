@@ -153,7 +153,7 @@ def test_the_server_says_what_is_wanted_and_removes_what_the_worker_made(
     monkeypatch.setattr("aurora_vllm.runtime.stopping.cleanups", [])
     silent = replace(serve_plan, config=AuroraConfig(ring_mb=1, learn=False))
     for found, wanted in ((None, False), (gpu(), True), (gpu(refused="x"), False)):
-        with Runtime(replace(silent, gpu=found), routes_installed=True) as runtime:
+        with Runtime(replace(silent, gpu=found), told_when_up=True) as runtime:
             assert runtime.session.on_device is wanted
             control = ControlBlock.attach(Segment.attach(runtime.session.control))
             kinds = [name for name in BLOCKS["worker"] if name.endswith("_memory")]
