@@ -8,6 +8,7 @@ import socket
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,10 @@ def check_supported(args: Namespace, config: AuroraConfig) -> None:
     if api_servers is not None and (api_servers < 1 or (api_servers > 1 and config.sglang_api)):
         beside = " beside --aurora-sglang-api, which is one server's" if api_servers > 1 else ""
         raise AuroraError(f"Aurora does not support --api-server-count {api_servers}{beside}", PLAIN)
+    if plugins := [point.name for point in entry_points(group="vllm.logits_processors")]:
+        raise AuroraError(
+            f"vLLM leaves installed logits processors out where it speculates ({', '.join(plugins)})", PLAIN
+        )
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise AuroraError("Aurora does not support VLLM_USE_RUST_FRONTEND yet", PLAIN)
 

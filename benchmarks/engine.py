@@ -198,12 +198,12 @@ class Engine:
     @contextmanager
     def copying(self) -> Iterator[DraftCopier]:
         """Replace drafts by copies for a while, as a server does; the tests look at the draft itself otherwise."""
-        advisor = self.scheduler._advisor
-        advisor._copier = DraftCopier(self.scheduler.num_spec_tokens)
+        proposals = self.scheduler._advisor._proposals
+        proposals._copier = copier = DraftCopier(self.scheduler.num_spec_tokens)
         try:
-            yield advisor._copier
+            yield copier
         finally:
-            advisor._copier = None
+            proposals._copier = None
 
     def choose_draft_length(self, mode: str) -> str:
         """As ``draft_length``, for good; the mode before."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 WINDOW = 600.0  # verified drafts remembered: the newest say most about the traffic of now
 SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
 WEIGHT_OF_OLDER_VERSION = 0.25
+WEIGHT_AFTER_A_REST = 0.5
 
 
 @dataclass
@@ -85,6 +86,10 @@ class AcceptanceEstimate:
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """One verified request of one step."""
         self._live.observe(num_drafts, num_accepted)
+
+    def forget(self) -> None:
+        """Time went by without a verdict: more and more it is the shadow that counts."""
+        self._live.fade(WEIGHT_AFTER_A_REST)
 
     def new_version(self) -> None:
         """Other weights are live: what the older ones did says less."""

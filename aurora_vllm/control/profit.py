@@ -56,6 +56,7 @@ class _BucketState:
     gain: float = 1.0
     since_plain: int = 0
     since_drafts: int = 0
+    since_forgot: int = 0
     probe_left: int = 0
     probe_length: int = 0
     stands: Decision | None = None
@@ -138,6 +139,7 @@ class DraftLengthController:
         state = self._buckets.setdefault(bucket, _BucketState())
         state.since_plain += 1
         state.since_drafts += 1
+        state.since_forgot += 1
         if not self.costs.known(bucket):
             sits_out = not self._worth_a_probe(self.max_draft_length)
             return Decision(0, f"measuring plain decoding at batch {bucket}", "none", sits_out)
@@ -214,8 +216,13 @@ class DraftLengthController:
             return
         candidate = _best_of_drafting(plans)
         patience = 1 if self._hopeful(plans) else PATIENCE
-        if self._worth_a_probe(candidate) and state.since_drafts >= PROBE_EVERY * patience:
-            state.since_drafts, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS
+        if self._worth_a_probe(candidate):
+            if state.since_drafts >= PROBE_EVERY * patience:
+                state.since_drafts, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS
+        elif state.since_forgot >= PROBE_EVERY * PATIENCE:
+            # Nobody drafts, so verdicts on a traffic that may be long gone would stand for ever.
+            state.since_forgot = 0
+            self.acceptance.forget()
 
     def _worth_a_probe(self, draft_length: int) -> bool:
         return self.wants_verdicts or self.acceptance.expected_length(draft_length) >= WORTH_A_PROBE

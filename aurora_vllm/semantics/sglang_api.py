@@ -69,8 +69,8 @@ class SglangApi:
 
     async def update_weights_from_disk(self, request: Request) -> Response:
         """Publish a draft from disk; 200 once the next step runs it, 400 with the reason where it is refused."""
-        if not self._may(request):
-            return _unauthorized()
+        if refusal := self._refusal(request):
+            return refusal
         try:
             asked = UpdateWeights.model_validate_json(await request.body())
         except ValidationError as error:
@@ -79,8 +79,8 @@ class SglangApi:
 
     async def push_sample(self, request: Request) -> Response:
         """Refuse a sample: 501, or 422 where it is none."""
-        if not self._may(request):
-            return _unauthorized()
+        if refusal := self._refusal(request):
+            return refusal
         try:
             PushSample.model_validate_json(await request.body())
         except ValidationError as error:
@@ -185,6 +185,15 @@ class SglangApi:
     def _pool_size(self) -> int:
         return int(self._control.learner.replay_trajectories)
 
+    def _refusal(self, request: Request) -> Response | None:
+        """Of a request that changes something."""
+        if not self._may(request):
+            return _unauthorized()
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            # Any other kind a web page may send to a server on its reader's machine without asking that server first.
+            return JSONResponse({"error": "the body has to be application/json"}, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+        return None
+
     def _may(self, request: Request) -> bool:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.encode()).digest()
@@ -197,9 +206,9 @@ def acceptance_length(status: Mapping[str, Any]) -> float | None:
 
     SGLang's definition: accepted tokens, the bonus token among them, over verifications.
     """
-    rows, copies = status["versions"]["acceptance"], status["speculation"]
-    drafts = copies["copied_drafts"] + sum(row["num_drafts"] for row in rows)
-    accepted = copies["copied_accepted"] + sum(row["num_accepted"] for row in rows)
+    own, copies = status["versions"]["total"], status["speculation"]
+    drafts = copies["copied_drafts"] + own["num_drafts"]
+    accepted = copies["copied_accepted"] + own["num_accepted"]
     return 1 + accepted / drafts if drafts else None
 
 

@@ -22,7 +22,7 @@ class Metric:
     """One metric, and where in a status its value lies."""
 
     name: str  # as Prometheus shows it; counters end in _total
-    source: str  # keys joined by dots; with labels, a field of each row of versions.acceptance
+    source: str  # keys joined by dots; by version, a field of the rows in versions.acceptance
     help: str
     labels: tuple[str, ...] = ()
 
@@ -31,35 +31,45 @@ class Metric:
         return "counter" if self.name.endswith("_total") else "gauge"
 
     def samples(self, status: Status) -> Iterator[tuple[tuple[str, ...], Any]]:
-        """Label values and value; a value of None has nothing to say."""
+        """Label values and value; a value of None has nothing to say.
+
+        By version there are two series at a time, since there are thousands of versions in a server's life.
+        """
+        if self.labels == VERSION:
+            versions = status["versions"]
+            for row in versions["acceptance"]:
+                if row["version"] in (versions["live"], versions["previous"]):
+                    yield (str(row["version"]),), row[self.source]
+            return
+        value: Any = status
+        for key in self.source.split("."):
+            value = value[key]
         if not self.labels:
-            value: Any = status
-            for key in self.source.split("."):
-                value = value[key]
             yield (), value
             return
-        for row in status["versions"]["acceptance"]:
-            version = str(row["version"])
-            if "position" not in self.labels:
-                yield (version,), row[self.source]
-                continue
-            for position in range(int(status["config"]["num_speculative_tokens"])):
-                yield (version, str(position)), row[self.source][position]
+        for position in range(int(status["config"]["num_speculative_tokens"])):
+            yield (str(position),), value[position]
 
 
-VERSION, POSITION = ("version",), ("version", "position")
+VERSION, POSITION = ("version",), ("position",)
 
 METRICS: tuple[Metric, ...] = (
     Metric("aurora_draft_version_live", "versions.live", "Version of the draft weights that run"),
     Metric("aurora_draft_version_published", "versions.published", "Newest version the learner published"),
     Metric(
-        "aurora_acceptance_length", "mean_acceptance_length", "Mean, bonus token included, by draft version", VERSION
+        "aurora_acceptance_length",
+        "mean_acceptance_length",
+        "Mean, bonus token included, of the live draft version and the one before",
+        VERSION,
     ),
-    Metric("aurora_drafts_total", "num_drafts", "Verifications, by draft version", VERSION),
-    Metric("aurora_draft_tokens_total", "num_draft_tokens", "Draft tokens verified, by draft version", VERSION),
-    Metric("aurora_accepted_tokens_total", "num_accepted", "Draft tokens accepted, by draft version", VERSION),
+    Metric("aurora_drafts_total", "versions.total.num_drafts", "Verifications of the draft's own proposals"),
+    Metric("aurora_draft_tokens_total", "versions.total.num_draft_tokens", "Draft tokens verified"),
+    Metric("aurora_accepted_tokens_total", "versions.total.num_accepted", "Draft tokens accepted"),
     Metric(
-        "aurora_accepted_tokens_per_position_total", "accepted_per_position", "The same, by draft position", POSITION
+        "aurora_accepted_tokens_per_position_total",
+        "versions.total.accepted_per_position",
+        "The same, by draft position",
+        POSITION,
     ),
     Metric("aurora_draft_length", "speculation.draft_length", "Draft length K in use; 0 is no speculation"),
     Metric("aurora_steps_total", "speculation.steps", "Engine steps"),

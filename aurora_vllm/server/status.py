@@ -68,6 +68,9 @@ def versions(snapshot: Snapshot) -> dict[str, Any]:
         "previous": worker["previous_version"],
         "published": trained["published_version"],
         "acceptance": [dict(row) for row in scheduler["acceptance"]],
+        "total": _take(
+            scheduler["acceptance_total"], "num_drafts", "num_draft_tokens", "num_accepted", "accepted_per_position"
+        ),
     }
 
 

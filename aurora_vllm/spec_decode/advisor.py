@@ -19,8 +19,7 @@ from aurora_vllm.control.profit import Decision, DraftLengthController
 from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
-from aurora_vllm.spec_decode.copying import DraftCopier
-from aurora_vllm.spec_decode.undrafted import leave_out_drafts
+from aurora_vllm.spec_decode.proposals import Proposals
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
@@ -35,21 +34,25 @@ class DraftLengthAdvisor:
         session: of this run.
         most_verified: tokens of a proposal that vLLM verifies; K and copies are no longer.
         no_copies: in words, why proposals cannot be replaced by copies; "" where they can.
+        budget: tokens that vLLM schedules in a step; None for no bound.
     """
 
-    def __init__(self, session: Session, most_verified: int, no_copies: str = "") -> None:
+    def __init__(self, session: Session, most_verified: int, no_copies: str = "", budget: int | None = None) -> None:
         config = session.config
         max_draft_length = min(config.num_speculative_tokens, most_verified)
         self._control = ControlBlock.attach(Segment.attach(session.control))
         copied = min(config.prompt_lookup_tokens, most_verified)
-        self._copier = None if no_copies else DraftCopier(copied, config.prompt_lookup_answers)
+        self._proposals = Proposals(self._control, copied, config.prompt_lookup_answers, no_copies, budget)
         self._controller = DraftLengthController(
             max_draft_length=max_draft_length,
             mode=config.speculate,
             prior=TRUST_IN_A_GIVEN_DRAFT if config.draft or session.resume else 0.0,
-            copies=self._copier.copies if self._copier else None,
+            copies=self._proposals.copies,
         )
-        self._breaker = CircuitBreaker("choosing the draft length")
+        # One for each job: work that goes well must not hide that other work never does.
+        self._choosing = CircuitBreaker("choosing the draft length", on_failure=self._say_no_choice)
+        self._measuring = CircuitBreaker("measuring steps")
+        self._counting = CircuitBreaker("counting verdicts")
         self._guard = LearnerGuard(config.learner_slowdown) if config.learner_slowdown else None
         self._earnings: Earnings | None = None
         if config.speculate == "auto":  # otherwise what speculation earns is not why it runs, or does not
@@ -59,10 +62,7 @@ class DraftLengthAdvisor:
         self._cost = CircuitBreaker("watching what the learner costs")
         self._rollout = Rollout(max_draft_length, config.rollback_confidence)
         self._watch = CircuitBreaker("watching a new version")
-        self._copying = CircuitBreaker("copying drafts", on_failure=self._say_copying_failed)
-        self._control.scheduler.copying = no_copies or "on"
         self._max_draft_length = max_draft_length
-        self._drafts_for_nobody = False
         self._version = 0
         self._proposed_by = 0
         # When each step in flight was scheduled, and whether the learner worked then; two where steps overlap.
@@ -74,28 +74,27 @@ class DraftLengthAdvisor:
         self._before = self._controller.acceptance  # what was known of the version before the live one
 
     def step_starts(self) -> None:
-        self._started.append((time.perf_counter(), self._control.learner.working))
+        self._started.append((time.perf_counter(), self._learner_works()))
         self._control.scheduler.in_flight = len(self._started)
 
     def draft_length(self, batch_size: int) -> int:
         """K for the step being scheduled; 0 if choosing fails, or no request takes drafts."""
-        decision = [Decision(0, "choosing the draft length failed")]
-        self._breaker.run(lambda: decision.__setitem__(0, self._decide(batch_size)))
-        return 0 if self._drafts_for_nobody else decision[0].draft_length
+        decision = [Decision(0, "")]
+        self._choosing.run(lambda: decision.__setitem__(0, self._decide(batch_size)))
+        return 0 if self._proposals.for_nobody else decision[0].draft_length
 
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
         """A step's results are in. sampled: the tokens each request gained."""
         now = time.perf_counter()
-        if (copier := self._copier) is not None:
-            self._copying.run(lambda: copier.forget(scheduler_output.finished_req_ids))
+        self._proposals.forget(scheduler_output.finished_req_ids)
         if not self._started:
             return
         started, worked = self._started.popleft()
         self._control.scheduler.in_flight = len(self._started)
         seconds = now - max(started, self._ended)  # a step waits until the one before it has ended
         self._ended = now
-        beside_learner = worked or self._control.learner.working
-        self._breaker.run(lambda: self._observe_step(scheduler_output, sampled, seconds, beside_learner))
+        beside_learner = worked or self._learner_works()
+        self._measuring.run(lambda: self._observe_step(scheduler_output, sampled, seconds, beside_learner))
 
     def drafts_arrived(self, proposals: Any = None, requests: Mapping[str, Any] | None = None) -> None:
         """The drafts just taken from the worker were proposed by the version that is live now.
@@ -105,18 +104,24 @@ class DraftLengthAdvisor:
             requests: vLLM's requests by id.
         """
         self._proposed_by = self._control.worker.live_version
-        if proposals is None or requests is None:
-            return
-        if (copier := self._copier) is not None:
-            self._copying.run(lambda: copier.replace(proposals, requests, self._controller.worth))
-        self._drafts_for_nobody = leave_out_drafts(proposals, requests)
+        if proposals is not None and requests is not None:
+            self._proposals.arrived(proposals, requests, self._controller.worth)
 
     def verified(self, num_drafts: int, num_accepted: int, request_id: str) -> None:
         """One request's drafts came back."""
-        copied = self._copier is not None and self._copier.copied(request_id)
-        self._breaker.run(lambda: self._observe_verdict(num_drafts, num_accepted, copied))
+        copied = self._proposals.copied(request_id)
+        self._counting.run(lambda: self._observe_verdict(num_drafts, num_accepted, copied))
         if not copied:
             self._watch.run(lambda: self._judge_version(num_drafts, num_accepted))
+
+    def _learner_works(self) -> bool:
+        """Whether the learner is in a burst of work; one that was killed in a burst still says so."""
+        learner = self._control.learner
+        return bool(learner.working and learner.pid and learner.pid == self._control.server.learner_pid)
+
+    def _say_no_choice(self, message: str) -> None:
+        self._last = Decision(0, f"choosing the draft length failed: {message}")
+        self._control.scheduler.draft_length, self._control.scheduler.reason = 0, self._last.reason
 
     def _decide(self, batch_size: int) -> Decision:
         live = self._control.worker.live_version
@@ -209,6 +214,3 @@ class DraftLengthAdvisor:
         scheduler.probation_drafts, scheduler.probation_evidence = rollout.drafts, rollout.evidence
         if rollout.decision == "rollback":
             scheduler.roll_back_version = rollout.version  # last: whoever finds it finds the reason
-
-    def _say_copying_failed(self, message: str) -> None:
-        self._control.scheduler.copying = f"failed: {message}"

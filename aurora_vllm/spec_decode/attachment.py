@@ -62,11 +62,13 @@ class Attachment:
         worker = self.control.worker
         worker.pid = os.getpid()
         worker.live_version = CHECKPOINT_VERSION
+        # One for each job: following requests may go well for ever while no step is written.
         self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
+        self.following = CircuitBreaker("following requests", on_failure=self._count_capture_error)
         adapter(
             runner,
             on_step=self._on_step,
-            live_version=lambda: int(worker.live_version),
+            on_propose=self._on_propose,
             sits_out=lambda: bool(self.control.scheduler.draft_sits_out),
         )
 
@@ -89,7 +91,7 @@ class Attachment:
         except Exception:
             logger.exception("aurora: could not start; serving goes on as plain vLLM")
             return
-        worker.capture_on = 1
+        worker.capture_on = self._captures
         worker.attached = 1  # the learner may start
         self.serving = True
 
@@ -118,7 +120,8 @@ class Attachment:
         self.control.worker.step += 1
         if self.stager is not None:
             self.stager.commit_if_ready()
-        self.capture.run(lambda: self._follow_requests(scheduler_output))
+        if self._captures:
+            self.following.run(lambda: self._follow_requests(scheduler_output))
 
     def close(self) -> None:
         if self.stager is not None:
@@ -141,16 +144,24 @@ class Attachment:
             self.writer.flush_ends()  # nothing will be sampled: the last request just ended
 
     def _on_step(self, build: Callable[[], StepTrace]) -> None:
-        if not self.serving:
-            return
-        self.capture.run(lambda: self.writer.write(build()))
+        if self.serving and self._captures:
+            self.capture.run(lambda: self.writer.write(build()))
+
+    def _on_propose(self) -> int:
+        worker = self.control.worker
+        worker.proposed_step = worker.step
+        return int(worker.live_version)
+
+    @property
+    def _captures(self) -> bool:
+        """Nobody reads a ring without a learner; and rows without their requests' beginnings and ends are of no use."""
+        return self.session.config.learn and not (self.capture.open or self.following.open)
 
     def _count_capture_error(self, message: str) -> None:
         worker = self.control.worker
         worker.capture_errors += 1
         worker.message = message
-        if self.capture.open:
-            worker.capture_on = 0
+        worker.capture_on = self._captures
 
     def _make_stager(self, bank: WeightBank) -> Stager | None:
         """The swapper, or None (said in the control block) where this draft cannot take other weights."""

@@ -19,6 +19,7 @@ class OpenRequest:
     key: int  # the random 62-bit number the learner knows the request by
     prompt_length: int
     temperature_milli: int
+    wrote: bool = False  # there are rows of it in the ring
     dropped: bool = False
     _decoding: dict[int, array[int]] = field(default_factory=dict)  # rows of a decode step, by its number of drafts
 

@@ -29,19 +29,19 @@ class V1Adapter:
     Args:
         runner: vLLM's ``GPUModelRunner`` after ``load_model``.
         on_step: receives, for every sampled step, a function that builds its StepTrace; must not raise.
-        live_version: version of the weights the draft runs with now.
+        on_propose: called before drafts are proposed; returns the version of the weights the draft runs with now.
         sits_out: whether the draft need not see prompts where K is 0.
     """
 
     def __init__(
-        self, runner: Any, on_step: OnStep, live_version: Callable[[], int], sits_out: Callable[[], bool]
+        self, runner: Any, on_step: OnStep, on_propose: Callable[[], int], sits_out: Callable[[], bool]
     ) -> None:
         self._runner = runner
         self._on_step = on_step
-        self._live_version = live_version
+        self._on_propose = on_propose
         self._sits_out = sits_out
         self._state: Any = None
-        self._proposed_by = live_version()
+        self._proposed_by = on_propose()
         if hasattr(runner, "step_observer"):
             runner.step_observer = self
             return
@@ -74,7 +74,7 @@ class V1Adapter:
 
     def proposing(self, step: Any) -> torch.Tensor | None:
         """Drafts are about to be proposed. Returns the empty ones of a step that needs none, int64 [R, 0], or None."""
-        self._proposed_by = self._live_version()
+        self._proposed_by = self._on_propose()
         if step is None or step.num_spec_tokens_to_schedule or (_has_prefill(step) and not self._sits_out()):
             return None
         # vLLM would still run the draft over the step's tokens to keep its KV cache complete. A decode step that

@@ -28,19 +28,19 @@ class V2Adapter:
     Args:
         runner: vLLM's ``GPUModelRunner`` of ``vllm.v1.worker.gpu`` after ``load_model``, with a speculator.
         on_step: receives, for every sampled step, a function that builds its StepTrace; must not raise.
-        live_version: version of the weights the draft runs with now.
+        on_propose: called before drafts are proposed; returns the version of the weights the draft runs with now.
         sits_out: whether the draft need not see prompts where K is 0.
     """
 
     def __init__(
-        self, runner: Any, on_step: OnStep, live_version: Callable[[], int], sits_out: Callable[[], bool]
+        self, runner: Any, on_step: OnStep, on_propose: Callable[[], int], sits_out: Callable[[], bool]
     ) -> None:
         self._speculator = runner.speculator
         self._on_step = on_step
-        self._live_version = live_version
+        self._on_propose = on_propose
         self._sits_out = sits_out
         self._sampled: tuple[torch.Tensor, Any, Any] | None = None
-        self._proposed_by = live_version()
+        self._proposed_by = on_propose()
         self._propose_signature = inspect.signature(runner.speculator.propose)
         runner.sample = wrap(runner.sample, self._sample)
         runner.speculator.propose = wrap(runner.speculator.propose, self._propose)
@@ -56,7 +56,7 @@ class V2Adapter:
         if sampled is None or given.get("dummy_run") or given.get("is_profile"):
             return original(*args, **kwargs)  # nothing was sampled: vLLM profiles, warms up or captures graphs
         self._on_step(functools.partial(self._trace, *sampled, given.get("aux_hidden_states")))
-        self._proposed_by = self._live_version()
+        self._proposed_by = self._on_propose()
         batch = sampled[1]
         if given.get("num_speculative_tokens") == 0 and (not batch.has_prefill or self._sits_out()):
             # vLLM would still run the draft once to keep its KV cache complete. A decode step that nobody drafts from

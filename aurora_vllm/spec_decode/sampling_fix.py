@@ -6,12 +6,14 @@
 2. With a draft configured, every step goes through the rejection sampler, steps without a single draft too. There it
    costs time, and on a CPU a request with ``top_k`` ends the engine ("max(): Expected reduction dim ...": the maximum
    of no values). Such a step is sent to the plain sampler, which is what the rejection sampler itself asks for its
-   result.
+   result, and in the same words: told that this is the token behind the drafts, without which a thinking budget is
+   applied to another request.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from typing import Any
 
@@ -69,12 +71,18 @@ def mend_cpu_sampling() -> bool:
 
 def sample_plainly_without_drafts(runner: Any) -> None:
     """Wrap a V1 runner's ``_sample``: no drafts in the step, no rejection sampler."""
-    original = runner._sample
+    original, sampler = runner._sample, getattr(runner, "sampler", None)
+    if sampler is None:
+        return
+    told = "predict_bonus_token" in inspect.signature(sampler.forward).parameters
 
     @functools.wraps(original)
     def sample(logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
-            spec_decode_metadata = None
-        return original(logits, spec_decode_metadata)
+        if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
+            return original(logits, spec_decode_metadata)
+        batch = runner.input_batch
+        batch.update_async_output_token_ids()
+        more = {"predict_bonus_token": True} if told else {}
+        return sampler(logits=logits, sampling_metadata=batch.sampling_metadata, **more)
 
     runner._sample = sample

@@ -15,6 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from aurora_vllm.parent import end_with_parent
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.undrafted import withdraw_drafts
 from aurora_vllm.transport.segment import owner_is_alive, owner_pid
 
 
@@ -35,7 +36,8 @@ def advise(scheduler: Any) -> DraftLengthAdvisor | None:
         return None
     _end_with_server(session)
     no_copies = _why_no_copies(scheduler.vllm_config) if session.config.prompt_lookup else "off by the settings"
-    advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens, no_copies)
+    budget = getattr(scheduler, "max_num_scheduled_tokens", None)
+    advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens, no_copies, budget)
     scheduler.dynamic_sd_lookup = _ChosenDraftLength(advisor)
     return advisor
 
@@ -68,6 +70,8 @@ class AuroraScheduler(Scheduler):
     would never verify any: there an :class:`AsyncAuroraScheduler` is made instead.
     """
 
+    _passes_drafts = True
+
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> AuroraScheduler:
         return super().__new__(AsyncAuroraScheduler if vllm_config.scheduler_config.async_scheduling else cls)
 
@@ -78,6 +82,8 @@ class AuroraScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         if self._advisor is not None:
             self._advisor.step_starts()
+            if self._passes_drafts:
+                withdraw_drafts(self.requests.values())
         return super().schedule(*args, **kwargs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -103,6 +109,8 @@ class AsyncAuroraScheduler(AuroraScheduler, AsyncScheduler):
     The scheduler sees no drafts, only verdicts on them. When it looks at step N's, the worker may be in step N + 1
     already, so a verdict on the first drafts of a new version may be booked on the version before it: one step's worth.
     """
+
+    _passes_drafts = False
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -74,7 +75,7 @@ class TraceWriter:
     sample_rate: float = 1.0
     seed: int | None = None
     _open: dict[str, OpenRequest] = field(default_factory=dict)
-    _ended: list[OpenRequest] = field(default_factory=list)
+    _ended: deque[OpenRequest] = field(default_factory=deque)
     _step: int = 0
 
     def __post_init__(self) -> None:
@@ -100,13 +101,13 @@ class TraceWriter:
     def end(self, request_id: str) -> None:
         """A request left: finished, aborted, or out of length."""
         request = self._open.pop(request_id, None)
-        if request is not None:
+        if request is not None and request.wrote:  # else the learner has never heard of it
             self._ended.append(request)
 
     def flush_ends(self) -> None:
         """Write the end rows that are due; those that find no room wait for the next step."""
         while self._ended and self._write_end(self._ended[0]):
-            self._ended.pop(0)
+            self._ended.popleft()
 
     def write(self, trace: StepTrace) -> int:
         """Write the captured requests' rows of one step. Returns the number of rows written."""
@@ -195,9 +196,10 @@ class TraceWriter:
         rows, places, silent = array("i"), array("q"), False
         width = trace.sampled.shape[1]
         for i in chosen:
-            drafts = trace.num_drafts[i]
+            request, drafts = self._open[trace.request_ids[i]], trace.num_drafts[i]
+            request.wrote = True
             before = trace.lengths[i] - 1 - drafts  # rows before the last certain token
-            rows += self._open[trace.request_ids[i]].rows(before, drafts, trace.emits[i])
+            rows += request.rows(before, drafts, trace.emits[i])
             places += array("q", [i * width]) * before
             places.extend(range(i * width, i * width + 1 + drafts))
             silent |= before > 0 or not trace.emits[i]

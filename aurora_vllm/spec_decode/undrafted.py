@@ -12,7 +12,7 @@ the scheduler, nothing but the refusal is in the way.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -22,14 +22,17 @@ def goes_without_drafts(params: Any) -> bool:
 
 
 def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:
-    """Empty the proposals for such requests, in place.
+    """Empty the proposals for such requests, and cut those that would reach a request's ``min_tokens``, in place.
+
+    vLLM forbids the end of an answer by the tokens there were before the step, so with ``min_tokens`` reached by
+    accepted drafts the token after them still could not be the end.
 
     Args:
         proposals: vLLM's ``DraftTokenIds``.
         requests: vLLM's ``Request`` by id.
 
     Returns:
-        Whether there are some, and no others.
+        Whether there are such requests, and no others.
     """
     found = others = 0
     for i, name in enumerate(proposals.req_ids):
@@ -37,9 +40,24 @@ def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:
         if request is not None and goes_without_drafts(request.sampling_params):
             proposals.draft_token_ids[i] = []
             found += 1
-        else:
-            others += 1
+            continue
+        others += 1
+        if request is not None and (least := request.sampling_params.min_tokens) > request.num_output_tokens:
+            del proposals.draft_token_ids[i][least - request.num_output_tokens - 1 :]
     return found > 0 and not others
+
+
+def withdraw_drafts(requests: Iterable[Any]) -> None:
+    """Take all drafts away while somebody asks for ``logprob_token_ids``: beside a verified draft, and another request
+    that asks for logprobs, vLLM's sampler puts tables of two widths together and ends the engine.
+
+    Args:
+        requests: vLLM's ``Request``, those that wait included; right before a step is scheduled.
+    """
+    requests = list(requests)
+    if any(getattr(request.sampling_params, "logprob_token_ids", None) for request in requests):
+        for request in requests:
+            request.spec_token_ids = []
 
 
 def add_logits_processors(runner: Any) -> None:

@@ -1,4 +1,4 @@
-"""The acceptance table: what was accepted of each of the last 64 draft versions.
+"""The acceptance table: what was accepted of each of the last 64 draft versions, and of all there ever were.
 
 Written by the scheduler alone. A row is several words, so it has a sequence word that is odd while the row is written;
 a reader that finds it odd, or changed, looks again.
@@ -16,7 +16,8 @@ from aurora_vllm.transport.fence import fence
 
 ROWS = 64
 _WORDS = 16  # int64 words of a row; two cache lines
-TABLE_BYTES = ROWS * _WORDS * 8
+TABLE_BYTES = (ROWS + 1) * _WORDS * 8
+_TOTAL = ROWS * _WORDS  # the row behind them: of all versions
 
 # Words of a row. TOUCHED counts records, so the row with the smallest is the one to reuse: a version that came back by
 # a rollback is not old.
@@ -67,22 +68,30 @@ class AcceptanceTable:
         if at is None:
             at = min(range(0, ROWS * _WORDS, _WORDS), key=lambda row: words[row + _TOUCHED])
             self._row_of = {v: row for v, row in self._row_of.items() if row != at} | {version: at}
+        self._touched += 1
+        counts = num_drafts, draft_tokens, accepted, *map(int, accepted_per_position[:POSITIONS])
+        self._add(at, counts, version if fresh else None)
+        self._add(_TOTAL, counts, None)
+
+    def _add(self, at: int, counts: Sequence[int], begins: int | None) -> None:
+        """Add to a row, which begins with this version where one is given."""
+        words = self._words
         sequence = words[at] | 1  # a writer killed midway left it odd
         words[at] = sequence
         fence()
-        if fresh:
+        if begins is not None:
             for word in range(_VERSION, _WORDS):
                 words[at + word] = 0
-            words[at + _VERSION] = version
-        self._touched += 1
+            words[at + _VERSION] = begins
         words[at + _TOUCHED] = self._touched
-        words[at + _NUM_DRAFTS] += num_drafts
-        words[at + _DRAFT_TOKENS] += draft_tokens
-        words[at + _ACCEPTED] += accepted
-        for position, count in enumerate(accepted_per_position[:POSITIONS]):
-            words[at + _POSITION + position] += int(count)
+        for word, count in enumerate(counts, start=_NUM_DRAFTS):
+            words[at + word] += count
         fence()
         words[at] = sequence + 1
+
+    def total(self) -> VersionAcceptance:
+        """Of all versions, those whose rows are gone included; its version is 0."""
+        return self._read(_TOTAL) or VersionAcceptance(0, 0, 0, 0, (0,) * POSITIONS)
 
     def rows(self) -> list[VersionAcceptance]:
         """Rows in ascending order of version. One whose writer died in the middle of it is left out."""

@@ -44,6 +44,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "capture_on": BOOL,
         "capture_errors": INT,
         "step": INT,
+        "proposed_step": INT,  # the newest step in which the draft was asked: else what vLLM hands over are zeros
         "rows_written": INT,
         "requests_seen": INT,
         "requests_captured": INT,
@@ -140,7 +141,8 @@ class SchedulerBlock(Block):
         return self._table.rows()
 
     def snapshot(self) -> dict[str, Any]:
-        return super().snapshot() | {"acceptance": [row.as_dict() for row in self.acceptance()]}
+        rows = [row.as_dict() for row in self.acceptance()]
+        return super().snapshot() | {"acceptance": rows, "acceptance_total": self._table.total().as_dict()}
 
 
 class ControlBlock:

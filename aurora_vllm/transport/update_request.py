@@ -46,7 +46,9 @@ def ask(control: ControlBlock, directory: str, timeout_s: float) -> Answer:
     while _number(control.learner.update_answer) != number:
         if time.monotonic() > deadline:
             control.server.update_request = f"{number + 1} "
-            return Answer(0, f"the learner did not answer within {timeout_s:g} s")
+            return Answer(
+                0, f"the learner did not answer within {timeout_s:g} s; where it had begun, it may still publish"
+            )
         time.sleep(POLL_S)
     _, version, message = control.learner.update_answer.split(" ", 2)
     return Answer(int(version), message)

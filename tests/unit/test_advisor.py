@@ -29,6 +29,7 @@ def test_a_step_beside_a_burst_of_the_learner_says_nothing_of_k(
 ) -> None:
     with session(World(), tmp_path, learner_cpu_share=share) as (current, _):
         advisor = DraftLengthAdvisor(current, 2)
+        advisor._control.learner.pid = advisor._control.server.learner_pid = 7
         step = SimpleNamespace(
             num_scheduled_tokens={"a": 1},
             scheduled_spec_decode_tokens={},
@@ -43,6 +44,30 @@ def test_a_step_beside_a_burst_of_the_learner_says_nothing_of_k(
             advisor.step_ends(step, [[1]])
         assert advisor._controller.costs.known(1) == counts
         assert advisor._control.scheduler.steps == 10
+
+
+@pytest.mark.parametrize("running", [0, 8])
+def test_a_learner_that_was_killed_in_a_burst_works_no_more(tmp_path: Path, running: int) -> None:
+    with session(World(), tmp_path) as (current, _):
+        control = DraftLengthAdvisor(current, 2)._control
+        control.learner.pid, control.learner.working, control.server.learner_pid = 7, True, running
+        assert not DraftLengthAdvisor(current, 2)._learner_works()
+        control.server.learner_pid = 7
+        assert DraftLengthAdvisor(current, 2)._learner_works()
+
+
+def test_where_choosing_fails_the_status_does_not_show_what_was_chosen_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with session(World(), tmp_path, speculate="always") as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        scheduler = advisor._control.scheduler
+        assert advisor.draft_length(1) == scheduler.draft_length == 2
+        with monkeypatch.context() as broken:
+            broken.setattr(advisor._controller, "decide", lambda batch_size: 1 / 0)
+            assert advisor.draft_length(1) == scheduler.draft_length == 0
+        assert scheduler.reason == "choosing the draft length failed: ZeroDivisionError: division by zero"
+        assert advisor.draft_length(1) == scheduler.draft_length == 2
 
 
 def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import logging
+
+import pytest
+
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 
 
@@ -22,3 +26,15 @@ def test_opens_after_consecutive_failures_only() -> None:
     assert not breaker.run(fail)
     assert len(ran) == 5
     assert messages[0] == "RuntimeError: boom"
+
+
+def test_failures_between_successes_are_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    breaker = CircuitBreaker("work", limit=3)
+    for _ in range(5):
+        breaker.run(lambda: 1 / 0)
+        breaker.run(lambda: None)
+    assert not breaker.open
+    assert [record.getMessage() for record in caplog.records] == ["aurora: work failed; it is tried again"]

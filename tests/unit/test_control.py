@@ -86,7 +86,8 @@ def test_counting_up_and_plain_values(segment: Segment) -> None:
     snapshot = ControlBlock.attach(Segment.attach(segment.name)).snapshot()
     assert json.loads(json.dumps(snapshot, allow_nan=False)) == snapshot
     assert {block: set(fields) for block, fields in snapshot.items()} == {
-        block: set(fields) | ({"acceptance"} if block == "scheduler" else set()) for block, fields in BLOCKS.items()
+        block: set(fields) | ({"acceptance", "acceptance_total"} if block == "scheduler" else set())
+        for block, fields in BLOCKS.items()
     }
     assert snapshot["worker"]["swaps"] == 2
     assert snapshot["worker"]["capture_on"] is True
@@ -137,6 +138,7 @@ def test_acceptance_adds_up_per_version_and_forgets_the_one_idle_longest(
     records: list[tuple[int, int, list[int]]], restart: int
 ) -> None:
     model: dict[int, list[int]] = {}  # in the order of the last record
+    total = [0] * 11
     with Segment.create("control", control_bytes()) as segment:
         control = ControlBlock.create(segment)
         for i, (version, drafts, accepted) in enumerate(records):
@@ -148,11 +150,12 @@ def test_acceptance_adds_up_per_version_and_forgets_the_one_idle_longest(
                 del model[next(iter(model))]
             added = [drafts, 3 * drafts, sum(accepted[:8]), *(accepted + [0] * 8)[:8]]
             model[version] = [old + new for old, new in zip(before, added, strict=True)]
+            total = [old + new for old, new in zip(total, added, strict=True)]
         rows = ControlBlock.attach(segment).scheduler.acceptance()
         assert [row.version for row in rows] == sorted(model)
-        for row in rows:
+        for row in [*rows, ControlBlock.attach(segment).scheduler._table.total()]:
             counts = [row.num_drafts, row.num_draft_tokens, row.num_accepted, *row.accepted_per_position]
-            assert counts == model[row.version]
+            assert counts == (model[row.version] if row.version else total)
 
 
 def test_a_version_that_came_back_is_not_the_oldest(segment: Segment) -> None:

@@ -28,11 +28,12 @@ def request(
     return SimpleNamespace(
         all_token_ids=tokens,
         output_token_ids=tokens,
+        num_output_tokens=len(tokens),
         is_prefill_chunk=prefill,
         is_finished=lambda: finished,
         cache_salt=salt,
         sampling_params=SimpleNamespace(
-            temperature=temperature, extra_args=extra, min_p=0.0, logit_bias=None, seed=None
+            temperature=temperature, extra_args=extra, min_p=0.0, logit_bias=None, seed=None, min_tokens=0
         ),
     )
 

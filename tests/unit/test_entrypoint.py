@@ -225,6 +225,15 @@ def test_our_own_classes_are_supported() -> None:
     preflight.check_supported(Namespace(**(ARGS | ours)), AuroraConfig())
 
 
+def test_installed_logits_processors_are_not_left_out_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("guard", "m:f", "vllm.logits_processors")
+    monkeypatch.setattr(preflight, "entry_points", lambda group: [point] if group == point.group else [])
+    with pytest.raises(
+        AuroraError, match=r"leaves installed logits processors out where it speculates \(guard\); --aurora-off"
+    ):
+        preflight.check_supported(Namespace(**ARGS), AuroraConfig())
+
+
 def test_several_api_servers_are_but_for_sglangs_endpoints() -> None:
     for count in (None, 1, 2):
         preflight.check_supported(Namespace(**(ARGS | {"api_server_count": count})), AuroraConfig())

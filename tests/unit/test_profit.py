@@ -257,3 +257,17 @@ def test_what_a_step_saved_is_what_was_accepted_less_what_it_cost() -> None:
     assert controller.saved(4, 0, 6, 2) == pytest.approx(0.08 * 2 / 4 - 0.02, abs=2e-3)
     assert controller.saved(4, 0, 6, 0) == pytest.approx(-0.02, abs=2e-3)
     assert controller.saved(4, 0, 0, 0) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("prior", [0.0, 0.6])
+def test_verdicts_of_long_ago_do_not_keep_a_draft_out(prior: float) -> None:
+    """Traffic it accepted nothing of is gone; the learner says so, or the draft was given and nobody does."""
+    controller = DraftLengthController(3, prior=prior)
+    controller.acceptance.shadow(shadow(0.6))
+    simulate(controller, 0.0, 0.12, 3000)
+    controller.acceptance.shadow(shadow(prior or 0.7))
+    for _ in range(20):
+        chosen, _ = simulate(controller, 0.7, 0.12, 500)
+        if chosen[-1]:
+            return
+    pytest.fail("it never drafted again")

@@ -84,7 +84,7 @@ def hooked() -> tuple[StrawRunner, list[StepTrace]]:
         assert runner.speculator.calls == 0  # the record is made before the draft runs
         seen.append(build())
 
-    V2Adapter(runner, on_step, live_version=lambda: 4, sits_out=lambda: runner.sits_out)
+    V2Adapter(runner, on_step, on_propose=lambda: 4, sits_out=lambda: runner.sits_out)
     return runner, seen
 
 

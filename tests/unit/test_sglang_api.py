@@ -39,6 +39,7 @@ from aurora_vllm.transport.segment import Segment
 from tests.unit.test_from_disk import CONFIG, EMBEDDING, new_draft
 from tools.compatibility_table import DOCUMENT
 
+JSON = {"Content-Type": "application/json; charset=utf-8"}
 UPDATE, INFO = "/update_weights_from_disk", "/get_server_info"
 
 
@@ -152,7 +153,9 @@ LEARN = pytest.mark.parametrize("world", [True], indirect=True)
 def test_each_endpoint_of_the_table_is_there(world: World, endpoint: Endpoint) -> None:
     row = f"| `{endpoint.method} {endpoint.path}` | {endpoint.origin} | {endpoint.answer} | {endpoint.here} |"
     assert row in DOCUMENT.read_text()
-    answer = world.client.request(endpoint.method, endpoint.path, content=b"{}" if endpoint.body else None)
+    answer = world.client.request(
+        endpoint.method, endpoint.path, content=b"{}" if endpoint.body else None, headers=JSON
+    )
     codes = {UPDATE: 400, "/push_sample": 422, "/aurora/health": 503}
     assert answer.status_code == codes.get(endpoint.path, 200)
     assert answer.json()
@@ -247,9 +250,17 @@ def test_the_target_is_never_touched(world: World, more: dict[str, Any]) -> None
     [(b"{", "Invalid JSON"), (b"{}", "model_path: Field required"), (b'{"model_path": 3}', "model_path")],
 )
 def test_a_body_that_is_none(world: World, content: bytes, line: str) -> None:
-    answer = world.client.post(UPDATE, content=content)
+    answer = world.client.post(UPDATE, content=content, headers=JSON)
     assert answer.status_code == 400
     assert line in answer.json()["message"]
+
+
+@pytest.mark.parametrize("endpoint", [UPDATE, "/push_sample"])
+def test_a_web_page_cannot_send_it_unasked(world: World, endpoint: str) -> None:
+    body = json.dumps({"model_path": str(world.new), "update_draft_model": True}).encode()
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert world.client.post(endpoint, content=body, headers={"Content-Type": kind}).status_code == 415
+    assert world.bank.published() == 0
 
 
 def test_what_the_worker_refuses_is_no_success(world: World) -> None:
@@ -274,7 +285,10 @@ def test_a_learner_that_is_not_there_or_does_not_answer(world: World, monkeypatc
     world.control.server.learner_pid = world.control.learner.pid = 77
     world.control.learner.beat()
     monkeypatch.setattr(sglang_api, "LEARNER_S", 0.1)
-    assert world.update(world.new).json()["message"] == "the learner did not answer within 0.1 s"
+    assert (
+        world.update(world.new).json()["message"]
+        == "the learner did not answer within 0.1 s; where it had begun, it may still publish"
+    )
     world.control.server.learner_pid, world.control.server.learner_restarts = 0, 1
     assert world.update(world.new).json()["message"] == "only the learner publishes, and it is down; ask again"
     assert world.bank.published() == 0
@@ -300,7 +314,10 @@ def test_waiting_for_the_learner_holds_up_nobody(world: World, monkeypatch: pyte
     times, messages = asyncio.run(traffic())
     assert len(times) > 20
     assert max(times) < 0.5
-    assert messages == ["another update is under way; ask again", "the learner did not answer within 1 s"]
+    assert messages == [
+        "another update is under way; ask again",
+        "the learner did not answer within 1 s; where it had begun, it may still publish",
+    ]
 
 
 # --- the others ---

@@ -141,13 +141,27 @@ def test_values_of_metrics(busy: tuple[Session, ControlBlock]) -> None:
     value = registry.get_sample_value
     assert value("aurora_draft_version_live") == 3
     assert value("aurora_acceptance_length", {"version": "3"}) == 2.5
-    assert value("aurora_accepted_tokens_per_position_total", {"version": "3", "position": "2"}) == 5
-    assert value("aurora_accepted_tokens_per_position_total", {"version": "3", "position": "3"}) is None  # K is 3
+    assert value("aurora_acceptance_length", {"version": "2"}) == 1.6
+    assert (value("aurora_drafts_total"), value("aurora_accepted_tokens_total")) == (30, 36)
+    assert value("aurora_accepted_tokens_per_position_total", {"position": "1"}) == 12
+    assert value("aurora_accepted_tokens_per_position_total", {"position": "3"}) is None  # K is 3
     assert value("aurora_learner_alive") == 1
     assert value("aurora_learner_restarts_total") == 4
     assert value("aurora_requests_dropped_total") == 5
     assert (value("aurora_swaps_total"), value("aurora_swap_refusals_total")) == (2, 6)
     assert value("aurora_ring_used_rows") == 4
+
+
+def test_versions_that_are_gone_leave_no_series(busy: tuple[Session, ControlBlock]) -> None:
+    _, control = busy
+    for version in range(4, 200):
+        control.scheduler.record(version, 1, 3, 1, [1])
+    control.worker.live_version, control.worker.previous_version = 199, 198
+    registry = CollectorRegistry()
+    metrics.register(lambda: read(busy[0]), registry)
+    page = list(text_string_to_metric_families(generate_latest(registry).decode()))
+    assert sum(len(family.samples) for family in page) < len(METRICS) + 8
+    assert registry.get_sample_value("aurora_drafts_total") == 30 + 196  # nothing was taken off
 
 
 def test_a_status_that_fails_does_not_take_the_page_with_it() -> None:

@@ -156,6 +156,17 @@ def test_ends_that_find_no_room_wait_and_are_not_lost() -> None:
     assert sink.meta()[1, Field.FLAGS] == RowFlag.END
 
 
+def test_a_ring_that_nobody_reads_leaves_nothing_waiting() -> None:
+    writer, sink, worker = make_writer(capacity=60)
+    for _i in range(200):
+        writer.begin("r0", prompt_length=3, temperature=0.0, may_learn=True)
+        writer.write(make_step([4], [3], [1]))
+        writer.end("r0")
+        assert len(writer._ended) <= sink.capacity
+    writer.flush_ends()
+    assert len(writer._ended) <= 1 and worker.requests_dropped > 150  # those it has rows of, that found no room
+
+
 def test_opted_out_and_unsampled_requests_leave_no_row() -> None:
     writer, sink, worker = make_writer(sample_rate=0.0)
     writer.begin("r0", 5, 0.0, False)

@@ -49,7 +49,7 @@ def test_only_their_proposals_are_emptied(rows: list[tuple[bool, list[int]]]) ->
     names = [str(i) for i in range(len(rows))]
     proposals = SimpleNamespace(req_ids=names, draft_token_ids=[list(tokens) for _, tokens in rows])
     requests = {
-        name: SimpleNamespace(sampling_params=SEEDED if seeded else PLAIN)
+        name: SimpleNamespace(sampling_params=SEEDED if seeded else PLAIN, num_output_tokens=0)
         for name, (seeded, _) in zip(names, rows, strict=True)
     }
     assert leave_out_drafts(proposals, requests) == (len(rows) > 0 and all(seeded for seeded, _ in rows))
@@ -58,13 +58,12 @@ def test_only_their_proposals_are_emptied(rows: list[tuple[bool, list[int]]]) ->
 
 def test_where_nobody_takes_drafts_none_are_made(tmp_path: Path) -> None:
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = DraftLengthAdvisor(current, 2, no_copies="not here")
         assert advisor.draft_length(2) == 2
         requests: dict[str, Any] = {"a": SimpleNamespace(sampling_params=SEEDED)}
-        advisor._copier = None
         advisor.drafts_arrived(SimpleNamespace(req_ids=["a"], draft_token_ids=[[1, 2]]), requests)
         assert advisor.draft_length(1) == 0
-        requests["b"] = SimpleNamespace(sampling_params=PLAIN)
+        requests["b"] = SimpleNamespace(sampling_params=PLAIN, num_output_tokens=0)
         advisor.drafts_arrived(SimpleNamespace(req_ids=["a", "b"], draft_token_ids=[[], []]), requests)
         assert advisor.draft_length(2) == 2
 
