@@ -28,9 +28,17 @@ import torch
 from aurora_vllm.learner.attention import Segment, ttt_attention
 from aurora_vllm.learner.batch import Batch
 from aurora_vllm.learner.draft import Eagle3Draft
-from aurora_vllm.learner.rope import cos_sin, rotate
+from aurora_vllm.learner.rope import cos_sin
 from aurora_vllm.learner.target import TargetHead
-from aurora_vllm.learner.unroll import Unrolled, UnrollPlan, embed, linear_layers_in
+from aurora_vllm.learner.unroll import (
+    Unrolled,
+    UnrollPlan,
+    embed,
+    linear_layers_in,
+    rotated_keys,
+    rotated_queries,
+    split_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -132,14 +140,13 @@ def unroll_branches(
             normed = layer.hidden_norm(hidden)
             tokens = layer.input_layernorm(embed(draft, head, chains.tokens[:left, step]))
             x = torch.cat([tokens, normed], -1)
-            q, k, v = (p(x).unflatten(-1, (-1, config.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+            q, k, v = (projection(x) for projection in (attn.q_proj, attn.k_proj, attn.v_proj))
             cos, sin = cos_sin(positions[:left] + step, draft.frequencies)
-            own_keys.append(rotate(k, cos, sin))
-            own_values.append(v)
+            own_keys.append(rotated_keys(draft, k, cos, sin))
+            own_values.append(split_heads(draft, v))
             here = [one for one in segments if one.query_start < left]
-            attended = ttt_attention(
-                rotate(q, cos, sin), path.key, path.value, own_keys, own_values, here, matmul_dtype
-            )
+            q = rotated_queries(draft, q, cos, sin)
+            attended = ttt_attention(q, path.key, path.value, own_keys, own_values, here, matmul_dtype)
             output = draft.finish(attended, normed if config.norm_before_residual else hidden)
             outputs.append(output)
             hidden = draft.norm(output) if config.norm_output else output

@@ -34,7 +34,7 @@ from aurora_vllm.learner.draft import Eagle3Draft, save_draft
 from aurora_vllm.learner.staging import PARTIAL, appears_whole, flush
 
 FORMAT = 1
-KEEP = 2  # of one lineage: those of a run and of the runs it goes on from
+KEEP = 2  # of a run and of the runs it goes on from, together
 LATEST = "latest"
 _PREFIX = "checkpoint-"
 _LEARNER, _TENSORS, _FACTS = "learner", "state.safetensors", "state.json"
@@ -113,9 +113,11 @@ class Checkpoints:
         self._provenance = dict(provenance)
         self._spared = resumed
         ours = self.newest_of_run()  # a learner before this one, of the same run
-        self._lineage = str(
-            ours.facts["lineage"] if ours else Checkpoint.read(resumed).facts["lineage"] if resumed else uuid4().hex
-        )
+        base = Checkpoint.read(resumed) if resumed else None
+        before = ours or base
+        self._lineage = str(before.facts["lineage"] if before else uuid4().hex)
+        # Whoever else goes on from the same checkpoint is of the same lineage, and keeps his own.
+        self._ancestors = [*base.facts.get("ancestors", []), base.facts.get("run")] if base else []
 
     def newest_of_run(self) -> Checkpoint | None:
         """The newest that this run wrote."""
@@ -140,7 +142,8 @@ class Checkpoints:
             OSError, SafetensorError: it could not be written; those before it are as they were.
         """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = {"format": FORMAT, "lineage": self._lineage, "run": self._run, "statistics": dict(statistics)}
+        facts = {"format": FORMAT, "lineage": self._lineage, "run": self._run, "ancestors": self._ancestors}
+        facts["statistics"] = dict(statistics)
         with self._alone():
             for leftover in self.directory.glob(PARTIAL):
                 if leftover.is_symlink() or not leftover.is_dir():
@@ -178,12 +181,19 @@ class Checkpoints:
         flush(self.directory)
 
     def _prune(self) -> None:
-        ours = [one for one in self._readable() if one.facts.get("lineage") == self._lineage]
+        ours = [one for one in self._readable() if self._is_ours(one)]
         for old in ours[KEEP:]:
             if self._spared is None or old.directory.resolve() != self._spared.resolve():
                 # The name goes first, at once: half a checkpoint must not look like one.
                 gone = old.directory.rename(self.directory / PARTIAL.replace("*", old.directory.name))
                 shutil.rmtree(gone, ignore_errors=True)
+
+    def _is_ours(self, one: Checkpoint) -> bool:
+        """Whether this run wrote it, or a run that this one goes on from, before that."""
+        if one.facts.get("run") == self._run:
+            return True
+        inherited = one.facts.get("run") in self._ancestors
+        return inherited and self._spared is not None and one.directory.name <= self._spared.name
 
     def _readable(self) -> Iterator[Checkpoint]:
         """Newest first; what cannot be read is not ours to judge."""

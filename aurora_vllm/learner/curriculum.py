@@ -7,6 +7,7 @@ what ``benchmarks.learning`` measures, without a server around it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +53,7 @@ class Curriculum:
         tokens_seen, tokens_trained: rows of trajectories.
         vocabulary_changes: times the vocabulary was chosen anew.
         dropped: trajectories that broke a training step.
-        fault: why, of the newest ones.
+        fault: why the newest piece of work came to nothing; empty where it did not.
         loss: of the newest training step.
         teacher: gives the lessons that are still to come, if any.
     """
@@ -84,9 +85,7 @@ class Curriculum:
         if worth_keeping:
             self.refine()
         self.tokens_seen = self.tokens_trained = self.vocabulary_changes = self.dropped = 0
-        self._not_owed = (
-            0  # tokens that came while nobody trained: they are in the replay, and need not be caught up on
-        )
+        self._owed = 0.0  # rows to be trained on yet, those of all passes together
         self.fault = ""
         self.loss = 0.0
 
@@ -123,9 +122,11 @@ class Curriculum:
         Args:
             owed: whether training has to keep up with it.
         """
-        self.replay.add(trajectory)
+        passes = self._config.replay_passes if owed else 0.0
+        with self._forgetting():
+            is_held = self.replay.add(trajectory, passes)
+        self._owed += passes * len(trajectory.token_ids) if is_held else 0.0
         self.tokens_seen += len(trajectory.token_ids)
-        self._not_owed += 0 if owed else len(trajectory.token_ids)
         self.coverage.observe(trajectory.response_ids)
         chosen = self._reselection.propose(self.coverage, self.candidate.target_ids)
         if chosen is None:
@@ -137,8 +138,19 @@ class Curriculum:
         return True
 
     def owe(self, tokens: int) -> None:
-        """Of what training need not keep up with, it has to keep up with so many tokens after all."""
-        self._not_owed = max(0, self._not_owed - tokens)
+        """Of the newest so many tokens, training has to keep up with those after all that it need not keep up with."""
+        self._owed += self.replay.make_due(tokens, self._config.replay_passes)
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Around what takes trajectories out of the replay: nothing is owed to what is gone.
+
+        Nor is that made up for by the rest, which may have been drawn in its place: never less than nothing is owed.
+        """
+        missed = self.replay.missed
+        yield
+        if self._owed > 0:
+            self._owed = max(0.0, self._owed - (self.replay.missed - missed))
 
     def next(self) -> Work:
         """What the next piece of work is; empty where there is none."""
@@ -146,8 +158,7 @@ class Curriculum:
             return "first lesson" if self.awaits_first_lesson else "lesson"
         if self.awaits_first_lesson or not len(self.replay):
             return ""
-        owed = (self.tokens_seen - self._not_owed) * self._config.replay_passes
-        return "training" if self.tokens_trained < owed else ""
+        return "training" if self._owed > 0 else ""
 
     @property
     def works_on_host(self) -> bool:
@@ -156,7 +167,7 @@ class Curriculum:
 
     def work(self) -> bool:
         """Do that piece. Returns whether the candidate is another one now, so that older scores say nothing of it."""
-        what = self.next()
+        what, self.fault = self.next(), ""
         if what == "training":
             self._train()
         elif what:
@@ -164,28 +175,41 @@ class Curriculum:
         return False
 
     def _lesson_is_due(self) -> bool:
-        if not self._lessons_due or len(self.replay) < LESSON_REQUESTS:
+        if not self._lessons_due or not len(self.replay):
             return False
-        # Where the replay holds no more than this, there is nothing to wait for.
-        return self.replay.tokens >= self._lessons_due[0] or self.replay.evicted > 0
+        if self.replay.evicted:  # it holds no more than this, so there is nothing to wait for
+            return True
+        return len(self.replay) >= LESSON_REQUESTS and self.replay.tokens >= self._lessons_due[0]
 
     def _study(self) -> bool:
         assert self.teacher is not None
+        begins = self._lesson is None
         if self._lesson is None:
             self._lesson = self.teacher.run(self.replay.newest(LARGEST_LESSON_ROWS))
-        if next(self._lesson, self) is not self:
+        try:
+            if next(self._lesson, self) is not self:
+                return False
+        except (RuntimeError, ValueError, IndexError) as error:
+            self.fault = f"{type(error).__name__.lstrip('_')} in a lesson: learning goes on without it"
+        else:
+            self.fault = "there was nothing to learn a lesson from" if begins else ""
+        self._lesson_ends()
+        if self.fault:
             return False
-        self._lesson = None
-        self._lessons_due = [] if self.replay.evicted else self._lessons_due[1:]
-        if not self._lessons_due:
-            self.teacher = None  # on a GPU it holds a copy of the target's ends
         self._average.restart()
         self.trainer.refine()
         return True
 
+    def _lesson_ends(self) -> None:
+        """Learned or not, the next one is another: the same again would fail again."""
+        self._lesson = None
+        self._lessons_due = [] if self.replay.evicted else self._lessons_due[1:]
+        if not self._lessons_due:
+            self.teacher = None  # on a GPU it holds a copy of the target's ends
+
     def _train(self) -> None:
         chosen = self.replay.sample(self._config.batch_tokens)
-        skipped = self.trainer.skipped
+        skipped, empty = self.trainer.skipped, self.trainer.empty
         try:
             output = self.trainer.step(collate(chosen, self._head.device))
         except (RuntimeError, ValueError, IndexError) as error:
@@ -194,12 +218,17 @@ class Curriculum:
         if self.trainer.skipped > skipped:
             self._drop(chosen, "a training step was not finite")
             return
+        rows = sum(len(one.token_ids) for one in chosen)
+        self.tokens_trained += rows
+        self._owed -= rows
+        if self.trainer.empty > empty:  # not a row to learn from: the weights are what they were
+            return
         self._average.update()
-        self.tokens_trained += sum(len(one.token_ids) for one in chosen)
         self.loss = float(output.total)
 
     def _drop(self, chosen: list[Trajectory], why: str) -> None:
         """What breaks a step must not come again and again."""
-        self.replay.remove(chosen)
+        with self._forgetting():
+            self.replay.remove(chosen)
         self.dropped += len(chosen)
         self.fault = f"{why}; its {len(chosen)} trajectories were dropped"

@@ -54,13 +54,16 @@ PENALTIES = Penalties(ridge=0.03, guess=1.0, persistence=0.7)
 # Rows of all steps for each input. By hand, with 2,048 channels (12,288 inputs): 20 CPU seconds and 0.8 GB instead of
 # 117 and 2.1 for 1,024 rows, 34 and 1.3 instead of 86 and 2.2 for 2,048; 99 s for 3,840, as long as normal equations.
 DUAL_BELOW = 0.67
+# Times the typical size from which a row's states are an attention sink's. Where a sequence begins they are 50 to 150
+# times as large (SmolLM2), which tells of no next state, and in float32 leaves nothing of the ridge beside its square.
+FAR_OFF = 10.0
 
 _Equations = NormalEquations | DualEquations
 
 
 @dataclass(frozen=True)
 class _Features:
-    """Inputs and outputs of the regression for n rows t."""
+    """Inputs and outputs of the regression for n rows t, attention sinks left out."""
 
     aux: torch.Tensor  # [n, num_aux * H], each auxiliary state over its typical size
     tokens: list[torch.Tensor]  # STEPS of [n, H]: embeddings of the tokens at t+1, t+2, ..., of unit size
@@ -99,9 +102,13 @@ class Lesson:
         """Yields between pieces of work, so that the caller can keep to its share of the CPU.
 
         Args:
-            trajectories: what was served; those of no more than ``STEPS`` rows are left out.
+            trajectories: what was served; those of no more than ``STEPS`` rows are left out, and those with a state
+                that is not finite.
+
+        Raises:
+            RuntimeError: there is no solution in float32 (``torch.linalg.LinAlgError``). The draft is as it was.
         """
-        usable = [one for one in trajectories if len(one.token_ids) > STEPS]
+        usable = [one for one in trajectories if len(one.token_ids) > STEPS and one.is_finite]
         if not usable:
             return
         self._prepare(usable)
@@ -135,6 +142,8 @@ class Lesson:
                 yield
             solution = self._solution(later.solve())
             yield
+        if not all(bool(torch.isfinite(weights).all()) for weights in vars(solution).values()):
+            raise RuntimeError("the solution is not finite")
         self._install(solution, self._features(pieces[-1]))
 
     def _prepare(self, trajectories: Sequence[Trajectory]) -> None:
@@ -188,11 +197,13 @@ class Lesson:
         aux, tokens, copies, states = [], [], [], []
         for one in piece:
             scaled, embeddings = one.aux.float() / self._scale, unit(self._head.embed(one.token_ids))
-            aux.append(scaled[:-STEPS])
-            tokens.append(windows(embeddings[1:], STEPS))
+            near = rms(scaled[:-STEPS]) < FAR_OFF
+            aux.append(scaled[:-STEPS][near])
+            tokens.append([x[near] for x in windows(embeddings[1:], STEPS)])
             found = self._induction.bring(scaled, embeddings) if self._induction is not None else embeddings[1:, :0]
-            copies.append(windows(found, STEPS))
-            states.append(windows(one.last[1:].float() / self._final_norm @ self._basis, STEPS))
+            copies.append([x[near] for x in windows(found, STEPS)])
+            after = one.last[1:].float() / self._final_norm @ self._basis
+            states.append([x[near] for x in windows(after, STEPS)])
         return _Features(
             torch.cat(aux), *([torch.cat(step) for step in zip(*x, strict=True)] for x in (tokens, copies, states))
         )

@@ -31,7 +31,7 @@ from aurora_vllm.learner.draft import load_draft
 from aurora_vllm.learner.evaluate import Recent, Score, simulate
 from aurora_vllm.learner.from_disk import publish_from_disk
 from aurora_vllm.learner.publish import Evidence, Sync, publish
-from aurora_vllm.learner.resume import Keeper
+from aurora_vllm.learner.resume import Keeper, is_taught
 from aurora_vllm.learner.sleep import Sleep
 from aurora_vllm.learner.standing import follow_rollback, take_standing
 from aurora_vllm.learner.target import lent_target_head, load_target_head
@@ -60,7 +60,9 @@ class Learner:
         self.control = ControlBlock.attach(Segment.attach(session.control))
         joined = join(Segment.attach(session.ring), Segment.attach(session.bank), self.control.worker)
         self.ring, self.bank, self.device = joined.ring, joined.bank, joined.device
-        self.assembler = Assembler(session.row_layout, max_tokens=config.max_trajectory_tokens)
+        self.assembler = Assembler(
+            session.row_layout, max_tokens=config.max_trajectory_tokens, branches=config.discard_weight > 0
+        )
         self.incumbent = load_draft(session.draft).to(self.device)
         if joined.ends is None:
             self.head = load_target_head(session.target).to(self.device)
@@ -69,7 +71,7 @@ class Learner:
             self.head = lent_target_head(session.target, joined.ends.embedding, joined.ends.lm_head, dtype, shape)
         self.version = take_standing(self.incumbent, self.bank, self.control.worker)
         self.candidate = copy.deepcopy(self.incumbent)
-        given = config.draft is not None or session.resume is not None or self.version != CHECKPOINT_VERSION
+        given = config.draft is not None or self.version != CHECKPOINT_VERSION or is_taught(session.resume)
         self.curriculum = Curriculum(self.candidate, self.head, config, session.target, worth_keeping=given)
         self.evidence = Evidence(
             config.evidence_tokens, config.publish_margin, config.publish_interval_s, config.num_speculative_tokens
@@ -172,12 +174,12 @@ class Learner:
 
     def _work(self) -> None:
         curriculum, block = self.curriculum, self.control.learner
-        dropped, steps = curriculum.dropped, curriculum.trainer.steps
+        steps = curriculum.trainer.steps
         with self._on_host(curriculum.works_on_host):
             is_another = curriculum.work()
         if is_another:
             self._candidate_is_another("a lesson was learnt")
-        if curriculum.dropped > dropped:
+        if curriculum.fault:
             block.message = curriculum.fault
             self._show_discarded()
         if curriculum.trainer.steps > steps:
@@ -213,6 +215,8 @@ class Learner:
             block.message = f"not published: {error}"
             self.curriculum.go_on(self.incumbent.state_dict())
             trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
+            self.evidence.restart()
+            self.sleep.restart("the candidate was not finite")
             self.candidate_is_ahead = False
             return
         self.incumbent.load_state_dict(self.candidate.state_dict())
@@ -247,7 +251,7 @@ class Learner:
         self._show_shadow()
 
     def _next_version(self) -> int:
-        return max(self.version, self.bank.published(), self.control.worker.live_version) + 1
+        return max(self.version, self.bank.newest(), self.control.worker.live_version) + 1
 
     def _show_shadow(self) -> None:
         block = self.control.learner

@@ -31,7 +31,7 @@ class Evidence:
     Args:
         min_tokens: response tokens to be judged on; older evidence is forgotten as long as this much is left, because
             it speaks of a candidate that has learned since.
-        margin: acceptance length the candidate must win by.
+        margin: acceptance length the candidate must win by; at 0 a tie is no win.
         min_interval_s: shortest time between two publishes.
         length: K.
     """
@@ -45,7 +45,9 @@ class Evidence:
     _last_publish_s: float = float("-inf")
 
     def add(self, candidate: Score, incumbent: Score) -> None:
-        """Both scores of one trajectory."""
+        """Both scores of one trajectory. One without a verification, whose answer was too short, is no evidence."""
+        if not incumbent.steps:
+            return
         self._pairs.append((candidate, incumbent))
         self._tokens += incumbent.tokens
         while self._pairs and self._tokens - self._pairs[0][1].tokens >= self.min_tokens:
@@ -62,7 +64,7 @@ class Evidence:
 
         if self._tokens < self.min_tokens:
             return say(False, f"{self._tokens} of {self.min_tokens} response tokens of evidence")
-        if candidate < incumbent + self.margin:
+        if candidate <= incumbent or candidate < incumbent + self.margin:
             return say(False, f"candidate {candidate:.2f} does not beat incumbent {incumbent:.2f} by {self.margin:g}")
         if now_s - self._last_publish_s < self.min_interval_s:
             return say(False, f"published less than {self.min_interval_s:g} s ago")

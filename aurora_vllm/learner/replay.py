@@ -15,7 +15,13 @@ RECENT_AT_LEAST = 8  # trajectories that count as the recent past in any case
 @dataclass(eq=False)
 class _Held:
     trajectory: Trajectory
+    due: float = 0.0  # times it is to be handed out
     uses: int = 0
+
+    @property
+    def owed(self) -> float:
+        """Rows to be handed out yet, those of all passes together."""
+        return max(0.0, self.due - self.uses) * len(self.trajectory.token_ids)
 
 
 class Replay:
@@ -30,6 +36,12 @@ class Replay:
         max_bytes: of all tensors of all trajectories held; the oldest go first.
         recent: share of repeated samples drawn from the newest quarter of the window.
         seed: of the draws.
+
+    Attributes:
+        nbytes, tokens: held now, tokens being rows.
+        evicted: trajectories that had to make room.
+        missed: rows that left, for whatever reason, before they were handed out as often as they were due; a row
+            counts once for each time.
     """
 
     def __init__(self, max_bytes: int, recent: float = 0.5, seed: int = 0) -> None:
@@ -40,6 +52,7 @@ class Replay:
         self.nbytes = 0
         self.tokens = 0
         self.evicted = 0
+        self.missed = 0.0
 
     def __len__(self) -> int:
         return len(self._window)
@@ -53,16 +66,32 @@ class Replay:
         """How often a trajectory of the window was sampled, on average."""
         return sum(held.uses for held in self._window) / len(self._window) if self._window else 0.0
 
-    def add(self, trajectory: Trajectory) -> bool:
-        """Put in the newest. False, and nothing changes, where it alone is over the budget."""
+    def add(self, trajectory: Trajectory, due: float = 0.0) -> bool:
+        """Put in the newest. False, and nothing changes, where it alone is over the budget.
+
+        Args:
+            due: times it is to be handed out. Only what is missed depends on it.
+        """
         if trajectory.nbytes > self._max_bytes:
             return False
-        self._window.append(_Held(trajectory))
+        self._window.append(_Held(trajectory, due))
         self._account(trajectory, 1)
         while self.nbytes > self._max_bytes:
-            self._account(self._window.popleft().trajectory, -1)
+            self._leaves(self._window.popleft())
             self.evicted += 1
         return True
+
+    def make_due(self, tokens: int, due: float) -> float:
+        """Let the newest, of about so many rows together, be due where they are not. Rows to be handed out for it."""
+        owed = 0.0
+        for held in reversed(self._window):
+            if tokens <= 0:
+                break
+            tokens -= len(held.trajectory.token_ids)
+            if not held.due:
+                held.due = due
+                owed += held.owed
+        return owed
 
     def sample(self, tokens: int) -> list[Trajectory]:
         """Distinct trajectories of about ``tokens`` rows together: at least one, more only as long as they fit.
@@ -95,8 +124,12 @@ class Replay:
         gone = {id(one) for one in trajectories}
         for held in self._window:
             if id(held.trajectory) in gone:
-                self._account(held.trajectory, -1)
+                self._leaves(held)
         self._window = deque(held for held in self._window if id(held.trajectory) not in gone)
+
+    def _leaves(self, held: _Held) -> None:
+        self._account(held.trajectory, -1)
+        self.missed += held.owed
 
     def _account(self, trajectory: Trajectory, sign: int) -> None:
         self.nbytes += sign * trajectory.nbytes

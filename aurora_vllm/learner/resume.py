@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,9 +64,9 @@ class Keeper:
         self._saved = state
         block.checkpoint, block.checkpoints = path.name, block.checkpoints + 1
 
-    def _state(self) -> tuple[int, int, bool]:
-        learner = self._learner
-        return learner.version, learner.curriculum.trainer.steps, learner.candidate_is_ahead
+    def _state(self) -> tuple[int, int, int | None, bool]:
+        learner, trainer = self._learner, self._learner.curriculum.trainer
+        return learner.version, trainer.steps, trainer.refining_since, learner.candidate_is_ahead
 
     def _go_on(self, session: Session) -> str:
         """Take up what was saved of the version that is served. What was done, in words; empty where there is nothing.
@@ -87,6 +88,23 @@ class Keeper:
             return f"training starts anew from the published draft: {error}"
         self._carried = saved.facts["statistics"]
         return f"goes on from {saved.directory.name}, step {learner.curriculum.trainer.steps}"
+
+
+def is_taught(resumed: Path | None) -> bool:
+    """Whether a draft to go on from is worth keeping; one that was saved before its first lesson or step is not.
+
+    What cannot be read may have learned anything.
+    """
+    if resumed is None:
+        return False
+    try:
+        return _has_learned(Checkpoint.read(resumed).facts["statistics"])
+    except (AuroraError, KeyError):
+        return True
+
+
+def _has_learned(statistics: Mapping[str, Any]) -> bool:
+    return bool(statistics["steps"]) or statistics["refining_since"] is not None
 
 
 def state_of(learner: Learner, carried: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -135,7 +153,7 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     if tensors[COUNTS].shape != curriculum.coverage.counts.shape:
         raise ValueError(f"{saved.directory} counts another vocabulary")
     curriculum.trainer.load_state_tensors(optimizer, int(statistics["steps"]), statistics["refining_since"])
-    if statistics["steps"] or statistics["refining_since"] is not None:
+    if _has_learned(statistics):
         curriculum.skip_lessons()  # they begin from the day-0 draft, and would overwrite what came after it
     curriculum.go_on(candidate)
     curriculum.coverage.counts.copy_(tensors[COUNTS])

@@ -103,6 +103,7 @@ class Sleep:
 
     def _wake(self, why: str) -> None:
         self._watch = None
+        self._learner.evidence.restart()  # of other traffic; nothing was added while asleep
         self._learner.curriculum.owe(NEW_TOKENS)
         self._learner.control.learner.asleep = False
         self._say(why)

@@ -37,7 +37,6 @@ class Branch:
     position: int  # of the first rejected row; its parent is the path's row at position - 1
     accepted: int  # drafts of the same verification that were accepted before it
     token_ids: torch.Tensor  # int64 [R]
-    aux: torch.Tensor  # [R, num_aux * H]
     last: torch.Tensor  # [R, H]
 
 
@@ -67,9 +66,17 @@ class Trajectory:
         return self.token_ids[len(self.token_ids) - self.response_tokens :]
 
     @property
+    def is_finite(self) -> bool:
+        """Whether all states of the path are. One that is not spoils whatever is learned with it."""
+        return all(bool(torch.isfinite(states).all()) for states in (self.aux, self.last))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of every tensor it holds."""
-        parts = [(self.token_ids, self.aux, self.last), *((b.token_ids, b.aux, b.last) for b in self.branches)]
+        parts: list[tuple[torch.Tensor, ...]] = [
+            (self.token_ids, self.aux, self.last),
+            *((b.token_ids, b.last) for b in self.branches),
+        ]
         return sum(tensor.nbytes for part in parts for tensor in part)
 
 
@@ -98,6 +105,7 @@ class Assembler:
         max_tokens: a longer path is cut into pieces of this many rows, each a trajectory.
         max_open: requests that may be open; the one that was silent longest is discarded when there are more.
         max_open_bytes: bytes of rows held for open requests, same rule.
+        branches: keep rejected branches: nearly half of all rows, of use to the discard term alone.
 
     Attributes:
         discarded: trajectories given up, by reason.
@@ -105,12 +113,18 @@ class Assembler:
     """
 
     def __init__(
-        self, layout: RowLayout, max_tokens: int = 2048, max_open: int = 1024, max_open_bytes: int = 1 << 30
+        self,
+        layout: RowLayout,
+        max_tokens: int = 2048,
+        max_open: int = 1024,
+        max_open_bytes: int = 1 << 30,
+        branches: bool = True,
     ) -> None:
         self._layout = layout
         self._max_tokens = max(max_tokens, MIN_ROWS)
         self._max_open = max_open
         self._max_open_bytes = max_open_bytes
+        self._branches = branches
         self._open: OrderedDict[int, _Open] = OrderedDict()  # least recently heard of first
         self._given_up: OrderedDict[int, None] = OrderedDict()  # requests whose further rows mean nothing
         self.discarded: Counter[str] = Counter()
@@ -187,7 +201,7 @@ class Assembler:
     def _branch(self, request: int, rows: torch.Tensor, head: np.ndarray) -> None:
         """Rejected rows of one step, contiguous in position; those of a step may arrive in two pieces."""
         path = self._open.get(request)
-        if path is None:
+        if path is None or not self._branches:
             return
         step, position = int(head[Field.STEP]), int(head[Field.POSITION])
         if path.branch_end == (step, position) and path.branches:
@@ -237,24 +251,25 @@ class Assembler:
                         position=position,
                         accepted=int(at[0, Field.DRAFT_INDEX]),  # the first rejected draft's index is their number
                         token_ids=at[:, Field.TOKEN].long(),
-                        aux=layout.aux(branch).clone(),
                         last=layout.last(branch).clone(),
                     )
                 )
-        return [
-            Trajectory(
-                request=request,
-                start=path.start,
-                token_ids=meta[:, Field.TOKEN].long(),
-                aux=layout.aux(rows).clone(),
-                last=layout.last(rows).clone(),
-                prompt_length=path.prompt_length,
-                draft_version=int(meta[-1, Field.DRAFT_VERSION]),
-                temperature=int(meta[-1, Field.TEMPERATURE_MILLI]) / 1000,
-                next_token=int(emitted[-1]),
-                branches=branches,
-            )
-        ]
+        found = Trajectory(
+            request=request,
+            start=path.start,
+            token_ids=meta[:, Field.TOKEN].long(),
+            aux=layout.aux(rows).clone(),
+            last=layout.last(rows).clone(),
+            prompt_length=path.prompt_length,
+            draft_version=int(meta[-1, Field.DRAFT_VERSION]),
+            temperature=int(meta[-1, Field.TEMPERATURE_MILLI]) / 1000,
+            next_token=int(emitted[-1]),
+            branches=branches,
+        )
+        if not found.is_finite:
+            self.discarded["not finite"] += 1
+            return []
+        return [found]
 
     def _account(self, path: _Open, nbytes: int) -> None:
         path.nbytes += nbytes

@@ -108,7 +108,6 @@ def _unroll(
     draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int, dtype: torch.dtype
 ) -> Unrolled:
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
-    dim = config.head_dim
     # Cut and cast once, not once a step: autocast caches whole parameters only, and a step's gradient of a part would
     # be padded to the whole.
     halves = [p.weight.to(dtype).split(config.hidden_size, 1) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
@@ -116,15 +115,6 @@ def _unroll(
 
     def pick(x: torch.Tensor) -> torch.Tensor:  # [S, ...] -> [A, ...]
         return x if plan.active is None else x[plan.active]
-
-    def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, dim))
-
-    def keys(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return rotate(attn.k_norm(heads(x).float()) if config.qk_norm else heads(x), cos, sin)
-
-    def queries(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return rotate(attn.q_norm(heads(x).float()) if config.qk_norm else heads(x), cos, sin)
 
     # The token at t+1; behind the last column token 0, as the release pads.
     ids = F.pad(batch.input_ids, (0, 1))[plan.sequence, plan.row + 1]
@@ -147,18 +137,18 @@ def _unroll(
         normed = layer.hidden_norm(hidden)
         if step == 0:
             cos, sin = cos_sin(positions, draft.frequencies)
-            key = keys(token_k + F.linear(normed, k_hidden), cos, sin)
-            value = heads(token_v + F.linear(normed, v_hidden))
+            key = rotated_keys(draft, token_k + F.linear(normed, k_hidden), cos, sin)
+            value = split_heads(draft, token_v + F.linear(normed, v_hidden))
             hidden, normed, cos, sin = pick(hidden), pick(normed), pick(cos), pick(sin)
             query = token_q
         else:
             # Past the last target row nothing counts any more: such rows read the last token again, to stay in bounds.
             shifted = torch.minimum(active + step, plan.last_of_segment)  # [A] into S
             cos, sin = cos_sin(positions[active] + step, draft.frequencies)
-            own_keys.append(keys(token_k[shifted] + F.linear(normed, k_hidden), cos, sin))
-            own_values.append(heads(token_v[shifted] + F.linear(normed, v_hidden)))
+            own_keys.append(rotated_keys(draft, token_k[shifted] + F.linear(normed, k_hidden), cos, sin))
+            own_values.append(split_heads(draft, token_v[shifted] + F.linear(normed, v_hidden)))
             query = token_q[shifted - query_offset]
-        query = queries(query + F.linear(normed, q_hidden), cos, sin)
+        query = rotated_queries(draft, query + F.linear(normed, q_hidden), cos, sin)
         attended = ttt_attention(query, key, value, own_keys, own_values, plan.segments, dtype)
         output = draft.finish(attended, normed if config.norm_before_residual else hidden)
         outputs.append(output)
@@ -170,6 +160,28 @@ def _unroll(
 def linear_layers_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """A context in which linear layers multiply in bfloat16, if that is the dtype."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def split_heads(draft: Eagle3Draft, x: torch.Tensor) -> torch.Tensor:
+    """[N, heads * D] -> [N, heads, D]"""
+    return x.unflatten(-1, (-1, draft.config.head_dim))
+
+
+def rotated_keys(draft: Eagle3Draft, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Keys as attention reads them, in heads: normed where the draft's layer does so, then turned to their positions.
+
+    Args:
+        x: what ``k_proj`` gives, [N, kv_heads * D].
+        cos, sin: of the positions.
+    """
+    keys = split_heads(draft, x)
+    return rotate(draft.midlayer.self_attn.k_norm(keys.float()) if draft.config.qk_norm else keys, cos, sin)
+
+
+def rotated_queries(draft: Eagle3Draft, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same of queries."""
+    queries = split_heads(draft, x)
+    return rotate(draft.midlayer.self_attn.q_norm(queries.float()) if draft.config.qk_norm else queries, cos, sin)
 
 
 def embed(draft: Eagle3Draft, head: TargetHead, ids: torch.Tensor) -> torch.Tensor:

@@ -134,7 +134,7 @@ class SglangApi:
 
         session = self._session
         bank = WeightBank.attach(Segment.attach(session.bank))
-        version = max(CHECKPOINT_VERSION, bank.published(), self._control.worker.live_version) + 1
+        version = max(CHECKPOINT_VERSION, bank.newest(), self._control.worker.live_version) + 1
         try:
             running = load_draft(session.draft)
             publish_from_disk(bank, version, directory, running, lambda: load_target_head(session.target).embed_tokens)

@@ -7,17 +7,26 @@ import threading
 import time
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from aurora_vllm.spec_decode.swap import LiveDraft, StagedWeights, SwapRefused
-from aurora_vllm.transport.bank import TornPublish, WeightBank
+from aurora_vllm.transport.bank import Publication, TornPublish, WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.placement import CPU
 
 logger = logging.getLogger("vllm.aurora")
 
 POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A version that waits for the next boundary, and where it was read."""
+
+    weights: StagedWeights
+    publication: Publication
 
 
 class Stager:
@@ -37,7 +46,7 @@ class Stager:
         self._stream: torch.cuda.Stream | None = None
         self._worker, self._scheduler = control.worker, control.scheduler
         self._seen = 0  # newest version looked at, taken or refused
-        self._ready: deque[StagedWeights] = deque(maxlen=1)  # for the next boundary; appending and taking are atomic
+        self._ready: deque[_Ready] = deque(maxlen=1)  # for the next boundary; appending and taking are atomic
         self._previous: StagedWeights | None = None
         self._stop = threading.Event()
         self._hold()
@@ -51,14 +60,25 @@ class Stager:
         """
         if condemned := self._scheduler.roll_back_version:
             self._undo(condemned)
-        if (staged := self._take()) is not None:
-            self._go_live(staged)
+        if (ready := self._take()) is not None and self._claim(ready):
+            self._go_live(ready.weights)
 
-    def _take(self) -> StagedWeights | None:
+    def _take(self) -> _Ready | None:
         try:
             return self._ready.pop()
         except IndexError:
             return None
+
+    def _claim(self, ready: _Ready) -> bool:
+        """Have the bank keep what is about to go live: after a rollback of its successor the learner reads it there.
+
+        False where a newer publish has taken the slot meanwhile; that one will be staged in its turn.
+        """
+        self.bank.hold(live=ready.weights.version, previous=int(self._worker.live_version))
+        if ready.publication.still_valid():
+            return True
+        self._hold()
+        return False
 
     def _go_live(self, staged: StagedWeights) -> None:
         started = time.perf_counter_ns()
@@ -117,13 +137,13 @@ class Stager:
                 logger.exception("aurora: staging version %d failed", version)
                 self._refuse(version, f"{type(error).__name__}: {error}")
 
-    def _stage(self, version: int) -> StagedWeights:
+    def _stage(self, version: int) -> _Ready:
         with self._own_stream():
             publication = self.bank.read(version)
             staged = self.draft.stage(version, publication.tensors)
         if not publication.still_valid():
             raise TornPublish(f"version {version} changed while it was being read")
-        return staged
+        return _Ready(staged, publication)
 
     def _own_stream(self) -> AbstractContextManager[object]:
         """For what this thread copies on a GPU: on the stream that is current otherwise, the model's next step would

@@ -145,7 +145,7 @@ class WeightBank:
         it has not taken yet is the one overwritten.
 
         Args:
-            version: larger than every published one.
+            version: larger than every one there is, see :meth:`newest`.
             tensors: exactly the names of `specs`, each of its shape and dtype, on any device.
             evidence: why this version is better; JSON, at most 16 KiB.
 
@@ -155,8 +155,8 @@ class WeightBank:
         encoded = json.dumps(evidence).encode()
         if len(encoded) > EVIDENCE_BYTES:
             raise ValueError(f"evidence of {len(encoded)} bytes, at most {EVIDENCE_BYTES} fit")
-        if version <= self.published():
-            raise ValueError(f"version {version} is not newer than the published {self.published()}")
+        if version <= self.newest():
+            raise ValueError(f"version {version} is not newer than {self.newest()}, which the bank holds")
         self._check(tensors)
         slot = self._claim_slot()
         with torch.no_grad():
@@ -171,6 +171,11 @@ class WeightBank:
         self._set_slot_word(slot, _SEQUENCE, self._slot_word(slot, _SEQUENCE) + 1)  # even again
         fence()
         self._words[_PUBLISHED] = version
+
+    def newest(self) -> int:
+        """The highest version a slot is marked with; 0 for none. A writer killed before it said so left it unpublished:
+        two slots of one number would be mistaken for each other."""
+        return max(self.published(), *(self._slot_word(i, _VERSION) for i in range(SLOTS)))
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         expected = {spec.name for spec in self.specs}

@@ -161,7 +161,6 @@ def with_branches(sizes: Sizes, seed: int, **options: Any) -> Case:
                 position=sizes.start + int(rng.integers(1, length + 1)),
                 accepted=int(rng.integers(0, 4)),
                 token_ids=torch.from_numpy(rng.integers(0, sizes.vocab, rows)),
-                aux=torch.zeros(rows, 3 * sizes.hidden),
                 last=torch.from_numpy(rng.normal(size=(rows, sizes.hidden))).float(),
             )
             for rows in rng.integers(1, 5, rng.integers(0, 4))

@@ -105,6 +105,20 @@ def test_held_versions_are_never_overwritten(adopts: list[str]) -> None:
                     assert views[held].still_valid()
 
 
+def test_a_version_whose_publish_was_not_said_is_not_taken_again(segment: Segment) -> None:
+    """Two slots of one number would be mistaken for each other."""
+    bank = WeightBank.attach(segment)
+    assert bank.newest() == 0
+    for version in (2, 3, 4):
+        publish(bank, version)
+    bank._words[8] = 3  # as where its writer was killed after the slot's last word
+    assert (bank.published(), bank.newest()) == (3, 4)
+    with pytest.raises(ValueError, match="not newer than 4"):
+        publish(bank, 4)
+    publish(bank, 5)
+    check(bank.read(5))
+
+
 def test_an_untaken_version_gives_way_to_a_newer_one_and_its_reader_notices(segment: Segment) -> None:
     learner, worker = WeightBank.attach(segment), WeightBank.attach(Segment.attach(segment.name))
     for version in (2, 3):

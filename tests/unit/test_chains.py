@@ -25,15 +25,18 @@ def path_as_branch(batch: Batch, row: int, accepted: int, rows: int) -> Branch:
     """The path's own rows from ``row`` on, as if they had been rejected."""
     taken = slice(row, row + rows)
     position = int(batch.positions[0, row])
-    return Branch(position, accepted, batch.input_ids[0, taken], batch.aux[0, taken], batch.last[0, taken])
+    return Branch(position, accepted, batch.input_ids[0, taken], batch.last[0, taken])
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLMEagle3", "Eagle3Qwen3ForCausalLM"])
 @pytest.mark.parametrize("start", [0, 13])
 @pytest.mark.parametrize("accepted", [0, 1, 2])
-def test_a_branch_of_the_paths_own_tokens_costs_what_the_path_does(accepted: int, start: int) -> None:
+def test_a_branch_of_the_paths_own_tokens_costs_what_the_path_does(
+    accepted: int, start: int, architecture: str
+) -> None:
     """Branch row n behind ``accepted`` drafts is path row P+n at step accepted+1+n: same loss, same gradient."""
     sizes, row, rows = Sizes([12], [2], vocab=11, draft_vocab=11, ttt=5, start=start), 6, 4
-    draft, head, batch = random_case(sizes, 3)
+    draft, head, batch = random_case(sizes, 3, architectures=[architecture])
     batch.branches = [[path_as_branch(batch, row, accepted, rows)]]
     nothing = replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
     found = ttt_loss(draft, head, nothing, 5, objective=Objective("forward", 1.0, 0))
@@ -62,14 +65,14 @@ def test_a_chain_begins_where_the_servers_drafts_did() -> None:
     certain, root = 7, 6  # the verification's last certain row; drafts were made behind the row before it
     drafts: list[int] = []
     for step in range(4):  # the sequence as the draft believed it, one token longer at each step
-        believed = Branch(certain + 1, 0, torch.tensor([*drafts, 0]), batch.aux[0, :0], torch.zeros(step + 1, 6))
+        believed = Branch(certain + 1, 0, torch.tensor([*drafts, 0]), torch.zeros(step + 1, 6))
         choices = draft_choices(draft, head, spliced(batch, 0, believed), 4, torch.ones(1, certain + 2 + step) > 0)
         drafts.append(int(choices[step, 0, root]))
     assert drafts[0] == int(draft_choices(draft, head, batch, 1, batch.attention_mask)[0, 0, root])
     # A target that is certain of each draft's successor: only a draft state that proposed just that costs nothing.
     head.lm_head = torch.nn.functional.normalize(head.lm_head, dim=-1)
     last = 60 * head.lm_head[drafts[1:]]
-    batch.branches = [[Branch(certain + 1, 0, torch.tensor(drafts[:3]), batch.aux[0, :3], last)]]
+    batch.branches = [[Branch(certain + 1, 0, torch.tensor(drafts[:3]), last)]]
     chains = find_chains(batch, 4)
     assert (int(chains.root), int(chains.leaves), chains.tokens.tolist()) == (root, 1, [[0, *drafts[:3]]])
     with torch.no_grad():
@@ -107,10 +110,10 @@ def test_from_the_rows_of_a_step_to_the_chain_that_made_its_drafts(seed: int, st
 
 def test_what_no_chain_reaches_is_left_out() -> None:
     draft, head, batch = with_branches(Sizes([9], [2], start=5, ttt=3), 0)
-    tokens, aux, last = torch.tensor([1, 2, 3]), torch.zeros(3, 18), torch.randn(3, 6)
+    tokens, last = torch.tensor([1, 2, 3]), torch.randn(3, 6)
 
     def rows(position: int, accepted: int, n: int = 3) -> list[int]:
-        batch.branches = [[Branch(position, accepted, tokens[:n], aux[:n], last[:n])]]
+        batch.branches = [[Branch(position, accepted, tokens[:n], last[:n])]]
         return find_chains(batch, 3).step.tolist()
 
     assert rows(7, 0) == [1, 2]  # root is row 0

@@ -154,6 +154,18 @@ def test_other_runs_are_left_alone_and_resumed_ones_are_not(tmp_path: Path) -> N
     assert assert_whole(tmp_path) == [4, 5, 8, 9]
 
 
+def test_two_that_go_on_from_one_checkpoint_keep_their_own(tmp_path: Path) -> None:
+    make(tmp_path, "first").save(*state(1))
+    resumed = tmp_path / "checkpoint-000001"
+    one, other = make(tmp_path, "one", resumed), make(tmp_path, "other", resumed)
+    for number in (2, 4, 6):
+        one.save(*state(number))
+        other.save(*state(number + 1))
+    assert assert_whole(tmp_path) == [1, 4, 5, 6, 7]
+    make(tmp_path, "heir", tmp_path / "checkpoint-000006").save(*state(8))
+    assert assert_whole(tmp_path) == [5, 6, 7, 8]  # the first one's goes, and what its own line wrote
+
+
 def test_a_run_finds_its_own(tmp_path: Path) -> None:
     made = make(tmp_path, "mine")
     assert made.newest_of_run() is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner import curriculum as module
 from aurora_vllm.learner.curriculum import Curriculum
+from aurora_vllm.learner.loss import LossOutput
 from aurora_vllm.learner.replay import Replay
+from aurora_vllm.learner.trajectory import Trajectory
 from tests.unit.test_lesson import acceptance, day0_draft, linear_world
 
 
@@ -81,6 +85,62 @@ def test_the_last_lesson_is_what_the_replay_holds(small_lessons: None, tmp_path:
     assert not curriculum.has_lessons_to_learn
 
 
+def test_a_lesson_that_fails_is_passed_over(
+    small_lessons: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
+    assert curriculum.teacher is not None
+    learn, begun = curriculum.teacher.run, []
+
+    def fail_once(trajectories: list[Trajectory]) -> Iterator[None]:
+        begun.append(len(trajectories))
+        yield
+        if len(begun) == 1:
+            raise torch.linalg.LinAlgError("not positive-definite")
+        yield from learn(trajectories)
+
+    monkeypatch.setattr(curriculum.teacher, "run", fail_once)
+    fc, faults = draft.fc.weight.detach().clone(), []
+    for i, one in enumerate(linear_world(head, draft.norm.weight.detach().clone(), 40, 30)):
+        curriculum.add(one)
+        while what := curriculum.next():
+            is_another = curriculum.work()
+            assert not (what == "first lesson" and is_another)
+            if curriculum.fault:
+                faults.append((i, curriculum.fault))
+                assert torch.equal(draft.fc.weight, fc) and curriculum.next() == "training"
+                assert curriculum.trainer.refining_since is None
+    assert begun == [12, 30]  # not the same again
+    assert faults == [(11, "LinAlgError in a lesson: learning goes on without it")]
+    assert curriculum.trainer.refining_since is not None and not curriculum.has_lessons_to_learn
+
+
+def test_a_lesson_from_nothing_is_none(small_lessons: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST_LESSON_ROWS", 20)  # less than the newest trajectory has
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
+    for one in linear_world(head, draft.norm.weight.detach().clone(), 12, 30):
+        curriculum.add(one)
+    assert curriculum.next() == "first lesson"
+    assert not curriculum.work()
+    assert "nothing to learn" in curriculum.fault and curriculum.trainer.refining_since is None
+    assert curriculum.next() == "training"
+
+
+def test_a_replay_too_small_for_a_lessons_requests_gives_one_all_the_same(small_lessons: None, tmp_path: Path) -> None:
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(), tmp_path, worth_keeping=False)
+    traffic = linear_world(head, draft.norm.weight.detach().clone(), 6, 60)
+    curriculum.replay = Replay(4 * traffic[0].nbytes)
+    done: list[tuple[int, str]] = []
+    for i, one in enumerate(traffic):
+        curriculum.add(one)
+        done += [(i, what) for what in do_all(curriculum)]
+    assert {i for i, what in done if what == "first lesson"} == {4}  # the first was pushed out
+    assert "training" in {what for _, what in done}
+
+
 def test_a_trained_draft_gets_no_lesson_and_gentle_steps(small_lessons: None, tmp_path: Path) -> None:
     draft, head = day0_draft()
     curriculum = Curriculum(draft, head, settings(batch_tokens=30), tmp_path, worth_keeping=True)
@@ -99,3 +159,52 @@ def test_steps_stop_after_the_passes_they_were_given(tmp_path: Path) -> None:
         curriculum.add(one)
     assert len(do_all(curriculum)) == 3 * 4 and curriculum.next() == ""
     assert curriculum.replay.mean_uses() == 3.0
+
+
+def small_replay(tmp_path: Path, held: int, passes: float) -> tuple[Curriculum, list[Trajectory]]:
+    """A curriculum whose replay holds so many requests, and twenty times as many."""
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(replay_passes=passes, batch_tokens=60), tmp_path, worth_keeping=True)
+    traffic = linear_world(head, draft.norm.weight.detach().clone(), 20 * held, 30)
+    curriculum.replay = Replay(held * traffic[0].nbytes)
+    stub = LossOutput(*[torch.zeros(1)] * 7)
+    curriculum.trainer.step = lambda batch: stub  # type: ignore[method-assign]
+    return curriculum, traffic
+
+
+def test_what_was_pushed_out_is_owed_no_more(tmp_path: Path) -> None:
+    curriculum, traffic = small_replay(tmp_path, 5, 3.0)
+    for i, one in enumerate(traffic):
+        curriculum.add(one, owed=i < 60)  # asleep from then on
+        if i % 10 == 0:
+            curriculum.work()  # a busy day
+        if i == 59:
+            busy = curriculum.tokens_trained
+            assert 0 < curriculum._owed <= 3 * curriculum.replay.tokens
+    assert curriculum.next() == "" and curriculum.tokens_trained <= busy + 2 * 60
+    curriculum.owe(70)  # it wakes
+    before = curriculum.tokens_trained
+    do_all(curriculum)
+    assert curriculum.tokens_trained - before in (3 * 90, 3 * 90 + 30)
+
+
+def test_who_keeps_up_gives_all_passes_though_the_replay_is_small(tmp_path: Path) -> None:
+    curriculum, traffic = small_replay(tmp_path, 5, 3.0)
+    for one in traffic:
+        curriculum.add(one)
+        do_all(curriculum)
+    assert 0 <= curriculum.tokens_trained - 3 * curriculum.tokens_seen < 60
+
+
+def test_a_batch_without_a_row_to_learn_from_moves_nothing(tmp_path: Path) -> None:
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(batch_tokens=30), tmp_path, worth_keeping=True)
+    one, two = linear_world(head, draft.norm.weight.detach().clone(), 2, 30)
+    curriculum.add(one)
+    do_all(curriculum)
+    assert curriculum.loss > 0 and not torch.equal(curriculum.trainer.draft.lm_head.weight, draft.lm_head.weight)
+    before, loss = draft.lm_head.weight.detach().clone(), curriculum.loss
+    curriculum.replay.remove([one])
+    curriculum.add(replace(two, prompt_length=40))
+    assert do_all(curriculum) == ["training"] and curriculum.trainer.empty == 1
+    assert torch.equal(draft.lm_head.weight, before) and curriculum.loss == loss

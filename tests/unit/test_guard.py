@@ -106,6 +106,7 @@ def test_the_scheduler_measures_and_says_so(tmp_path: Path, monkeypatch: pytest.
         with session(World(), tmp_path, learner_slowdown=limit, speculate="never") as (current, _):
             advisor = DraftLengthAdvisor(current, 2)
             control = advisor._control
+            control.learner.pid = control.server.learner_pid = 7
             assert control.scheduler.learner_share == 1.0
             for i in range(2 * guard.WINDOW):
                 working = i % 5 == 0

@@ -55,7 +55,7 @@ def steps_on(where: torch.device, direction: str) -> list[float]:
     """What three optimizer steps on two trajectories, one with a branch, and a simulation come to."""
     world = World()
     one, other = trajectory(world), trajectory(world, 7)
-    one.branches.append(Branch(8, 0, torch.tensor([3, 5]), one.aux[:2].clone(), one.last[:2].clone()))
+    one.branches.append(Branch(8, 0, torch.tensor([3, 5]), one.last[:2].clone()))
     draft = World(1).draft().to(where)
     head = TargetHead(world.embedding, world.lm_head).to(where)
     objective = Objective(direction, 0.5)  # type: ignore[arg-type]

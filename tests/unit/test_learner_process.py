@@ -10,10 +10,11 @@ import torch
 
 from aurora_vllm.learner import curriculum, process
 from aurora_vllm.learner.batch import collate
-from aurora_vllm.learner.evaluate import simulate
+from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.process import SCORE_BACKLOG, Learner
 from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.session import ENVIRONMENT_KEY
+from aurora_vllm.transport.rows import Field, RowFlag
 from tests.unit.tiny_world import LAYOUT, World, assert_same, send, serve, session, trajectory, weights
 
 pytestmark = pytest.mark.usefixtures("same_every_time")
@@ -114,10 +115,9 @@ def test_a_step_that_is_not_finite_is_dropped_and_said(tmp_path: Path) -> None:
         learner = Learner(shared)
         serve(world, learner, producer, range(4))
         before, steps = weights(learner.candidate), learner.curriculum.trainer.steps
-        bad = world.rows(4)
-        LAYOUT.aux(bad)[5:9] = torch.nan
-        send(producer, bad)
-        learner.turn()
+        bad = trajectory(world, 4)
+        bad.aux[5:9] = torch.nan
+        learner.remember(bad)
         learner.turn()
         assert_same(weights(learner.candidate), before)
         assert learner.curriculum.trainer.steps == steps
@@ -127,6 +127,48 @@ def test_a_step_that_is_not_finite_is_dropped_and_said(tmp_path: Path) -> None:
         assert all(one.trajectory.request != 4 for one in learner.curriculum.replay._window)
         serve(world, learner, producer, range(5, 8))
         assert learner.curriculum.trainer.steps > steps
+
+
+def test_states_that_are_not_finite_never_come_to_be_learned_from(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+        bad = world.rows(0)
+        LAYOUT.aux(bad)[5:9] = torch.nan
+        send(producer, bad)
+        serve(world, learner, producer, range(1, 2))
+        assert [one.trajectory.request for one in learner.curriculum.replay._window] == [1]
+        learner._show_discarded()
+        assert learner.control.learner.trajectories_discarded == 1
+
+
+def test_a_lesson_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    with session(world, tmp_path) as (shared, _):
+        learner = Learner(shared)
+
+        def fail() -> bool:
+            learner.curriculum.fault = "a lesson failed"
+            return False
+
+        monkeypatch.setattr(learner.curriculum, "next", lambda: "lesson")
+        monkeypatch.setattr(learner.curriculum, "work", fail)
+        assert learner.turn()
+        assert learner.control.learner.message == "a lesson failed" and not learner.candidate_is_ahead
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_rejected_rows_are_kept_for_the_discard_term_alone(tmp_path: Path, weight: float) -> None:
+    world = World()
+    with session(world, tmp_path, discard_weight=weight) as (shared, producer):
+        learner = Learner(shared)
+        rows = world.rows(0)
+        wrong = rows[10:11].clone()
+        LAYOUT.meta(wrong)[0, Field.FLAGS] = int(RowFlag.REJECTED)
+        send(producer, torch.cat([rows[:10], wrong, rows[10:]]))
+        learner.turn()
+        (held,) = learner.curriculum.replay._window
+        assert len(held.trajectory.branches) == int(weight > 0)
 
 
 def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
@@ -139,7 +181,11 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
         with torch.no_grad():
             learner.candidate.fc.weight[0, 0] = torch.nan
         learner.candidate_is_ahead, learner.sync = True, type(learner.sync)("steps", 0)
+        learner.evidence.add(Score(50, (0, 0)), Score(50, (9, 0)))
+        restarted: list[str] = []
+        learner.sleep.restart = restarted.append  # type: ignore[method-assign]
         learner._maybe_publish()
+        assert learner.evidence.verdict(0.0).tokens == 0 and restarted == ["the candidate was not finite"]
         assert learner.bank.published() == published
         assert "fc.weight is not finite" in learner.control.learner.message
         assert_same(weights(learner.candidate), good)
@@ -187,3 +233,15 @@ def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: An
     monkeypatch.delenv(ENVIRONMENT_KEY, raising=False)
     assert process.main() == 2
     assert "started by the server" in capsys.readouterr().err
+
+
+def test_the_number_of_a_publish_that_was_not_finished_is_not_taken_again(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path, sync="steps", sync_interval=1) as (shared, producer):
+        first = Learner(shared)
+        serve(world, first, producer, range(1))
+        published = first.bank.published()
+        first.bank._words[8] = published - 1  # as where it was killed before it said so
+        second = Learner(shared)
+        serve(world, second, producer, range(1, 2))
+        assert second.bank.published() == second.version == published + 1

@@ -89,6 +89,46 @@ def test_what_is_linear_is_learned_in_one_lesson() -> None:
     assert before < 1.3 and after > 1.8
 
 
+@pytest.mark.parametrize("below", [0.0, 99.0])
+def test_attention_sinks_spoil_no_lesson(monkeypatch: pytest.MonkeyPatch, below: float) -> None:
+    """Where a sequence begins a target's states are hundreds of times as large, the same in every one."""
+    monkeypatch.setattr(lesson, "DUAL_BELOW", below)
+    draft, head = day0_draft()
+    norm = draft.norm.weight.detach().clone()
+    sink = 600 * torch.randn(3 * HIDDEN, generator=torch.Generator().manual_seed(3)) * HIDDEN**0.5
+    traffic, unseen = linear_world(head, norm, 200, 6), linear_world(head, norm, 8, 30, seed=77)
+    for one in traffic + unseen:
+        one.aux[0] = sink
+    teach(draft, head, traffic)
+    assert acceptance(draft, head, unseen) > 1.5
+
+
+def test_states_that_are_not_finite_are_left_out() -> None:
+    made = []
+    for broken in (False, True):
+        draft, head = day0_draft()
+        traffic = linear_world(head, draft.norm.weight.detach().clone(), 10, 20)
+        if broken:
+            traffic[3].aux[5, 7], traffic[6].last[2, 1] = torch.nan, torch.inf
+        else:
+            del traffic[6], traffic[3]
+        teach(draft, head, traffic)
+        made.append(draft.state_dict())
+    for name, weight in made[0].items():
+        assert torch.equal(weight, made[1][name]), name
+
+
+def test_a_lesson_without_a_solution_leaves_the_draft_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lesson, "_split_up", lambda *_: Solution(*[torch.full((2, 2), torch.inf)] * 4))
+    monkeypatch.setattr(Lesson, "_guesses", lambda *_: iter(()))
+    monkeypatch.setattr(Lesson, "_copying_helps", lambda *_: True)
+    draft, head = day0_draft()
+    before = copy.deepcopy(draft.state_dict())
+    with pytest.raises(RuntimeError, match="not finite"):
+        teach(draft, head, linear_world(head, draft.norm.weight.detach().clone(), 10, 20))
+    assert all(torch.equal(weight, before[name]) for name, weight in draft.state_dict().items())
+
+
 def test_both_forms_of_the_regression_make_the_same_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     made, forms = [], []
     for below, form in ((0.0, NormalEquations), (99.0, DualEquations)):

@@ -35,6 +35,23 @@ def test_a_tie_or_a_win_within_the_margin_is_not() -> None:
         assert not judge.verdict(0.0).publish
 
 
+def test_without_a_margin_a_tie_is_no_win_either() -> None:
+    for accepted, wins in ((10, False), (11, True)):
+        judge = evidence(margin=0.0)
+        judge.add(score(100, accepted), score(100, 10))
+        assert judge.verdict(0.0).publish == wins
+
+
+def test_answers_too_short_to_judge_are_no_evidence() -> None:
+    judge = evidence()
+    for _ in range(1000):
+        judge.add(score(0, 0), score(0, 0))
+    assert len(judge._pairs) == 0
+    judge.add(score(100, 50), score(100, 10))
+    judge.add(score(0, 0), score(0, 0))
+    assert len(judge._pairs) == 1 and judge.verdict(0.0).publish
+
+
 def test_not_twice_within_the_interval_and_evidence_starts_over() -> None:
     judge = evidence()
     judge.add(score(100, 50), score(100, 10))

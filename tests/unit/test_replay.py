@@ -14,13 +14,13 @@ ROW = 8 + 4 * (3 + 1)  # bytes of a row: the token id, and states of one float32
 
 
 def trajectory(rows: int, branch_rows: int = 0) -> Trajectory:
-    states = torch.zeros(max(rows, branch_rows), 3)
-    branch = Branch(1, 0, torch.zeros(branch_rows, dtype=torch.int64), states[:branch_rows], states[:branch_rows, :1])
+    states = torch.zeros(max(rows, branch_rows), 4)
+    branch = Branch(1, 0, torch.zeros(branch_rows, dtype=torch.int64), states[:branch_rows])
     return Trajectory(
         request=0,
         start=0,
         token_ids=torch.zeros(rows, dtype=torch.int64),
-        aux=states[:rows],
+        aux=states[:rows, :3],
         last=states[:rows, :1],
         prompt_length=1,
         draft_version=1,
@@ -50,18 +50,22 @@ def test_any_history_keeps_the_books(
     held: list[Trajectory] = []  # oldest first
     uses: dict[int, int] = {}
     added: list[Trajectory] = []  # keeps every one alive: an id is that of one trajectory only
-    evicted = 0
+    evicted, missed = 0, 0.0
+
+    def leaves(one: Trajectory) -> float:
+        return max(0, 2 - uses[id(one)]) * len(one.token_ids)
+
     for what, number, more in operations:
         if what == "add":
             new = trajectory(number, more)
             added.append(new)
             fits = number + more <= budget
-            assert replay.add(new) == fits
+            assert replay.add(new, due=2.0) == fits
             if fits:
                 held.append(new)
                 uses[id(new)] = 0
                 while sum(one.nbytes for one in held) > budget * ROW:  # the oldest go, and no more than must
-                    held.pop(0)
+                    missed += leaves(held.pop(0))
                     evicted += 1
         elif what == "sample":
             fresh = [one for one in reversed(held) if uses[id(one)] == 0]
@@ -72,11 +76,12 @@ def test_any_history_keeps_the_books(
         else:
             gone = held[number : number + more]
             replay.remove([*gone, trajectory(1)])  # one that is not there is no matter
+            missed += sum(leaves(one) for one in gone)
             held = [one for one in held if not any(one is other for other in gone)]
         assert len(replay) == len(held)
         assert replay.nbytes == sum(one.nbytes for one in held) <= budget * ROW
         assert replay.tokens == sum(len(one.token_ids) for one in held)
-        assert replay.evicted == evicted
+        assert (replay.evicted, replay.missed) == (evicted, missed)
         assert replay.fresh == sum(uses[id(one)] == 0 for one in held)
         assert replay.mean_uses() * len(held) == pytest.approx(sum(uses[id(one)] for one in held))
     assert {id(one) for one in replay.sample(10**9)} == {id(one) for one in held}
@@ -98,6 +103,17 @@ def test_one_that_is_over_the_budget_alone_pushes_nothing_out() -> None:
     assert replay.add(small) and not replay.add(trajectory(8, branch_rows=3))  # a branch counts
     assert replay.sample(1) == [small] and replay.evicted == 0
     assert replay.add(trajectory(8, branch_rows=2)) and replay.evicted == 1
+
+
+def test_what_was_not_due_becomes_so_newest_first() -> None:
+    replay = Replay(100 * ROW)
+    for due in (3.0, 0.0, 0.0, 0.0, 3.0):
+        replay.add(trajectory(4), due)
+    assert replay.make_due(9, 2.0) == 2 * 2 * 4  # the newest is due already, the third of them is begun
+    assert replay.make_due(9, 2.0) == 0
+    replay.sample(4)
+    replay.remove(one.trajectory for one in list(replay._window))
+    assert replay.missed == 3 * 4 + 0 + 2 * 2 * 4 + (3 - 1) * 4
 
 
 def test_equal_is_not_the_same() -> None:

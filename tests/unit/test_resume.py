@@ -82,14 +82,7 @@ def test_a_learner_after_a_crash_takes_up_its_predecessors_training(tmp_path: Pa
 
 
 def test_a_lesson_that_was_learned_is_kept_and_not_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DRAFT, "num_key_value_heads", 2)  # as day 0 makes a draft that is to have lessons
-    monkeypatch.setattr(curriculum, "LESSON_ROWS", (60, 10**6))
-    monkeypatch.setattr(curriculum, "LESSON_REQUESTS", 3)
-    world = World()
-    day0 = world.draft()
-    with torch.no_grad():
-        day0.fc.weight.zero_()[:, -H:] = torch.eye(H)
-    save_draft(day0, tmp_path / "day0", DRAFT)
+    world = day0_world(tmp_path, monkeypatch)
     where: dict[str, Any] = {"draft": tmp_path / "day0", "checkpoint_dir": tmp_path / "kept"}
     with session(world, tmp_path, evidence_tokens=10**6, **where) as (shared, producer):
         first = Learner(shared)
@@ -107,6 +100,45 @@ def test_a_lesson_that_was_learned_is_kept_and_not_given_again(tmp_path: Path, m
         assert second.curriculum.trainer.steps > 0
         assert torch.equal(second.candidate.fc.weight, first.candidate.fc.weight)  # refined: first lm_head alone
         assert not torch.equal(second.candidate.lm_head.weight, first.candidate.lm_head.weight)
+
+
+def day0_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """With a draft as day 0 makes it, that is to have lessons soon."""
+    monkeypatch.setitem(DRAFT, "num_key_value_heads", 2)
+    monkeypatch.setattr(curriculum, "LESSON_ROWS", (60, 10**6))
+    monkeypatch.setattr(curriculum, "LESSON_REQUESTS", 3)
+    world = World()
+    day0 = world.draft()
+    with torch.no_grad():
+        day0.fc.weight.zero_()[:, -H:] = torch.eye(H)
+    save_draft(day0, tmp_path / "day0", DRAFT)
+    return world
+
+
+def test_what_was_saved_before_the_first_lesson_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = day0_world(tmp_path, monkeypatch)
+    where: dict[str, Any] = {"draft": tmp_path / "day0", "checkpoint_dir": tmp_path / "kept"}
+    with session(world, tmp_path, **where) as (shared, producer):
+        first = Learner(shared)
+        serve(world, first, producer, range(2))
+        first.candidate_is_ahead = True  # as where another vocabulary was chosen
+        first.keeper.save(at_once=True)
+    kept = newest(tmp_path / "kept")
+    assert kept is not None
+    with session(world, tmp_path, **(where | {"draft": kept}), resume=kept) as (shared, producer):
+        second = Learner(shared)
+        assert second.control.learner.checkpoint.startswith("goes on from")
+        assert second.curriculum.awaits_first_lesson
+        for request in range(6):
+            send(producer, world.rows(request))
+        while second.curriculum.awaits_first_lesson:
+            assert second.turn()
+        assert second.curriculum.trainer.refining_since == 0
+        second.keeper.save(at_once=True)
+    taught = newest(tmp_path / "kept")
+    assert taught is not None and taught != kept
+    with session(world, tmp_path, draft=taught, resume=taught) as (shared, _):
+        assert not Learner(shared).curriculum.has_lessons_to_learn
 
 
 def test_counters_go_on_over_several_runs(tmp_path: Path) -> None:

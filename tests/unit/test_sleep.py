@@ -116,6 +116,19 @@ def test_what_was_slept_through_is_not_caught_up_on(tmp_path: Path) -> None:
         assert NEW_TOKENS - batch <= curriculum.tokens_trained - before <= NEW_TOKENS + 2 * batch < 100 * (4 + ANSWER)
 
 
+def test_a_sleepers_evidence_is_of_before_its_sleep(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+        request = fall_asleep(world, learner, producer)
+        learner.candidate_is_ahead = True
+        assert learner.evidence.verdict(0.0).tokens > 0
+        learner.curriculum.coverage.counts[words_it_may_not_say(learner)] = 0
+        world.follows = torch.randperm(V, generator=torch.Generator().manual_seed(9))
+        assert serve(world, learner, producer, range(request, request + 100)) < 100
+        assert learner.evidence.verdict(0.0).tokens == 0
+
+
 def test_it_does_not_sleep_before_its_lessons(tmp_path: Path) -> None:
     world = World()
     with session(world, tmp_path, learning_rate=1e-9) as (shared, producer):

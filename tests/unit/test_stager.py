@@ -101,6 +101,44 @@ def test_while_nothing_is_served_the_newest_version_takes_the_place_of_the_one_t
     assert world.control.worker.swaps == 1
 
 
+def test_what_the_bank_no_longer_holds_does_not_go_live(world: World) -> None:
+    """Between its staging and the step boundary a newer publish took its slot: after a rollback of that one the learner
+    would look for it in vain."""
+    for version in (2, 3):
+        world.publish(version)
+        world.step()
+    world.publish(4)
+    newer = {"w": torch.full((1,), 5.0)}
+    world.stager._stop.set()  # the watcher is slow
+    world.stager._thread.join()
+    world.bank.publish(5, newer, {})
+    assert world.step() == (3, 2, 3.0)
+    assert world.bank.held() == (3, 2) and world.control.worker.refusals == 0
+    world.stager = Stager(world.bank, world.draft, world.control)  # type: ignore[arg-type]
+    deadline = time.monotonic() + 5
+    while world.step()[0] != 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert world.bank.held() == (5, 3)
+
+
+def test_a_version_is_held_before_it_goes_live(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in (2, 3):
+        world.publish(version)
+        world.step()
+    world.publish(4)
+    exchange, held = StagedWeights.exchange, []
+
+    def watched(staged: StagedWeights) -> None:
+        held.append(world.bank.held())
+        exchange(staged)
+
+    monkeypatch.setattr(StagedWeights, "exchange", watched)
+    assert world.step() == (4, 3, 4.0)
+    assert held == [(4, 3)]
+    assert world.stager.roll_back() and world.bank.held() == (3, 4)
+
+
 def test_a_condemned_version_that_is_not_live_changes_nothing(world: World) -> None:
     world.publish(2)
     world.step()

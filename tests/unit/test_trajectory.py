@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -28,7 +29,7 @@ def check(trajectory: Trajectory, truth: Request, start: int, end: int, next_may
     for branch in trajectory.branches:
         positions = torch.arange(branch.position, branch.position + len(branch.token_ids))
         values = payload(number, positions, branch.token_ids)
-        assert torch.equal(branch.aux, values[:, :6]) and torch.equal(branch.last, values[:, 6:])
+        assert torch.equal(branch.last, values[:, 6:])
         assert branch.token_ids[0] != tokens[branch.position]
 
 
@@ -165,4 +166,23 @@ def test_trajectory_sizes() -> None:
         pack([*simple(range(6)), row(5, 6, 9, 1, RowFlag.REJECTED, prompt_length=4), END])
     )
     assert trajectory.response_tokens == 2
-    assert trajectory.nbytes == 7 * (8 + LAYOUT.payload_bytes)
+    # Of a rejected row the target's last state is kept, of the path's all states.
+    assert trajectory.nbytes == 6 * (8 + LAYOUT.payload_bytes) + 8 + 2 * 4
+
+
+@pytest.mark.parametrize("states", [LAYOUT.aux, LAYOUT.last])
+def test_states_that_are_not_finite_make_no_trajectory(states: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    rows = pack([*simple(range(8)), END])
+    states(rows)[5, 1] = torch.nan
+    assembler = Assembler(LAYOUT)
+    assert assembler.feed(rows) == [] and assembler.discarded == {"not finite": 1}
+
+
+def test_rejected_rows_are_kept_only_where_they_are_wanted() -> None:
+    rows = [*simple(range(6)), row(5, 6, 9, 1, RowFlag.REJECTED, prompt_length=4)]
+    for wanted in (True, False):
+        assembler = Assembler(LAYOUT, branches=wanted)
+        assembler.feed(pack(rows))
+        assert assembler.open_bytes == (7 if wanted else 6) * LAYOUT.row_bytes
+        (trajectory,) = assembler.feed(pack([END]))
+        assert len(trajectory.branches) == int(wanted) and assembler.open_bytes == 0
