@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LEARNER_DOWN_S = 10.0  # a learner silent for longer is reported down
+# A learner silent for longer is reported down: it hangs. One that died is at once, and a piece of a lesson takes long.
+LEARNER_DOWN_S = 60.0
 
 Snapshot = Mapping[str, Mapping[str, Any]]
 
