@@ -35,8 +35,7 @@ class Proposals:
         self._copying = CircuitBreaker("copying drafts", on_failure=self._say_copying_failed)
         self._forgetting = CircuitBreaker("keeping answers to copy from")
         self._checking = CircuitBreaker("checking who takes drafts")
-        self._copies_as_said = no_copies or "on"
-        self._say_copying(self._copies_as_said)
+        self._say_copying(no_copies or "on")
 
     @property
     def copies(self) -> Copies | None:
@@ -60,7 +59,7 @@ class Proposals:
             _empty(proposals)
         if (copier := self._copier) is not None:
             done = self._copying.run(lambda: copier.replace(proposals, requests, worth))
-            if done and self._copies_as_said != "on":
+            if done and self._copies_are != "on":
                 self._say_copying("on")
         if not self._checking.run(lambda: self._check(proposals, requests)):
             _empty(proposals)  # whoever must not have drafts has none
@@ -79,7 +78,7 @@ class Proposals:
         self._say_copying(f"failed: {message}")
 
     def _say_copying(self, state: str) -> None:
-        self._copies_as_said = self._control.scheduler.copying = state
+        self._copies_are = self._control.scheduler.copying = state
 
 
 def _empty(proposals: Any) -> None:
