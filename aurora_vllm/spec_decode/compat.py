@@ -110,6 +110,7 @@ COMMON_HOOKS = (
     Hook("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", (), "worker: captures and swaps begin after it"),
     Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",), "worker: step boundary"),
     Hook("vllm.v1.worker.gpu_worker:Worker.shutdown", (), "worker: detach"),
+    Hook(f"{_SCHEDULER}.add_request", ("request",), "scheduler: requests beside which nobody has drafts"),
     Hook(f"{_SCHEDULER}.schedule", (), "scheduler: step starts"),
     Hook(f"{_SCHEDULER}.update_from_output", ("scheduler_output",), "scheduler: step ends"),
     Hook(f"{_SCHEDULER}.update_draft_token_ids", ("draft_token_ids",), "scheduler: drafts arrive"),

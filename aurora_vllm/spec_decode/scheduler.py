@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from aurora_vllm.parent import end_with_parent
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
-from aurora_vllm.spec_decode.undrafted import withdraw_drafts
+from aurora_vllm.spec_decode.undrafted import Withdrawal
 from aurora_vllm.transport.segment import owner_is_alive, owner_pid
 
 
@@ -78,12 +78,17 @@ class AuroraScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._advisor = advise(self)
+        self._withdrawal = Withdrawal()
+
+    def add_request(self, request: Any) -> None:
+        super().add_request(request)
+        self._withdrawal.arrived(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         if self._advisor is not None:
             self._advisor.step_starts()
             if self._passes_drafts:
-                withdraw_drafts(self.requests.values())
+                self._withdrawal.withdraw(self.requests)
         return super().schedule(*args, **kwargs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:

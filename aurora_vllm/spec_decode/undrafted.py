@@ -12,7 +12,7 @@ the scheduler, nothing but the refusal is in the way.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -47,17 +47,29 @@ def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:
     return found > 0 and not others
 
 
-def withdraw_drafts(requests: Iterable[Any]) -> None:
-    """Take all drafts away while somebody asks for ``logprob_token_ids``: beside a verified draft, and another request
-    that asks for logprobs, vLLM's sampler puts tables of two widths together and ends the engine.
+class Withdrawal:
+    """Takes all drafts away while somebody asks for ``logprob_token_ids``: beside a verified draft, and another request
+    that asks for logprobs, vLLM's sampler puts tables of two widths together and ends the engine."""
 
-    Args:
-        requests: vLLM's ``Request``, those that wait included; right before a step is scheduled.
-    """
-    requests = list(requests)
-    if any(getattr(request.sampling_params, "logprob_token_ids", None) for request in requests):
-        for request in requests:
-            request.spec_token_ids = []
+    def __init__(self) -> None:
+        self._asking: set[str] = set()
+
+    def arrived(self, request: Any) -> None:
+        """A vLLM ``Request`` came to the scheduler."""
+        if getattr(request.sampling_params, "logprob_token_ids", None):
+            self._asking.add(request.request_id)
+
+    def withdraw(self, requests: Mapping[str, Any]) -> None:
+        """Right before a step is scheduled, which may take up a request that nobody has seen run.
+
+        Args:
+            requests: vLLM's ``Request`` by id, those that wait included.
+        """
+        if self._asking:
+            self._asking &= requests.keys()
+        if self._asking:
+            for request in requests.values():
+                request.spec_token_ids = []
 
 
 def add_logits_processors(runner: Any) -> None:

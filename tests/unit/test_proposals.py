@@ -14,7 +14,7 @@ from vllm import SamplingParams
 
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
 from aurora_vllm.spec_decode.proposals import Proposals, cut_to
-from aurora_vllm.spec_decode.undrafted import leave_out_drafts, withdraw_drafts
+from aurora_vllm.spec_decode.undrafted import Withdrawal, leave_out_drafts
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.segment import Segment
 from tests.unit.tiny_world import World, session
@@ -109,9 +109,16 @@ def test_drafts_end_before_min_tokens_are_reached(min_tokens: int, there: int, p
 
 
 def test_drafts_are_withdrawn_while_somebody_asks_for_the_logprobs_of_tokens() -> None:
-    plain, asks = request([1]), request([1], logprob_token_ids=[3])
-    plain.spec_token_ids = [1, 2]
-    withdraw_drafts([plain])
-    assert plain.spec_token_ids == [1, 2]
-    withdraw_drafts([plain, asks])
-    assert plain.spec_token_ids == asks.spec_token_ids == []
+    withdrawal, requests = Withdrawal(), {"plain": request([1]), "asks": request([1], logprob_token_ids=[3])}
+    for name, one in requests.items():
+        one.request_id, one.spec_token_ids = name, [1, 2]
+    withdrawal.arrived(requests["plain"])
+    withdrawal.withdraw(requests)
+    assert requests["plain"].spec_token_ids == [1, 2]
+    withdrawal.arrived(requests["asks"])
+    withdrawal.withdraw(requests)
+    assert requests["plain"].spec_token_ids == requests["asks"].spec_token_ids == []
+    del requests["asks"]  # it has ended
+    requests["plain"].spec_token_ids = [1]
+    withdrawal.withdraw(requests)
+    assert requests["plain"].spec_token_ids == [1]
