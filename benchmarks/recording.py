@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.draft import load_draft
 from aurora_vllm.learner.publish import publish
 from aurora_vllm.learner.target import load_target_head
-from aurora_vllm.learner.trajectory import Assembler, Branch, Trajectory
+from aurora_vllm.learner.trajectory import Branch, Trajectory
 from aurora_vllm.session import CHECKPOINT_VERSION
 from benchmarks.engine import SERVER, Engine
 from demo.model import ensure_model

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.progress import track
 
 from aurora_vllm.control.rollout import Rollout
+from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.draft import bank_tensors, load_draft
 from aurora_vllm.learner.lesson import Lesson
 from aurora_vllm.learner.target import load_target_head
-from aurora_vllm.learner.trajectory import Assembler, Trajectory
+from aurora_vllm.learner.trajectory import Trajectory
 from benchmarks.engine import Engine, humaneval_engine
 from benchmarks.openmp import restart_with_intel_openmp
 from benchmarks.report import write_report

@@ -18,7 +18,7 @@ from aurora_vllm.provenance import provenance
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 
 if TYPE_CHECKING:
-    from aurora_vllm.learner.process import Learner
+    from aurora_vllm.learner.learner import Learner
 
 CANDIDATE, OPTIMIZER, COUNTS = "candidate.", "optimizer.", "emitted_counts"
 

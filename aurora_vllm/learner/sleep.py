@@ -16,7 +16,7 @@ from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from aurora_vllm.learner.process import Learner
+    from aurora_vllm.learner.learner import Learner
 
 IDLE_S, ASLEEP_S = 0.05, 0.25  # between two looks into the ring where there is no work
 RECENT_REQUESTS = 200  # of the trial, that say what is usual

@@ -11,7 +11,7 @@ from aurora_vllm.transport.bank import TornPublish, WeightBank
 from aurora_vllm.transport.block import Block
 
 if TYPE_CHECKING:
-    from aurora_vllm.learner.process import Learner
+    from aurora_vllm.learner.learner import Learner
 
 
 def standing_version(bank: WeightBank, worker: Block) -> int:

@@ -9,12 +9,12 @@ from collections import Counter
 
 import torch
 
+from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.branches import find_chains, unroll_branches
 from aurora_vllm.learner.draft import load_draft, load_tensors
 from aurora_vllm.learner.loss import draft_choices
 from aurora_vllm.learner.target import load_target_head
-from aurora_vllm.learner.trajectory import Assembler
 from aurora_vllm.learner.unroll import plan_unroll, unroll
 from aurora_vllm.session import CHECKPOINT_VERSION
 from benchmarks.engine import Engine

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from aurora_vllm import cli
+from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.checkpoints import Checkpoints
 from aurora_vllm.learner.draft import bank_tensors, load_config, load_draft
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.train import Trainer
-from aurora_vllm.learner.trajectory import Assembler
 from benchmarks.engine import Engine, small_arguments
 from tests.integration import plain
 from tests.integration.test_swap import publish_and_commit

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_vllm.control.rollout import PROBATION_DRAFTS, Rollout
+from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.draft import bank_tensors, load_draft
 from aurora_vllm.learner.lesson import Lesson
 from aurora_vllm.learner.target import load_target_head
-from aurora_vllm.learner.trajectory import Assembler
 from aurora_vllm.server.status import status
 from benchmarks.engine import Engine
 

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.batch import Batch, collate
 from aurora_vllm.learner.branches import find_chains
 from aurora_vllm.learner.loss import draft_choices, ttt_loss
 from aurora_vllm.learner.objective import Objective
-from aurora_vllm.learner.trajectory import Assembler, Branch
+from aurora_vllm.learner.trajectory import Branch
 from aurora_vllm.transport.rows import Field, RowFlag
 from tests.unit.engine_history import LAYOUT, engine, new_request, pack
 from tests.unit.naive_eagle3 import Sizes, random_case

@@ -15,8 +15,8 @@ from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.draft import save_draft
 from aurora_vllm.learner.evaluate import simulate
 from aurora_vllm.learner.from_disk import read_replacement
+from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.objective import Objective
-from aurora_vllm.learner.process import Learner
 from aurora_vllm.learner.remap import move_to_vocabulary
 from aurora_vllm.learner.standing import follow_rollback
 from aurora_vllm.learner.target import TargetHead

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from aurora_vllm.learner import curriculum, process
+from aurora_vllm.learner import learner as learner_module
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.evaluate import Score, simulate
-from aurora_vllm.learner.process import SCORE_BACKLOG, Learner
+from aurora_vllm.learner.learner import SCORE_BACKLOG, Learner
 from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.transport.rows import Field, RowFlag
@@ -64,7 +65,7 @@ def test_a_trajectory_is_scored_before_it_is_trained_on(tmp_path: Path, monkeypa
             done.extend(("train", one.request) for one in chosen)
             return collate(chosen, device)
 
-        monkeypatch.setattr(process, "simulate", score)
+        monkeypatch.setattr(learner_module, "simulate", score)
         monkeypatch.setattr(curriculum, "collate", batch)
         serve(world, learner, producer, range(12))
     for request in range(12):
@@ -102,7 +103,7 @@ def test_before_the_first_lesson_there_is_hardly_anything_to_judge(
         monkeypatch.setattr(curriculum.Curriculum, "awaits_first_lesson", awaits)
         monkeypatch.setattr(learner.curriculum, "next", lambda: "first lesson" if awaits else "training")
         monkeypatch.setattr(learner.curriculum, "work", lambda: False)
-        monkeypatch.setattr(process, "WATCHING_SHARE", 0.0)
+        monkeypatch.setattr(learner_module, "WATCHING_SHARE", 0.0)
         learner.candidate_is_ahead, learner.score_seconds = True, 1.0
         send(producer, world.rows(0))
         learner.turn()

@@ -12,7 +12,7 @@ import torch
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.day0 import make_day0_draft
 from aurora_vllm.learner.draft import bank_specs, load_draft
-from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.session import Session
 from aurora_vllm.transport.bank import WeightBank, bank_bytes

@@ -10,9 +10,9 @@ import pytest
 import torch
 import typer
 
+from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.target import load_target_head
-from aurora_vllm.learner.trajectory import Assembler
 from aurora_vllm.spec_decode.prompt_lookup import EarlierAnswers
 from benchmarks.copies import Walk, simulate_with_copies
 from benchmarks.learning import ARMS, DRAFT_LENGTH, RELEASE_BATCH, WINDOW, Arm, Run, _names, learn, summary

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aurora_vllm.learner import process
-from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.target import lent_target_head
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.attachment import Attachment

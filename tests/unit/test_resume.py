@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from aurora_vllm.learner import curriculum, process
+from aurora_vllm.learner import curriculum
 from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.checkpoints import Checkpoint, newest
 from aurora_vllm.learner.draft import save_draft
-from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.learner import Learner
 from aurora_vllm.session import ENVIRONMENT_KEY
+from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.segment import Segment
 from tests.unit.tiny_world import DRAFT, H, World, assert_same, send, serve, session, trajectory, weights
 
 pytestmark = pytest.mark.usefixtures("same_every_time")
@@ -240,7 +242,7 @@ def test_sigterm_saves_and_ends_the_process(tmp_path: Path) -> None:
         environment = {**os.environ, ENVIRONMENT_KEY: shared.model_dump_json(), "OMP_NUM_THREADS": "1"}
         child = subprocess.Popen([sys.executable, "-m", "aurora_vllm.learner.process"], env=environment)
         try:
-            control = process.ControlBlock.attach(process.Segment.attach(shared.control))
+            control = ControlBlock.attach(Segment.attach(shared.control))
             send(producer, world.rows(1))
             deadline = time.monotonic() + 60
             while control.learner.step < 3:

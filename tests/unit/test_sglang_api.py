@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
+from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.lesson import Lesson
-from aurora_vllm.learner.process import Learner
 from aurora_vllm.semantics import sglang_api
 from aurora_vllm.semantics.endpoints import ENDPOINTS, Endpoint
 from aurora_vllm.server.metrics import AuroraCollector

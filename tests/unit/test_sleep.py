@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aurora_vllm.control import drift
-from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.sleep import ASLEEP_S, IDLE_S, NEW_TOKENS
 from aurora_vllm.learner.standing import follow_rollback
 from aurora_vllm.transport.ring import RingProducer

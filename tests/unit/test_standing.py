@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aurora_vllm.learner.process import Learner
+from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.standing import follow_rollback
 from aurora_vllm.transport.ring import RingProducer
 from tests.unit.test_learner_process import assert_same, serve, weights

@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aurora_vllm.learner.trajectory import MIN_ROWS, Assembler, Trajectory
+from aurora_vllm.learner.assembler import MIN_ROWS, Assembler
+from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.transport.rows import RowFlag
 from tests.unit.engine_history import LAYOUT, Request, Row, engine, new_request, pack, payload, row
 

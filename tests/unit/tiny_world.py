@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, save_draft
-from aurora_vllm.learner.process import Learner
-from aurora_vllm.learner.trajectory import Assembler, Trajectory
+from aurora_vllm.learner.learner import Learner
+from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.session import Session
 from aurora_vllm.transport.bank import WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes

@@ -1,0 +1,260 @@
+"""The learner: all that the process learns with, and what it does in a turn.
+
+A turn takes what the ring holds, then does one piece of work: score a trajectory, or what the curriculum has next. What
+is scored is scored before anything trains on it; where traffic comes faster than that, the oldest goes into training
+unscored and is no evidence.
+
+Drafts and batches lie where ring and bank do: on the CPU, or on the target's GPU (transport/placement.py). Trajectories
+and the replay lie on the host in any case.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner.assembler import Assembler
+from aurora_vllm.learner.budget import CpuBudget, DeviceClock
+from aurora_vllm.learner.curriculum import Curriculum
+from aurora_vllm.learner.draft import load_draft
+from aurora_vllm.learner.evaluate import Recent, Score, simulate
+from aurora_vllm.learner.from_disk import publish_from_disk
+from aurora_vllm.learner.publish import Evidence, Sync, publish
+from aurora_vllm.learner.resume import Keeper, is_taught
+from aurora_vllm.learner.sleep import Sleep
+from aurora_vllm.learner.standing import follow_rollback, take_standing
+from aurora_vllm.learner.target import lent_target_head, load_target_head
+from aurora_vllm.learner.trajectory import Trajectory
+from aurora_vllm.session import CHECKPOINT_VERSION, Session
+from aurora_vllm.transport import update_request
+from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.placement import CPU, join
+from aurora_vllm.transport.segment import Segment
+from aurora_vllm.transport.update_request import Answer
+
+READ_ROWS = 1024
+GPU_LONGEST_SLEEP_S = 0.5  # a GPU fills the ring in seconds
+SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
+# Of the learner's CPU time, what goes into scoring where there is something else to do: with a candidate that has
+# learned something to judge, and without one, where scores only tell what the draft in use is worth.
+JUDGING_SHARE, WATCHING_SHARE = 0.25, 0.05
+
+
+class Learner:
+    """All state of the process."""
+
+    def __init__(self, session: Session) -> None:
+        config = session.config
+        self.config, self.session = config, session
+        self.control = ControlBlock.attach(Segment.attach(session.control))
+        joined = join(Segment.attach(session.ring), Segment.attach(session.bank), self.control.worker)
+        self.ring, self.bank, self.device = joined.ring, joined.bank, joined.device
+        self.assembler = Assembler(
+            session.row_layout, max_tokens=config.max_trajectory_tokens, branches=config.discard_weight > 0
+        )
+        self.incumbent = load_draft(session.draft).to(self.device)
+        if joined.ends is None:
+            self.head = load_target_head(session.target).to(self.device)
+        else:
+            dtype, shape = getattr(torch, session.dtype), (self.incumbent.config.vocab_size, session.hidden_size)
+            self.head = lent_target_head(session.target, joined.ends.embedding, joined.ends.lm_head, dtype, shape)
+        self.version = take_standing(self.incumbent, self.bank, self.control.worker)
+        self.candidate = copy.deepcopy(self.incumbent)
+        given = config.draft is not None or self.version != CHECKPOINT_VERSION or is_taught(session.resume)
+        self.curriculum = Curriculum(self.candidate, self.head, config, session.target, worth_keeping=given)
+        self.evidence = Evidence(
+            config.evidence_tokens, config.publish_margin, config.publish_interval_s, config.num_speculative_tokens
+        )
+        self.sync = Sync(config.sync, config.sync_interval)
+        self.shadow = Recent(config.num_speculative_tokens)
+        self.gpu_time = DeviceClock(self.ring.memory.settle) if self.device != CPU else None
+        self.budget = CpuBudget(config.learner_cpu_share, self.gpu_time or time.process_time)
+        if self.device != CPU:
+            self.budget.longest_sleep_s = GPU_LONGEST_SLEEP_S
+        self.unscored: deque[Trajectory] = deque()
+        self.score_seconds = 0.0
+        self.candidate_is_ahead = False  # it differs from the incumbent, so it has scores of its own
+        self.requests_seen = 0
+        self.keeper = Keeper(self, session)
+        self.sleep = Sleep(self)
+        self.sync.published(self.curriculum.trainer.steps, 0)
+        self._show_shadow()
+        update_request.refuse_open(self.control)
+
+    def turn(self, rests: bool = False) -> bool:
+        """Look around, and do one piece of work where it does not rest. Returns whether there was any."""
+        self.control.learner.beat()
+        follow_rollback(self)
+        if request := update_request.open_request(self.control):
+            self._say("updating from disk")
+            update_request.answer(self.control, request, self._update(Path(request.directory)))
+        with self._on_host():  # a GPU only hands the rows over
+            self._take_rows()
+        if rests:
+            return False
+        if self.sleep.asleep:
+            self._say("sleeping")
+            return self.sleep.turn()
+        work = self.curriculum.next()
+        # Before its first lesson a candidate differs by its vocabulary at most, and both drafts accept next to nothing.
+        judges = self.candidate_is_ahead and not self.curriculum.awaits_first_lesson
+        share = JUDGING_SHARE if judges else WATCHING_SHARE
+        may_score = not work or self.score_seconds <= share * time.process_time()
+        if self.unscored and may_score:
+            self._say("evaluating")
+            self._score(self.unscored.popleft())
+            self._maybe_publish()
+        elif work:
+            self._say(work)
+            self._work()
+        else:
+            waits = self.curriculum.awaits_first_lesson
+            self._say("collecting for the first lesson" if waits else "waiting for traffic")
+            return False
+        return True
+
+    def _take_rows(self) -> None:
+        """What the ring holds, all of it: a look around comes seldom, and where there is no room requests are lost."""
+        for _ in range(0, self.ring.capacity, READ_ROWS):
+            rows = self.ring.read(READ_ROWS)
+            for trajectory in self.assembler.feed(rows.cpu()):
+                self._arrived(trajectory)
+            if len(rows) < READ_ROWS:
+                break
+
+    def _on_host(self, really: bool = True) -> AbstractContextManager[None]:
+        """Around work that takes none of the GPU's time, where that is what is counted."""
+        return self.gpu_time.on_host() if self.gpu_time is not None and really else nullcontext()
+
+    def _arrived(self, trajectory: Trajectory) -> None:
+        self.control.learner.trajectories += 1
+        self._show_discarded()
+        self.unscored.append(trajectory)
+        if len(self.unscored) > SCORE_BACKLOG:
+            self.remember(self.unscored.popleft())
+
+    def _score(self, trajectory: Trajectory) -> None:
+        """Both drafts on a trajectory that neither has trained on; then it may be trained on."""
+        began, length = time.process_time(), self.config.num_speculative_tokens
+        incumbent = simulate(self.incumbent, self.head, trajectory, length)
+        candidate = simulate(self.candidate, self.head, trajectory, length) if self.candidate_is_ahead else incumbent
+        self.evidence.add(candidate, incumbent)
+        self.sleep.scored(trajectory, candidate, incumbent)
+        self.score_seconds += time.process_time() - began
+        self.show_live(incumbent)
+        self.remember(trajectory)
+
+    def show_live(self, score: Score) -> None:
+        """The incumbent's score on a trajectory, for the serving side."""
+        self.shadow.add(score)
+        self._show_shadow()
+
+    def remember(self, trajectory: Trajectory) -> None:
+        """A trajectory may be learned from."""
+        end = trajectory.start + len(trajectory.token_ids)
+        self.requests_seen += trajectory.start < trajectory.prompt_length <= end  # of a cut one, one piece counts
+        if self.curriculum.add(trajectory, owed=not self.sleep.asleep):
+            self._candidate_is_another("the draft vocabulary was chosen anew")
+        block, curriculum = self.control.learner, self.curriculum
+        block.vocabulary_coverage = curriculum.coverage.share(self.incumbent.target_ids)
+        block.vocabulary_changes = curriculum.vocabulary_changes
+        block.tokens_seen = curriculum.tokens_seen
+        block.replay_bytes, block.replay_tokens = curriculum.replay.nbytes, curriculum.replay.tokens
+
+    def _work(self) -> None:
+        curriculum, block = self.curriculum, self.control.learner
+        steps = curriculum.trainer.steps
+        with self._on_host(curriculum.works_on_host):
+            is_another = curriculum.work()
+        if is_another:
+            self._candidate_is_another("a lesson was learnt")
+        if curriculum.fault:
+            block.message = curriculum.fault
+            self._show_discarded()
+        if curriculum.trainer.steps > steps:
+            self.candidate_is_ahead = True
+            block.step, block.tokens_trained = curriculum.trainer.steps, curriculum.tokens_trained
+            block.loss = curriculum.loss
+            if self.config.sync != "evidence":
+                self._maybe_publish()
+
+    def _candidate_is_another(self, why: str) -> None:
+        """A lesson or another vocabulary: what was scored before says nothing of it."""
+        self.evidence.restart()
+        self.sleep.restart(why)
+        self.candidate_is_ahead = True
+
+    def _show_discarded(self) -> None:
+        discarded = sum(self.assembler.discarded.values()) + self.curriculum.dropped
+        self.control.learner.trajectories_discarded = discarded
+
+    def _maybe_publish(self) -> None:
+        verdict = self.evidence.verdict(time.monotonic())
+        block, trainer = self.control.learner, self.curriculum.trainer
+        block.candidate_acceptance_length = verdict.candidate
+        block.incumbent_acceptance_length = verdict.incumbent
+        block.message = verdict.reason
+        reason = self.sync.reason(verdict, trainer.steps, self.requests_seen)
+        if not (reason and self.candidate_is_ahead):
+            return
+        version = self._next_version()
+        try:
+            publish(self.bank, version, self.candidate, {"reason": reason, "step": trainer.steps})
+        except ValueError as error:  # weights that are not finite: back to the last good ones
+            block.message = f"not published: {error}"
+            self.curriculum.go_on(self.incumbent.state_dict())
+            trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
+            self.evidence.restart()
+            self.sleep.restart("the candidate was not finite")
+            self.candidate_is_ahead = False
+            return
+        self.incumbent.load_state_dict(self.candidate.state_dict())
+        self._published(version, self.evidence.published(time.monotonic()))
+
+    def _update(self, directory: Path) -> Answer:
+        """A draft somebody wants, in place of incumbent and candidate. Learning goes on from it."""
+        version = self._next_version()
+        try:
+            draft = publish_from_disk(self.bank, version, directory, self.incumbent, lambda: self.head.embed_tokens)
+        except AuroraError as error:
+            return Answer(0, str(error))
+        self.incumbent.load_state_dict(draft.state_dict())
+        self.candidate.load_state_dict(draft.state_dict())
+        self.curriculum.refine()
+        self.evidence.restart()  # it speaks of other drafts
+        self.sleep.restart("another draft was loaded")
+        self._published(version, None)
+        return Answer(version, f"published as version {version}")
+
+    def _published(self, version: int, score: Score | None) -> None:
+        """The incumbent is this version now. score: on what carried it, where there is any."""
+        self.version = version
+        self.sync.published(self.curriculum.trainer.steps, self.requests_seen)
+        self.shadow = Recent(self.config.num_speculative_tokens)
+        if score is not None:
+            self.shadow.add(score)
+        self.candidate_is_ahead = False
+        block = self.control.learner
+        block.published_version = version
+        block.publishes += 1
+        self._show_shadow()
+
+    def _next_version(self) -> int:
+        return max(self.version, self.bank.newest(), self.control.worker.live_version) + 1
+
+    def _show_shadow(self) -> None:
+        block = self.control.learner
+        block.shadow_version, block.shadow_steps = self.version, round(self.shadow.steps)
+        block.shadow_accepted_per_position = self.shadow.per_position()
+
+    def _say(self, state: str) -> None:
+        block = self.control.learner
+        if block.state != state:
+            block.state = state
+        block.cpu_seconds = time.process_time()
