@@ -35,7 +35,7 @@ class Sample:
     def of(cls, status: dict[str, Any], requests: int) -> Sample:
         """From the answer of ``GET /aurora/status``."""
         versions, learner = status["versions"], status["learner"]
-        table, copies = versions["acceptance"], status["speculation"]
+        own, copies = versions["total"], status["speculation"]
         shares = learner["shadow_accepted_per_position"]
         return cls(
             requests=requests,
@@ -43,9 +43,9 @@ class Sample:
             draft_length=status["speculation"]["draft_length"],
             swaps=status["swaps"]["swaps"],
             shadow_length=1.0 + sum(shares) if learner["shadow_steps"] else None,
-            drafts=sum(row["num_drafts"] for row in table) + copies["copied_drafts"],
-            draft_tokens=sum(row["num_draft_tokens"] for row in table) + copies["copied_tokens"],
-            accepted=sum(row["num_accepted"] for row in table) + copies["copied_accepted"],
+            drafts=own["num_drafts"] + copies["copied_drafts"],
+            draft_tokens=own["num_draft_tokens"] + copies["copied_tokens"],
+            accepted=own["num_accepted"] + copies["copied_accepted"],
             copied_drafts=copies["copied_drafts"],
             copied_accepted=copies["copied_accepted"],
         )

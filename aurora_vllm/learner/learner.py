@@ -20,7 +20,7 @@ import torch
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.assembler import Assembler
-from aurora_vllm.learner.budget import CpuBudget, DeviceClock
+from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget, DeviceClock
 from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.draft import load_draft
 from aurora_vllm.learner.evaluate import Recent, Score, simulate
@@ -74,9 +74,11 @@ class Learner:
         self.sync = Sync(config.sync, config.sync_interval)
         self.shadow = Recent(config.num_speculative_tokens)
         self.gpu_time = DeviceClock(self.ring.memory.settle) if self.device != CPU else None
-        self.budget = CpuBudget(config.learner_cpu_share, self.gpu_time or time.process_time)
-        if self.device != CPU:
-            self.budget.longest_sleep_s = GPU_LONGEST_SLEEP_S
+        self.budget = CpuBudget(
+            config.learner_cpu_share,
+            self.gpu_time or time.process_time,
+            longest_sleep_s=GPU_LONGEST_SLEEP_S if self.gpu_time else LONGEST_SLEEP_S,
+        )
         self.unscored: deque[Trajectory] = deque()
         self.score_seconds = 0.0
         self.candidate_is_ahead = False  # it differs from the incumbent, so it has scores of its own

@@ -42,6 +42,7 @@ STATUS = {
                 "mean_acceptance_length": 1.5,
             }
         ],
+        "total": {"num_drafts": 10, "num_draft_tokens": 30, "num_accepted": 5},
     },
     "speculation": {
         "draft_length": 3,
