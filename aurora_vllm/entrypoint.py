@@ -125,7 +125,8 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     target = preflight.resolve_target(args, weights=not invocation.plan)
     total = preflight.gpu_total_bytes()
     rows = plans.least_rows_on_gpu(args) if total is not None else 0
-    plan = plans.make_plan(config, server.version, target, preflight.resolve_draft(config, target), probes, rows)
+    draft = preflight.resolve_draft(config, target, (args.speculative_config or {}).get("revision"))
+    plan = plans.make_plan(config, server.version, target, draft, probes, rows)
     gpu = plans.plan_gpu(plan, args, total) if total is not None else None
     return replace(plan, aurora_file=invocation.aurora_file, gpu=gpu)
 

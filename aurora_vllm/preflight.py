@@ -36,6 +36,7 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "data_parallel_external_lb": (False,),
     "data_parallel_hybrid_lb": (False,),
     "data_parallel_multi_port_external_lb": (False,),
+    "enable_dbo": (False,),  # V2 speculates without it, and V1 in V2's place was not foreseen at the start
     "headless": (False,),
     "grpc": (False,),
     "logits_processors": (None, []),  # vLLM would end: it takes none where it speculates
@@ -140,8 +141,11 @@ def kv_width(model: Any) -> int | None:
     return int(2 * model.hf_text_config.num_hidden_layers * model.get_total_num_kv_heads() * model.get_head_size())
 
 
-def resolve_draft(config: AuroraConfig, target: Target) -> Draft:
+def resolve_draft(config: AuroraConfig, target: Target, revision: str | None = None) -> Draft:
     """The resumed or the given draft, checked; or what the day-0 draft is or will be.
+
+    Args:
+        revision: of a draft on the Hugging Face hub.
 
     Raises:
         AuroraError: it does not fit, or none can be made.
@@ -150,7 +154,7 @@ def resolve_draft(config: AuroraConfig, target: Target) -> Draft:
     if resumed is not None:
         return resumed
     if config.draft is not None:
-        return checkpoint.read_draft(fetch(str(config.draft), "draft", weights=True), target)
+        return checkpoint.read_draft(fetch(str(config.draft), "draft", weights=True, revision=revision), target)
     from aurora_vllm.learner import day0  # imports torch
 
     model_config = checkpoint.read_config(target.directory)

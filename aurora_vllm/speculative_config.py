@@ -11,6 +11,14 @@ from aurora_vllm.errors import PLAIN, AuroraError
 
 FLAG = "--speculative-config"
 SHORT_FLAGS = {"--spec-method": "method", "--spec-model": "model", "--spec-tokens": "num_speculative_tokens"}
+QUANTISED, UNCAPTURED = "Aurora cannot update a quantised draft", "Aurora cannot read the verdicts then"
+UNSUPPORTED = {  # key -> why not
+    "quantization": QUANTISED,
+    "draft_lm_head_quantization": QUANTISED,  # from vLLM 0.33 on
+    "parallel_drafting": "Aurora trains drafts that propose one token after another",
+    "enable_adaptive_verification": UNCAPTURED,  # how much is verified is decided on the GPU, after the scheduler
+    "use_heterogeneous_vocab": "Aurora trains drafts with the target's tokens",
+}
 
 
 def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: frozenset[str]) -> AuroraConfig:
@@ -31,12 +39,9 @@ def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: fro
     if method != "eagle3" or not model:
         what = f"method {method!r}" if method != "eagle3" else "no model"
         raise AuroraError(f"Aurora trains EAGLE-3 drafts, and {by} says {what}", f"leave it out, or {PLAIN}")
-    for key in ("quantization", "draft_lm_head_quantization"):  # the second from vLLM 0.33 on
+    for key, why in UNSUPPORTED.items():
         if given.get(key):
-            raise AuroraError(
-                f"Aurora cannot update a quantised draft, and {by} says {key} {given[key]}",
-                f"leave that out, or {PLAIN}",
-            )
+            raise AuroraError(f"{why}, and {by} says {key} {given[key]}", f"leave that out, or {PLAIN}")
     said = {"draft": str(model)}
     if "num_speculative_tokens" in given:
         said["num_speculative_tokens"] = given["num_speculative_tokens"]

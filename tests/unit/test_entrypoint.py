@@ -298,6 +298,8 @@ def test_vllms_short_flags_say_the_same() -> None:
         ({"method": "ngram"}, "--speculative-config says method 'ngram'"),
         ({"method": "eagle3"}, "--speculative-config says no model"),
         ({"model": "/d", "quantization": "fp8"}, "cannot update a quantised draft, and --speculative-config says"),
+        ({"model": "/d", "parallel_drafting": True}, "says parallel_drafting True"),
+        ({"model": "/d", "enable-adaptive-verification": True}, "says enable_adaptive_verification True"),
         (
             {"model": "/d", "num_speculative_tokens": 9},
             "num_speculative_tokens: Input should be less than or equal to 8",

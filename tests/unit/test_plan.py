@@ -93,6 +93,17 @@ def test_a_draft_that_does_not_fit(target: Target, draft_dir: Path, changes: dic
     assert line in str(caught.value)
 
 
+def test_the_revision_of_a_draft_on_the_hub(
+    target: Target, draft_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(name: str, kind: str, weights: bool, revision: str | None = None) -> Path:
+        assert (name, kind, revision) == ("owner/draft", "draft", "r")
+        return draft_dir
+
+    monkeypatch.setattr(preflight, "fetch", fetch)
+    assert preflight.resolve_draft(AuroraConfig(draft=Path("owner/draft")), target, "r").directory == draft_dir
+
+
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_a_quantised_draft(target: Target, draft_dir: Path, key: str) -> None:
     change_config(draft_dir, **{key: {"quant_method": "fp8"}})
