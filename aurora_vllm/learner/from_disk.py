@@ -36,7 +36,7 @@ def publish_from_disk(
     """
     draft = read_replacement(directory, running, target_embedding)
     try:
-        publish(bank, version, draft, {"reason": "asked for, from disk"})
+        publish(bank, version, draft, {"reason": "asked for, from disk", "lineage": version})
     except ValueError as error:
         raise AuroraError(f"{directory}: {error}") from None
     return draft

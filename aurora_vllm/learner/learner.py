@@ -64,7 +64,7 @@ class Learner:
         else:
             dtype, shape = getattr(torch, session.dtype), (self.incumbent.config.vocab_size, session.hidden_size)
             self.head = lent_target_head(session.target, joined.ends.embedding, joined.ends.lm_head, dtype, shape)
-        self.version = take_standing(self.incumbent, self.bank, self.control.worker)
+        self.version, self.lineage = take_standing(self.incumbent, self.bank, self.control.worker)
         self.candidate = copy.deepcopy(self.incumbent)
         given = config.draft is not None or self.version != CHECKPOINT_VERSION or is_taught(session.resume)
         self.curriculum = Curriculum(self.candidate, self.head, config, session.target, worth_keeping=given)
@@ -82,6 +82,7 @@ class Learner:
         self.unscored: deque[Trajectory] = deque()
         self.score_seconds = 0.0
         self.candidate_is_ahead = False  # it differs from the incumbent, so it has scores of its own
+        self.candidate_founds_lineage = False  # it differs by a lesson: transport/bank.py, Publication
         self.requests_seen = 0
         self.keeper = Keeper(self, session)
         self.sleep = Sleep(self)
@@ -176,6 +177,7 @@ class Learner:
             is_another = curriculum.work()
         if is_another:
             self._candidate_is_another("a lesson was learnt")
+            self.candidate_founds_lineage = True
         if curriculum.fault:
             block.message = curriculum.fault
             self._show_discarded()
@@ -206,18 +208,19 @@ class Learner:
         if not (reason and self.candidate_is_ahead):
             return
         version = self._next_version()
+        lineage = version if self.candidate_founds_lineage else self.lineage
         try:
-            publish(self.bank, version, self.candidate, {"reason": reason, "step": trainer.steps})
+            publish(self.bank, version, self.candidate, {"reason": reason, "step": trainer.steps, "lineage": lineage})
         except ValueError as error:  # weights that are not finite: back to the last good ones
             block.message = f"not published: {error}"
             self.curriculum.go_on(self.incumbent.state_dict())
             trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
             self.evidence.restart()
             self.sleep.restart("the candidate was not finite")
-            self.candidate_is_ahead = False
+            self.candidate_is_ahead = self.candidate_founds_lineage = False
             return
         self.incumbent.load_state_dict(self.candidate.state_dict())
-        self._published(version, self.evidence.published(time.monotonic()))
+        self._published(version, lineage, self.evidence.published(time.monotonic()))
 
     def _update(self, directory: Path) -> Answer:
         """A draft somebody wants, in place of incumbent and candidate. Learning goes on from it."""
@@ -231,17 +234,17 @@ class Learner:
         self.curriculum.refine()
         self.evidence.restart()  # it speaks of other drafts
         self.sleep.restart("another draft was loaded")
-        self._published(version, None)
+        self._published(version, version, None)
         return Answer(version, f"published as version {version}")
 
-    def _published(self, version: int, score: Score | None) -> None:
+    def _published(self, version: int, lineage: int, score: Score | None) -> None:
         """The incumbent is this version now. score: on what carried it, where there is any."""
-        self.version = version
+        self.version, self.lineage = version, lineage
         self.sync.published(self.curriculum.trainer.steps, self.requests_seen)
         self.shadow = Recent(self.config.num_speculative_tokens)
         if score is not None:
             self.shadow.add(score)
-        self.candidate_is_ahead = False
+        self.candidate_is_ahead = self.candidate_founds_lineage = False
         block = self.control.learner
         block.published_version = version
         block.publishes += 1

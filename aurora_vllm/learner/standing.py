@@ -21,17 +21,18 @@ def standing_version(bank: WeightBank, worker: Block) -> int:
     return int(worker.live_version) if rolled_back else published
 
 
-def take_standing(draft: Eagle3Draft, bank: WeightBank, worker: Block) -> int:
-    """Put the weights of the version that stands into a draft. Returns which that is: version 1, and the draft is as it
-    was, where the bank does not hold it."""
+def take_standing(draft: Eagle3Draft, bank: WeightBank, worker: Block) -> tuple[int, int]:
+    """Put the weights of the version that stands into a draft. Returns which that is, and its lineage: version 1, and
+    the draft is as it was, where the bank does not hold it."""
     version = standing_version(bank, worker)
     if version <= CHECKPOINT_VERSION:
-        return CHECKPOINT_VERSION
+        return CHECKPOINT_VERSION, 0
     try:
-        draft.load_state_dict(bank.read(version).tensors)
+        publication = bank.read(version)
+        draft.load_state_dict(publication.tensors)
     except TornPublish:
-        return CHECKPOINT_VERSION
-    return version
+        return CHECKPOINT_VERSION, 0
+    return version, publication.lineage
 
 
 def follow_rollback(learner: Learner) -> None:
@@ -44,13 +45,13 @@ def follow_rollback(learner: Learner) -> None:
         return
     gone = learner.version
     learner.incumbent.load_state_dict(load_draft(learner.session.draft).state_dict())  # version 1 is not in the bank
-    learner.version = take_standing(learner.incumbent, learner.bank, learner.control.worker)
+    learner.version, learner.lineage = take_standing(learner.incumbent, learner.bank, learner.control.worker)
     learner.candidate.load_state_dict(learner.incumbent.state_dict())
     learner.curriculum.refine()
     learner.evidence.restart()
     learner.sleep.restart(f"version {gone} was rolled back")
     learner.shadow = Recent(learner.shadow.length)
-    learner.candidate_is_ahead = False
+    learner.candidate_is_ahead = learner.candidate_founds_lineage = False
     block = learner.control.learner
     block.message = f"version {gone} was rolled back: learning goes on from version {learner.version}"
     block.shadow_version, block.shadow_steps = learner.version, 0

@@ -19,6 +19,7 @@ from aurora_vllm.control.profit import Decision, DraftLengthController
 from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from aurora_vllm.spec_decode.cached_prompts import CachedPrompts
 from aurora_vllm.spec_decode.proposals import Proposals
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
@@ -35,14 +36,25 @@ class DraftLengthAdvisor:
         most_verified: tokens of a proposal that vLLM verifies; K and copies are no longer.
         no_copies: in words, why proposals cannot be replaced by copies; "" where they can.
         budget: tokens that vLLM schedules in a step; None for no bound.
+        kv_cache_manager: vLLM's; None where there is nothing cached to look after.
     """
 
-    def __init__(self, session: Session, most_verified: int, no_copies: str = "", budget: int | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        most_verified: int,
+        no_copies: str = "",
+        budget: int | None = None,
+        kv_cache_manager: Any = None,
+    ) -> None:
         config = session.config
         max_draft_length = min(config.num_speculative_tokens, most_verified)
         self._control = ControlBlock.attach(Segment.attach(session.control))
         copied = min(config.prompt_lookup_tokens, most_verified)
         self._proposals = Proposals(self._control, copied, config.prompt_lookup_answers, no_copies, budget)
+        self._cached_prompts: CachedPrompts | None = None
+        if kv_cache_manager is not None and config.speculate != "never":
+            self._cached_prompts = CachedPrompts(self._control.worker, kv_cache_manager)
         self._controller = DraftLengthController(
             max_draft_length=max_draft_length,
             mode=config.speculate,
@@ -76,6 +88,8 @@ class DraftLengthAdvisor:
     def step_starts(self) -> None:
         self._started.append((time.perf_counter(), self._learner_works()))
         self._control.scheduler.in_flight = len(self._started)
+        if self._cached_prompts is not None:
+            self._cached_prompts.look()
 
     def draft_length(self, batch_size: int) -> int:
         """K for the step being scheduled; 0 if choosing fails, or no request takes drafts."""

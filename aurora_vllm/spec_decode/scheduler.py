@@ -37,7 +37,8 @@ def advise(scheduler: Any) -> DraftLengthAdvisor | None:
     _end_with_server(session)
     no_copies = _why_no_copies(scheduler.vllm_config) if session.config.prompt_lookup else "off by the settings"
     budget = getattr(scheduler, "max_num_scheduled_tokens", None)
-    advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens, no_copies, budget)
+    manager = getattr(scheduler, "kv_cache_manager", None)
+    advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens, no_copies, budget, manager)
     scheduler.dynamic_sd_lookup = _ChosenDraftLength(advisor)
     return advisor
 

@@ -29,6 +29,14 @@ class _Ready:
     publication: Publication
 
 
+@dataclass(frozen=True)
+class _Replaced:
+    """The version that was live before, and what makes it live again."""
+
+    weights: StagedWeights
+    lineage: int
+
+
 class Stager:
     """Watches the bank, prepares new versions, and makes them live when the worker says so.
 
@@ -47,7 +55,7 @@ class Stager:
         self._worker, self._scheduler = control.worker, control.scheduler
         self._seen = 0  # newest version looked at, taken or refused
         self._ready: deque[_Ready] = deque(maxlen=1)  # for the next boundary; appending and taking are atomic
-        self._previous: StagedWeights | None = None
+        self._previous: _Replaced | None = None
         self._stop = threading.Event()
         self._hold()
         self._thread = threading.Thread(target=self._watch, name="aurora-stager", daemon=True)
@@ -61,7 +69,7 @@ class Stager:
         if condemned := self._scheduler.roll_back_version:
             self._undo(condemned)
         if (ready := self._take()) is not None and self._claim(ready):
-            self._go_live(ready.weights)
+            self._go_live(ready.weights, ready.publication.lineage)
 
     def _take(self) -> _Ready | None:
         try:
@@ -80,17 +88,18 @@ class Stager:
         self._hold()
         return False
 
-    def _go_live(self, staged: StagedWeights) -> None:
+    def _go_live(self, staged: StagedWeights, lineage: int) -> None:
         started = time.perf_counter_ns()
         staged.exchange()
         stall = time.perf_counter_ns() - started
         worker = self._worker
-        previous = int(worker.live_version)
+        previous, before = int(worker.live_version), int(worker.live_lineage)
         worker.live_version, worker.previous_version = staged.version, previous
+        worker.live_lineage = lineage
         worker.swaps += 1
         worker.last_swap_ns = time.monotonic_ns()
         worker.last_swap_stall_us = stall / 1000
-        self._previous = StagedWeights(previous, staged.exchanges)  # what was exchanged out
+        self._previous = _Replaced(StagedWeights(previous, staged.exchanges), before)  # what was exchanged out
         self._hold()
 
     def roll_back(self) -> bool:
@@ -98,9 +107,9 @@ class Stager:
 
         The version that leaves is kept in turn, so a second call undoes the first, but for one that was condemned.
         """
-        if self._previous is None or self._previous.version == self._worker.rolled_back_version:
+        if self._previous is None or self._previous.weights.version == self._worker.rolled_back_version:
             return False
-        self._go_live(self._previous)
+        self._go_live(self._previous.weights, self._previous.lineage)
         return True
 
     def _undo(self, condemned: int) -> None:

@@ -76,6 +76,12 @@ class Publication:
     _slot: int
     _sequence: int
 
+    @property
+    def lineage(self) -> int:
+        """The version with which this line of weights began, by a lesson or a draft from disk; what lies between two
+        versions of one line is gradient steps. 0: the line of the draft that the server started with."""
+        return int(self.evidence.get("lineage", 0))
+
     def still_valid(self) -> bool:
         """Whether the slot has not been written to since the read; what was copied out before this is then whole."""
         fence()
@@ -147,7 +153,7 @@ class WeightBank:
         Args:
             version: larger than every one there is, see :meth:`newest`.
             tensors: exactly the names of `specs`, each of its shape and dtype, on any device.
-            evidence: why this version is better; JSON, at most 16 KiB.
+            evidence: why this version is better; JSON, at most 16 KiB. "lineage": see :class:`Publication`.
 
         Raises:
             ValueError: names, a shape, a dtype, the version or the evidence are wrong. Nothing was written.

@@ -53,6 +53,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "staged_version": INT,  # checked and packed: the next step runs it
         "live_version": INT,
         "previous_version": INT,
+        "live_lineage": INT,  # of the live version: transport/bank.py, Publication
         "swaps": INT,
         "refusals": INT,
         "refusal": TEXT,

@@ -49,9 +49,9 @@ def next_version(engine: Engine) -> int:
     return max(engine.bank.published(), 1) + 1
 
 
-def publish(engine: Engine, tensors: dict[str, torch.Tensor]) -> int:
+def publish(engine: Engine, tensors: dict[str, torch.Tensor], **evidence: int) -> int:
     version = next_version(engine)
-    engine.bank.publish(version, tensors, {"why": "test"})
+    engine.bank.publish(version, tensors, {"why": "test"} | evidence)
     return version
 
 
@@ -66,8 +66,8 @@ def settle(engine: Engine, version: int) -> None:
     engine.wait_for(done)
 
 
-def publish_and_commit(engine: Engine, tensors: dict[str, torch.Tensor]) -> int:
-    version = publish(engine, tensors)
+def publish_and_commit(engine: Engine, tensors: dict[str, torch.Tensor], **evidence: int) -> int:
+    version = publish(engine, tensors, **evidence)
     settle(engine, version)
     assert engine.control.worker.live_version == version
     return version
@@ -129,6 +129,28 @@ def test_roll_back_restores_the_previous_version_exactly(engine: Engine, checkpo
     assert engine.control.worker.live_version == version
     for name, output in running_layers(engine).items():
         assert torch.equal(output, before[name]), name
+
+
+def test_another_draft_finds_no_prompts_cached_by_the_one_before(
+    engine: Engine, checkpoint: dict[str, torch.Tensor]
+) -> None:
+    """Their draft KV is the other one's; gradient steps change a draft little, so behind them prompts stay cached."""
+    prompt = [100 + i % 50 for i in range(150)]
+
+    def cached() -> int:
+        return int(engine.generate([prompt], max_tokens=2)[0].num_cached_tokens)
+
+    cached()
+    publish_and_commit(engine, perturbed(checkpoint, 30))
+    assert cached() >= 128
+    publish_and_commit(engine, perturbed(checkpoint, 31), lineage=7)
+    assert cached() == 0
+    publish_and_commit(engine, perturbed(checkpoint, 32), lineage=7)
+    assert cached() >= 128
+    assert engine.attachment.stager.roll_back()
+    assert cached() >= 128
+    publish_and_commit(engine, perturbed(checkpoint, 33))
+    assert cached() == 0
 
 
 def test_not_finite_weights_are_refused_and_the_old_version_serves_on(

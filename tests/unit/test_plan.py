@@ -93,9 +93,7 @@ def test_a_draft_that_does_not_fit(target: Target, draft_dir: Path, changes: dic
     assert line in str(caught.value)
 
 
-def test_the_revision_of_a_draft_on_the_hub(
-    target: Target, draft_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_revision_of_a_draft_on_the_hub(target: Target, draft_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(name: str, kind: str, weights: bool, revision: str | None = None) -> Path:
         assert (name, kind, revision) == ("owner/draft", "draft", "r")
         return draft_dir

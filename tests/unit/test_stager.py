@@ -41,9 +41,9 @@ class World:
         self.control, self.bank, self.draft = control, bank, OneNumber()
         self.stager = Stager(bank, self.draft, control, device)  # type: ignore[arg-type]
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int, **evidence: int) -> None:
         """Published and staged, not yet live."""
-        self.bank.publish(version, {"w": torch.full((1,), float(version))}, {})
+        self.bank.publish(version, {"w": torch.full((1,), float(version))}, evidence)
         deadline = time.monotonic() + 5
         while self.control.worker.staged_version != version:
             assert time.monotonic() < deadline
@@ -82,6 +82,23 @@ def test_a_condemned_version_goes_and_never_comes_back(world: World) -> None:
     world.stager = Stager(world.bank, world.draft, world.control)  # type: ignore[arg-type]
     time.sleep(0.2)  # it finds version 2 in the bank
     assert world.step() == (1, 2, 1.0) and worker.rollbacks == 1
+
+
+def test_the_lineage_is_the_live_versions(world: World) -> None:
+    worker = world.control.worker
+    world.publish(2)
+    world.step()
+    assert worker.live_lineage == 0
+    world.publish(3, lineage=3)
+    assert worker.live_lineage == 0  # not yet live
+    world.step()
+    assert worker.live_lineage == 3
+    world.control.scheduler.roll_back_version = 3
+    world.step()
+    assert worker.live_lineage == 0
+    world.publish(4, lineage=3)
+    world.step()
+    assert worker.live_lineage == 3
 
 
 def test_a_newer_version_that_waits_comes_after_the_rollback(world: World) -> None:

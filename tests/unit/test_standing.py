@@ -69,6 +69,33 @@ def test_it_goes_on_from_the_version_that_stayed(tmp_path: Path, stayed: int) ->
         assert any(not torch.equal(published[name], kept[name]) for name in kept)
 
 
+def test_a_lesson_founds_a_lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient steps go on with it, a rollback behind the lesson goes back to the older one."""
+    world = World()
+    with session(world, tmp_path, sync="steps", sync_interval=3) as (shared, producer):
+        learner = Learner(shared)
+        learner.control.worker.live_version = 1
+        request = learn_until(world, learner, producer, 2, 0)
+        with monkeypatch.context() as patched:
+            patched.setattr(learner.curriculum, "work", lambda: True)  # a lesson
+            learner._work()
+        for version in (3, 4):
+            request = learn_until(world, learner, producer, version, request)
+        assert [learner.bank.read(version).lineage for version in (2, 3, 4)] == [0, 3, 3]
+        roll_back(learner)
+        follow_rollback(learner)
+        assert learner.lineage == Learner(shared).lineage == 3
+        with monkeypatch.context() as patched:
+            patched.setattr(learner.curriculum, "work", lambda: True)
+            learner._work()
+        request = learn_until(world, learner, producer, 5, request)
+        assert learner.bank.read(5).lineage == 5
+        roll_back(learner)
+        follow_rollback(learner)
+        learn_until(world, learner, producer, 6, request)
+        assert learner.bank.read(6).lineage == 3  # what the lesson had made was rolled back
+
+
 def test_nothing_is_published_before_something_new_was_learned(tmp_path: Path) -> None:
     world = World()
     with session(world, tmp_path, sync="steps", sync_interval=1) as (shared, producer):
