@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 
 EXIT_BAD_INPUT = 2
+GET_VLLM = "make setup (CPU), or pip install '.[cuda]' in a checkout"
 PLAIN = "--aurora-off serves it as plain vLLM"  # what to do about a target or a flag that only Aurora cannot take
 
 

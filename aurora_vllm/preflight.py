@@ -18,6 +18,7 @@ from aurora_vllm import checkpoint, resuming
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import PLAIN, AuroraError
+from aurora_vllm.learner.target import check_learnable
 
 WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
@@ -150,6 +151,8 @@ def resolve_draft(config: AuroraConfig, target: Target, revision: str | None = N
     Raises:
         AuroraError: it does not fit, or none can be made.
     """
+    if config.learn:
+        check_learnable(target.directory)
     resumed = resuming.resumed_draft(config, target)
     if resumed is not None:
         return resumed

@@ -45,7 +45,8 @@ class Runtime:
         sweep()
         try:
             sizes = {"ring": plan.ring_bytes, "bank": plan.bank_bytes, "control": control_bytes()}
-            ring, bank, block = (Segment.create(kind, size) for kind, size in sizes.items())
+            # Kept: the lock that says they are in use is held as long as they are mapped here.
+            self._segments = ring, bank, block = tuple(Segment.create(kind, size) for kind, size in sizes.items())
         except NoSharedMemory as error:
             self.close()
             raise AuroraError(str(error), "the ring is what --aurora-ring-mb says") from None

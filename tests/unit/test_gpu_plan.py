@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import json
 from argparse import Namespace
 from dataclasses import asdict, replace
@@ -155,6 +157,10 @@ def test_the_server_says_what_is_wanted_and_removes_what_the_worker_made(
     for found, wanted in ((None, False), (gpu(), True), (gpu(refused="x"), False)):
         with Runtime(replace(silent, gpu=found), told_when_up=True) as runtime:
             assert runtime.session.on_device is wanted
+            for name in (runtime.session.ring, runtime.session.bank, runtime.session.control):
+                gc.collect()
+                with (SHM / name).open("rb") as other, pytest.raises(BlockingIOError):  # no sweep takes it away
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             control = ControlBlock.attach(Segment.attach(runtime.session.control))
             kinds = [name for name in BLOCKS["worker"] if name.endswith("_memory")]
             made = [SHM / f"aurora-1-1-0123456789abcdef-{kind}" for kind in kinds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from typing import Any
 
 import pytest
@@ -35,6 +36,16 @@ def test_a_vllm_that_prepares_elsewhere_is_served_all_the_same(monkeypatch: pyte
     hide(monkeypatch, "cli_env_setup")
     assert VllmServer().parse(["some/model"]).model == "some/model"
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_vllms_console_script_runs_with_the_cpu_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(vllm_server.os, "execv", lambda program, command: ran.append(command))
+    vllm_server.run_as_program(["--port", "3", "--model=M"])
+    assert ran[0][3:] == ["serve", "M", "--port", "3"]
+    shown = subprocess.run([*ran[0][:3], "--version"], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.split()[-1].startswith("0.")
 
 
 def test_a_vllm_without_the_command_is_of_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
