@@ -21,7 +21,8 @@ from aurora_vllm.supervisor import SAVE_S
 
 if TYPE_CHECKING:
     from aurora_vllm.plan import ServePlan
-    from aurora_vllm.spec_decode.compat import ModelRunner, Probe
+    from aurora_vllm.spec_decode.compat import Probe
+    from aurora_vllm.spec_decode.model_runner import ModelRunner
     from aurora_vllm.vllm_server import VllmServer
 
 
@@ -132,10 +133,10 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
 
 
 def _probes() -> tuple[ModelRunner, tuple[Probe, ...]]:
-    from aurora_vllm.spec_decode import compat
+    from aurora_vllm.spec_decode import compat, hooks, model_runner
 
-    runner = compat.choose_runner()
-    return runner, tuple(compat.probe(compat.hooks_of(runner.name)))
+    runner = model_runner.choose_runner()
+    return runner, tuple(compat.probe(hooks.hooks_of(runner.name)))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from aurora_vllm.transport.ring import HEADER_BYTES, ring_bytes
 from aurora_vllm.transport.rows import RowLayout
 
 if TYPE_CHECKING:
-    from aurora_vllm.spec_decode.compat import ModelRunner, Probe
+    from aurora_vllm.spec_decode.compat import Probe
+    from aurora_vllm.spec_decode.model_runner import ModelRunner
 
 MIB = 2**20
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names of one variable

@@ -16,7 +16,8 @@ import pytest
 from aurora_vllm import cli
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.spec_decode import compat, fork
-from aurora_vllm.spec_decode.compat import HOOKS, Hook, compare, fingerprint, fingerprint_of_text
+from aurora_vllm.spec_decode.compat import compare, fingerprint, fingerprint_of_text
+from aurora_vllm.spec_decode.hooks import HOOKS, Hook
 from aurora_vllm.spec_decode.scheduler import AuroraScheduler
 from aurora_vllm.spec_decode.vllm_sources import NoSuchSymbol, VllmSources
 

@@ -19,7 +19,8 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
 from aurora_vllm.semantics import aurora_yaml
-from aurora_vllm.spec_decode.compat import ModelRunner, Probe
+from aurora_vllm.spec_decode.compat import Probe
+from aurora_vllm.spec_decode.model_runner import ModelRunner
 from aurora_vllm.transport.bank import bank_bytes
 from aurora_vllm.transport.ring import ring_bytes
 

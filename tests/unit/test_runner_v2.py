@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_vllm.errors import AuroraError
-from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.attachment import Attachment, find_adapter
+from aurora_vllm.spec_decode.model_runner import ModelRunner, choose_runner
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter, emitted_tokens
 from aurora_vllm.spec_decode.swap import SwapRefused
@@ -192,7 +192,7 @@ def test_which_runner_vllm_will_take(
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     if said is not None:
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", said)
-    assert compat.choose_runner() == compat.ModelRunner(name, reason)  # type: ignore[arg-type]
+    assert choose_runner() == ModelRunner(name, reason)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("said", "says"), [("yes", "is 'yes'"), ("", "is ''"), ("1", "no Triton for this device")])
@@ -200,4 +200,4 @@ def test_a_runner_that_cannot_be(monkeypatch: pytest.MonkeyPatch, said: str, say
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", False)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", said)
     with pytest.raises(AuroraError, match=says):
-        compat.choose_runner()
+        choose_runner()

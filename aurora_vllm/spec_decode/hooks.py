@@ -1,0 +1,105 @@
+"""What of vLLM is wrapped, subclassed or called: the table that probes and manifests go through (:mod:`.compat`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A vLLM symbol we wrap, subclass or call, and the parameters we rely on."""
+
+    symbol: str  # "module:qualified.name"
+    parameters: tuple[str, ...] = ()
+    why: str = ""
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+
+V1_HOOKS = (
+    Hook(f"{_RUNNER}.sample_tokens", (), "hook: the step's hidden states"),
+    Hook(f"{_RUNNER}._sample", ("spec_decode_metadata",), "hook: the verdict"),
+    Hook(f"{_RUNNER}.propose_draft_token_ids", ("scheduler_output",), "hook: which weights proposed; nothing at K=0"),
+    Hook(f"{_RUNNER}._get_positions", (), "hook: token positions"),
+    Hook(f"{_RUNNER}.get_draft_model", (), "swap: the live draft"),
+    Hook(
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "CPU sampling fix (vllm#55005)",
+    ),
+    Hook("vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor", (), "requests without drafts: min_p"),
+    Hook("vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor", (), "requests without drafts: logit_bias"),
+)
+
+V2_HOOKS = (
+    Hook(f"{_RUNNER_V2}.sample", ("hidden_states", "input_batch"), "hook: last hidden states and the verdict"),
+    Hook(f"{_RUNNER_V2}.sample_tokens", (), "hook: samples once and proposes once in every step"),
+    Hook(
+        "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator.propose",
+        ("aux_hidden_states", "dummy_run", "is_profile", "num_speculative_tokens"),
+        "hook: aux hidden states, which weights proposed; nothing at K=0",
+    ),
+    Hook(f"{_SPECULATOR}.__init__", (), "hook: where drafts lie"),
+    Hook(
+        "vllm.v1.worker.gpu.input_batch:InputBatch",
+        (
+            "req_ids", "num_reqs", "num_tokens", "num_scheduled_tokens", "num_draft_tokens_per_req", "input_ids",
+            "positions", "num_computed_tokens_np", "prefill_len_np", "has_prefill",
+        ),
+        "hook: the batch",
+    ),
+    Hook(
+        "vllm.v1.worker.gpu.sample.output:SamplerOutput",
+        ("sampled_token_ids", "num_sampled"),
+        "hook: the verdict",
+    ),
+    Hook(f"{_RUNNER_V2}.get_draft_model", (), "swap: the live draft"),
+    Hook(
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
+        ("scheduler_output",),
+        "scheduler: drafts of overlapping steps",
+    ),
+)  # fmt: skip
+
+COMMON_HOOKS = (
+    Hook("vllm.v1.worker.gpu_worker:Worker.load_model", (), "worker: attach after it"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", (), "worker: captures and swaps begin after it"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",), "worker: step boundary"),
+    Hook("vllm.v1.worker.gpu_worker:Worker.shutdown", (), "worker: detach"),
+    Hook(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks",
+        ("block_ids",),
+        "scheduler: prompts cached by another draft are forgotten",
+    ),
+    Hook(f"{_SCHEDULER}.add_request", ("request",), "scheduler: requests beside which nobody has drafts"),
+    Hook(f"{_SCHEDULER}.schedule", (), "scheduler: step starts"),
+    Hook(f"{_SCHEDULER}.update_from_output", ("scheduler_output",), "scheduler: step ends"),
+    Hook(f"{_SCHEDULER}.update_draft_token_ids", ("draft_token_ids",), "scheduler: drafts arrive"),
+    Hook(
+        f"{_SCHEDULER}.make_spec_decoding_stats",
+        ("num_draft_tokens", "num_accepted_tokens", "request_id"),
+        "scheduler: verdicts, as vllm:spec_decode_* counts them",
+    ),
+    Hook(
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        ("speculative_config",),
+        "requests without drafts: min_p and logit_bias are not refused",
+    ),
+    Hook("vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM", (), "swap: the draft's layout"),
+    Hook(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        ("layer",),
+        "swap: how CPU weights are repacked",
+    ),
+    Hook("vllm._custom_ops:create_onednn_mm", ("weight",), "swap: packing weights for the CPU"),
+)
+HOOKS = (*V1_HOOKS, *V2_HOOKS, *COMMON_HOOKS)
+
+
+def hooks_of(runner: Literal["V1", "V2"]) -> tuple[Hook, ...]:
+    """What is needed where vLLM takes this model runner."""
+    return (*(V1_HOOKS if runner == "V1" else V2_HOOKS), *COMMON_HOOKS)

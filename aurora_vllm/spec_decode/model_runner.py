@@ -1,0 +1,39 @@
+"""Which of its two model runners vLLM will take."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from aurora_vllm.errors import AuroraError
+
+
+@dataclass(frozen=True)
+class ModelRunner:
+    """Which of its two model runners vLLM will take."""
+
+    name: Literal["V1", "V2"]
+    reason: str
+
+
+def choose_runner() -> ModelRunner:
+    """vLLM's choice, before its configuration exists (vllm/config/vllm.py, ``use_v2_model_runner``).
+
+    vLLM may still take V1 for what V2 cannot do, and says so in its log; the worker attaches to what it finds.
+
+    Raises:
+        AuroraError: the choice is none, or vLLM would end on it.
+    """
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    said = os.environ.get(name)
+    if said not in (None, "0", "1"):
+        raise AuroraError(f"{name} is {said!r}", "set it to 0 or 1, or leave the choice to vLLM")
+    if said == "0":
+        return ModelRunner("V1", f"{name}=0")
+    if not importlib.import_module("vllm.triton_utils").HAS_TRITON:
+        if said == "1":
+            raise AuroraError(f"{name}=1, and there is no Triton for this device", f"unset {name}: V1 needs none")
+        return ModelRunner("V1", "no Triton for this device")
+    return ModelRunner("V2", f"{name}=1" if said else "vLLM's default")
