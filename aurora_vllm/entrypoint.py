@@ -99,7 +99,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
         notice(line)
     preflight.check_port(args)
     resuming.check_checkpoint_dir(plan.config)
-    plan = plans.with_draft(plan, preflight.make_draft(plan.draft, plan.target, plan.config))
+    plan = replace(plan, draft=preflight.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args, _speculative_fields())
     installed = vllm_server.routes_are_installed()
     if not installed:

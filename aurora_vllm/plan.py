@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from aurora_vllm.checkpoint import Draft, Target, target_head_bytes
@@ -57,7 +57,6 @@ class ServePlan:
     aurora_file: AuroraFile | None = None
     model_runner: ModelRunner | None = None
     gpu: GpuPlan | None = None  # None where the target runs on a CPU
-    least_rows: int = 0  # of the ring, where nobody says how large it is
 
     @property
     def fits(self) -> bool:
@@ -155,7 +154,7 @@ def make_plan(
         )
     sizes = ring_bytes(layout.row_bytes, rows), bank_bytes(draft.specs)
     learner = predict_learner(config, target, draft)
-    return ServePlan(config, vllm_version, target, draft, layout, rows, *sizes, learner, probes, least_rows=least_rows)
+    return ServePlan(config, vllm_version, target, draft, layout, rows, *sizes, learner, probes)
 
 
 def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> LearnerMemory:
@@ -213,12 +212,6 @@ def _draft_sizes(target: Target, draft: Draft) -> DraftSizes:
 def _most_rows(config: AuroraConfig, target: Target) -> int:
     longest = min(config.max_trajectory_tokens, target.max_model_len or config.max_trajectory_tokens)
     return max(config.batch_tokens, longest)
-
-
-def with_draft(plan: ServePlan, draft: Draft) -> ServePlan:
-    """The same plan, once its day-0 draft is made."""
-    made = make_plan(plan.config, plan.vllm_version, plan.target, draft, plan.probes, plan.least_rows)
-    return replace(made, aurora_file=plan.aurora_file, model_runner=plan.model_runner, gpu=plan.gpu)
 
 
 def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] = ()) -> None:

@@ -4,32 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from aurora_vllm.learner.trajectory import Branch
-
-
-class TrajectoryLike(Protocol):
-    """What ``collate`` reads of a trajectory (learner/trajectory.py)."""
-
-    @property
-    def start(self) -> int: ...  # position of the first row
-    @property
-    def token_ids(self) -> torch.Tensor: ...  # int64 [T]
-    @property
-    def aux(self) -> torch.Tensor: ...  # [T, num_aux * H]
-    @property
-    def last(self) -> torch.Tensor: ...  # [T, H]
-    @property
-    def prompt_length(self) -> int: ...  # absolute: positions below it are prompt
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def next_token(self) -> int: ...  # emitted after the last row; -1 where it is not known
-    @property
-    def branches(self) -> list[Branch]: ...
+from aurora_vllm.learner.trajectory import Branch, Trajectory
 
 
 @dataclass
@@ -50,7 +29,7 @@ class Batch:
     branches: list[list[Branch]] = field(default_factory=list)  # rejected ones of each sequence, or none at all
 
 
-def collate(trajectories: Sequence[TrajectoryLike], device: torch.device | None = None) -> Batch:
+def collate(trajectories: Sequence[Trajectory], device: torch.device | None = None) -> Batch:
     """Put trajectories into one batch, on a device (the CPU unless told; branches stay where they are).
 
     A greedy request emitted its target's argmax: the next token *is* it, and the loss is spared a product with the

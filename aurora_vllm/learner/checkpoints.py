@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -112,11 +111,8 @@ class Checkpoints:
         self._run = run
         self._provenance = dict(provenance)
         self._spared = resumed
-        ours = self.newest_of_run()  # a learner before this one, of the same run
         base = Checkpoint.read(resumed) if resumed else None
-        before = ours or base
-        self._lineage = str(before.facts["lineage"] if before else uuid4().hex)
-        # Whoever else goes on from the same checkpoint is of the same lineage, and keeps his own.
+        # Whoever else goes on from the same checkpoint has the same ancestors, and keeps his own.
         self._ancestors = [*base.facts.get("ancestors", []), base.facts.get("run")] if base else []
 
     def newest_of_run(self) -> Checkpoint | None:
@@ -142,8 +138,7 @@ class Checkpoints:
             OSError, SafetensorError: it could not be written; those before it are as they were.
         """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = {"format": FORMAT, "lineage": self._lineage, "run": self._run, "ancestors": self._ancestors}
-        facts["statistics"] = dict(statistics)
+        facts = {"format": FORMAT, "run": self._run, "ancestors": self._ancestors, "statistics": dict(statistics)}
         with self._alone():
             for leftover in self.directory.glob(PARTIAL):
                 if leftover.is_symlink() or not leftover.is_dir():

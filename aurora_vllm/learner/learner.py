@@ -22,7 +22,7 @@ from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget, DeviceClock
 from aurora_vllm.learner.curriculum import Curriculum
-from aurora_vllm.learner.draft import load_draft
+from aurora_vllm.learner.draft import Eagle3Draft, load_draft
 from aurora_vllm.learner.evaluate import Recent, Score, simulate
 from aurora_vllm.learner.from_disk import publish_from_disk
 from aurora_vllm.learner.publish import Evidence, Sync, publish
@@ -220,7 +220,8 @@ class Learner:
             self.candidate_is_ahead = self.candidate_founds_lineage = False
             return
         self.incumbent.load_state_dict(self.candidate.state_dict())
-        self._published(version, lineage, self.evidence.published(time.monotonic()))
+        self._both_are(version, lineage, self.evidence.published(time.monotonic()))
+        self._published(version)
 
     def _update(self, directory: Path) -> Answer:
         """A draft somebody wants, in place of incumbent and candidate. Learning goes on from it."""
@@ -229,26 +230,32 @@ class Learner:
             draft = publish_from_disk(self.bank, version, directory, self.incumbent, lambda: self.head.embed_tokens)
         except AuroraError as error:
             return Answer(0, str(error))
+        self.start_over_from(draft, version, version, "another draft was loaded")
+        self._published(version)
+        return Answer(version, f"published as version {version}")
+
+    def start_over_from(self, draft: Eagle3Draft, version: int, lineage: int, why: str) -> None:
+        """Incumbent and candidate become a draft that no training here led to: what was known of them says nothing."""
         self.incumbent.load_state_dict(draft.state_dict())
         self.candidate.load_state_dict(draft.state_dict())
         self.curriculum.refine()
-        self.evidence.restart()  # it speaks of other drafts
-        self.sleep.restart("another draft was loaded")
-        self._published(version, version, None)
-        return Answer(version, f"published as version {version}")
+        self.evidence.restart()
+        self.sleep.restart(why)
+        self._both_are(version, lineage)
 
-    def _published(self, version: int, lineage: int, score: Score | None) -> None:
-        """The incumbent is this version now. score: on what carried it, where there is any."""
+    def _both_are(self, version: int, lineage: int, score: Score | None = None) -> None:
+        """Incumbent and candidate are this version now. score: on what carried it, where there is any."""
         self.version, self.lineage = version, lineage
-        self.sync.published(self.curriculum.trainer.steps, self.requests_seen)
+        self.candidate_is_ahead = self.candidate_founds_lineage = False
         self.shadow = Recent(self.config.num_speculative_tokens)
         if score is not None:
             self.shadow.add(score)
-        self.candidate_is_ahead = self.candidate_founds_lineage = False
-        block = self.control.learner
-        block.published_version = version
-        block.publishes += 1
         self._show_shadow()
+
+    def _published(self, version: int) -> None:
+        self.sync.published(self.curriculum.trainer.steps, self.requests_seen)
+        self.control.learner.published_version = version
+        self.control.learner.publishes += 1
 
     def _next_version(self) -> int:
         return max(self.version, self.bank.newest(), self.control.worker.live_version) + 1

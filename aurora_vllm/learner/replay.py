@@ -57,11 +57,6 @@ class Replay:
     def __len__(self) -> int:
         return len(self._window)
 
-    @property
-    def fresh(self) -> int:
-        """Trajectories that were never sampled."""
-        return sum(held.uses == 0 for held in self._window)
-
     def mean_uses(self) -> float:
         """How often a trajectory of the window was sampled, on average."""
         return sum(held.uses for held in self._window) / len(self._window) if self._window else 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aurora_vllm.learner.draft import Eagle3Draft, load_draft
-from aurora_vllm.learner.evaluate import Recent
 from aurora_vllm.session import CHECKPOINT_VERSION
 from aurora_vllm.transport.bank import TornPublish, WeightBank
 from aurora_vllm.transport.block import Block
@@ -43,15 +42,7 @@ def follow_rollback(learner: Learner) -> None:
     """
     if learner.version != learner.control.worker.rolled_back_version:
         return
-    gone = learner.version
-    learner.incumbent.load_state_dict(load_draft(learner.session.draft).state_dict())  # version 1 is not in the bank
-    learner.version, learner.lineage = take_standing(learner.incumbent, learner.bank, learner.control.worker)
-    learner.candidate.load_state_dict(learner.incumbent.state_dict())
-    learner.curriculum.refine()
-    learner.evidence.restart()
-    learner.sleep.restart(f"version {gone} was rolled back")
-    learner.shadow = Recent(learner.shadow.length)
-    learner.candidate_is_ahead = learner.candidate_founds_lineage = False
-    block = learner.control.learner
-    block.message = f"version {gone} was rolled back: learning goes on from version {learner.version}"
-    block.shadow_version, block.shadow_steps = learner.version, 0
+    gone, draft = learner.version, load_draft(learner.session.draft)  # version 1, which is not in the bank
+    version, lineage = take_standing(draft, learner.bank, learner.control.worker)
+    learner.start_over_from(draft, version, lineage, f"version {gone} was rolled back")
+    learner.control.learner.message = f"version {gone} was rolled back: learning goes on from version {version}"

@@ -14,18 +14,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from aurora_vllm.control.earnings import Earnings
-from aurora_vllm.control.guard import LearnerGuard
 from aurora_vllm.control.profit import Decision, DraftLengthController
-from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.cached_prompts import CachedPrompts
+from aurora_vllm.spec_decode.learner_share import LearnerShare
+from aurora_vllm.spec_decode.probation import Probation
 from aurora_vllm.spec_decode.proposals import Proposals
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
-WORDS_EVERY = 20  # verified drafts between two accounts of a probation
 TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a draft the user names or resumes, until measured
 
 
@@ -66,15 +64,8 @@ class DraftLengthAdvisor:
         self._choosing = CircuitBreaker("choosing the draft length", on_failure=self._say_no_choice)
         self._measuring = CircuitBreaker("measuring steps")
         self._counting = CircuitBreaker("counting verdicts")
-        self._guard = LearnerGuard(config.learner_slowdown) if config.learner_slowdown else None
-        self._earnings: Earnings | None = None
-        if config.speculate == "auto":  # otherwise what speculation earns is not why it runs, or does not
-            self._earnings = Earnings(config.learner_cpu_share, config.learner_least_share)
-        self._control.scheduler.learner_guard = self._guard.reason if self._guard else "off by the settings"
-        self._show_learner_share()
-        self._cost = CircuitBreaker("watching what the learner costs")
-        self._rollout = Rollout(max_draft_length, config.rollback_confidence)
-        self._watch = CircuitBreaker("watching a new version")
+        self._learner_share = LearnerShare(config, self._control)
+        self._probation = Probation(self._control, max_draft_length, config.rollback_confidence)
         self._max_draft_length = max_draft_length
         self._version = 0
         self._proposed_by = 0
@@ -83,7 +74,6 @@ class DraftLengthAdvisor:
         self._ended = 0.0
         self._learner_rests = config.learner_cpu_share <= 0.5  # mostly: else its work is how things are
         self._last = Decision(0, "")
-        self._standing = (0, "")
         self._before = self._controller.acceptance  # what was known of the version before the live one
 
     def step_starts(self) -> None:
@@ -127,7 +117,8 @@ class DraftLengthAdvisor:
         copied = self._proposals.copied(request_id)
         self._counting.run(lambda: self._observe_verdict(num_drafts, num_accepted, copied))
         if not copied:
-            self._watch.run(lambda: self._judge_version(num_drafts, num_accepted))
+            self._probation.verified(self._proposed_by, num_drafts, num_accepted)
+            self._controller.wants_verdicts = self._probation.wants_verdicts
 
     def _learner_works(self) -> bool:
         """Whether the learner is in a burst of work; one that was killed in a burst still says so."""
@@ -152,7 +143,6 @@ class DraftLengthAdvisor:
             self._controller.acceptance.shadow(learner.shadow_accepted_per_position)
         decision = self._controller.decide(batch_size)
         scheduler = self._control.scheduler
-        scheduler.beat()
         if decision.draft_length != self._last.draft_length:
             scheduler.draft_length = decision.draft_length
         if decision.reason != self._last.reason:
@@ -175,34 +165,15 @@ class DraftLengthAdvisor:
             scheduler.spec_steps += 1
         verified = sum(map(len, drafts.values()))
         proposed = scheduler_output.num_spec_tokens_to_schedule
-        if self._earnings is not None:
-            accepted = sum(max(len(tokens) - 1, 0) for tokens in sampled)
-            saved = self._controller.saved(len(counts), proposed, verified, accepted)
-            if self._earnings.observe(seconds, saved):
-                self._show_learner_share()
+        accepted = sum(max(len(tokens) - 1, 0) for tokens in sampled)
+        self._learner_share.earned(seconds, self._controller.saved(len(counts), proposed, verified, accepted))
         # Only steps of nothing but decoding tell what K costs. What a burst of the learner's adds to a step is no
         # property of K; of two draft lengths it would hit the one being probed.
         if sum(counts.values()) != len(counts) + verified:
             return
         if not (self._learner_rests and beside_learner):
             self._controller.costs.observe(len(counts), proposed, verified, seconds)
-        if (guard := self._guard) is not None:
-            self._cost.run(lambda: self._judge_learner(guard, len(counts), verified, seconds, beside_learner))
-
-    def _judge_learner(
-        self, guard: LearnerGuard, batch_size: int, drafts: int, seconds: float, beside_learner: bool
-    ) -> None:
-        """Does the learner slow serving too much?"""
-        if guard.observe(batch_size, drafts, seconds, beside_learner):
-            self._control.scheduler.learner_slowdown = guard.slowdown
-            self._control.scheduler.learner_guard = guard.reason
-            self._show_learner_share()
-
-    def _show_learner_share(self) -> None:
-        scheduler = self._control.scheduler
-        earned = self._earnings.factor if self._earnings else 1.0
-        scheduler.learner_share = earned * (self._guard.share if self._guard else 1.0)
-        scheduler.learner_earnings = self._earnings.reason if self._earnings else "all of its share: K is fixed"
+        self._learner_share.decoded(len(counts), verified, seconds, beside_learner)
 
     def _observe_verdict(self, num_drafts: int, num_accepted: int, copied: bool) -> None:
         if copied:  # says nothing of any version
@@ -214,17 +185,3 @@ class DraftLengthAdvisor:
         self._controller.acceptance.observe(num_drafts, num_accepted)
         per_position = [int(num_accepted > i) for i in range(self._max_draft_length)]
         self._control.scheduler.record(self._proposed_by, 1, num_drafts, num_accepted, per_position)
-
-    def _judge_version(self, num_drafts: int, num_accepted: int) -> None:
-        """Is the newest version worse than the one before? The worker has both, so it is asked to trade them."""
-        rollout, scheduler = self._rollout, self._control.scheduler
-        rollout.observe(self._proposed_by, self._control.worker.previous_version, num_drafts, num_accepted)
-        standing = (rollout.version, rollout.decision)
-        if standing == self._standing and (rollout.decision != "undecided" or rollout.drafts % WORDS_EVERY):
-            return
-        self._standing = standing
-        self._controller.wants_verdicts = rollout.looks_worse
-        scheduler.probation_version, scheduler.probation = rollout.version, rollout.reason
-        scheduler.probation_drafts, scheduler.probation_evidence = rollout.drafts, rollout.evidence
-        if rollout.decision == "rollback":
-            scheduler.roll_back_version = rollout.version  # last: whoever finds it finds the reason

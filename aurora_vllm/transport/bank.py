@@ -71,7 +71,6 @@ class Publication:
     version: int
     tensors: dict[str, torch.Tensor]
     evidence: dict[str, Any]
-    checksum: int
     _bank: WeightBank
     _slot: int
     _sequence: int
@@ -251,7 +250,7 @@ class WeightBank:
             raise TornPublish(f"version {version} was overwritten while it was read")
         if checksum != stored:
             raise TornPublish(f"version {version}: checksum {checksum:08x}, published as {stored:08x}")
-        return Publication(version, self._views(slot), json.loads(encoded), checksum, self, slot, sequence)
+        return Publication(version, self._views(slot), json.loads(encoded), self, slot, sequence)
 
     # --- slots ---
 

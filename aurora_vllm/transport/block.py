@@ -78,11 +78,6 @@ class Block:
         """Set heartbeat_ns to now."""
         self.heartbeat_ns = time.monotonic_ns()
 
-    def heartbeat_age(self) -> float | None:
-        """Seconds since the last heartbeat, None before the first."""
-        beat = self.heartbeat_ns
-        return (time.monotonic_ns() - beat) / 1e9 if beat else None
-
     def snapshot(self) -> dict[str, Any]:
         """All fields as plain Python values that JSON can hold: a float that is not finite becomes None."""
         return {name: _finite(getattr(self, name)) for name in self._fields}

@@ -64,7 +64,6 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "rollback": TEXT,
     },
     "scheduler": {
-        "heartbeat_ns": INT,
         "draft_length": INT,
         "reason": TEXT,
         "draft_sits_out": BOOL,  # the draft need not run over prompts: nobody is likely to draft from them

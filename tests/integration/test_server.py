@@ -268,7 +268,7 @@ def test_the_next_server_goes_on_from_the_checkpoint(server: Server, target: Pat
     second = Checkpoint.read((kept / "latest").resolve())
     assert second.directory.name > first.directory.name
     assert second.facts["statistics"]["steps"] > step
-    assert second.facts["lineage"] == first.facts["lineage"]
+    assert second.facts["ancestors"] == [first.facts["run"]] and second.facts["run"] != first.facts["run"]
 
 
 def test_several_api_servers_are_one_and_kill_9_leaves_nothing_of_it(server: Server, target: Path) -> None:

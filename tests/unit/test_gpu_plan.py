@@ -90,7 +90,6 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
     assert memory.swap == weights_bytes(serve_plan.draft.specs)
     rows = serve_plan.ring_bytes - HEADER_BYTES
     assert rows <= memory.ring < rows + 2 * MIB
-    assert plan.with_draft(planned, planned.draft).gpu == planned.gpu
     plan_view.show(planned, "text")
     out = capsys.readouterr().out
     assert planned.gpu.why in out and f"context {CONTEXT_BYTES // MIB}" in out
@@ -126,7 +125,6 @@ def test_a_ring_on_a_gpu_holds_two_of_vllms_largest_steps(serve_plan: plan.Serve
     def rows(least: int, **settings: Any) -> int:
         parts = AuroraConfig(**settings), "0.32.0", serve_plan.target, serve_plan.draft
         made = plan.make_plan(*parts, least_rows=least)
-        assert plan.with_draft(made, made.draft).ring_rows == made.ring_rows
         return made.ring_rows
 
     on_host = rows(0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from aurora_vllm.learner.parity import compare, load_case, main
 from tests.unit.naive_eagle3 import Sizes, naive_loss, random_case
+from tools.parity import compare, load_case, main
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden" / "aurora_loss"
 

@@ -275,7 +275,6 @@ def test_the_runner_is_shown(serve_plan: plan.ServePlan, capsys: Any) -> None:
     plan_view.show(for_v1, "text")
     assert "model runner    V1 (no Triton for this device)\n" in capsys.readouterr().out
     assert for_v1.as_dict()["model_runner"] == {"name": "V1", "reason": "no Triton for this device"}
-    assert plan.with_draft(for_v1, for_v1.draft).model_runner == for_v1.model_runner
 
 
 def test_shown_as_json(serve_plan: plan.ServePlan, capsys: Any) -> None:
@@ -301,7 +300,7 @@ def test_the_drafts_part_of_the_kv_cache(serve_plan: plan.ServePlan, capsys: Any
 def test_every_key_of_an_aurora_file_is_shown(serve_plan: plan.ServePlan, tmp_path: Path, capsys: Any) -> None:
     content = {"training": {"seed": 3}, "decode": {"top_p": 0.9}}
     shown = replace(serve_plan, aurora_file=aurora_yaml.read(content, tmp_path / "a.yaml"))
-    plan_view.show(plan.with_draft(shown, serve_plan.draft), "text")
+    plan_view.show(shown, "text")
     out = capsys.readouterr().out
     assert f"Aurora's file   {tmp_path / 'a.yaml'}" in out
     assert "ok   training.seed: seed = 3" in out

@@ -82,7 +82,6 @@ def test_any_history_keeps_the_books(
         assert replay.nbytes == sum(one.nbytes for one in held) <= budget * ROW
         assert replay.tokens == sum(len(one.token_ids) for one in held)
         assert (replay.evicted, replay.missed) == (evicted, missed)
-        assert replay.fresh == sum(uses[id(one)] == 0 for one in held)
         assert replay.mean_uses() * len(held) == pytest.approx(sum(uses[id(one)] for one in held))
     assert {id(one) for one in replay.sample(10**9)} == {id(one) for one in held}
 

@@ -1,6 +1,6 @@
 """Compare this learner's objective with recorded numbers of Aurora's release.
 
-    python -m aurora_vllm.learner.parity CASE.json
+    python -m tools.parity CASE.json
 
 A case is ``CASE.json`` (sizes, losses) with ``CASE.safetensors`` beside it: inputs ``in.*``, frozen
 ``target.lm_head``, weights ``draft.*`` and gradients ``grad.*`` under Hugging Face EAGLE-3 names. Prints the
@@ -114,7 +114,7 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m aurora_vllm.learner.parity", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser("python -m tools.parity", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("case", type=Path, help="CASE.json, with CASE.safetensors beside it")
     try:
         result = compare(load_case(parser.parse_args(argv).case))

@@ -1,0 +1,47 @@
+"""How much the learner may take at present, told through the control block.
+
+By what speculation earns (:mod:`aurora_vllm.control.earnings`), where K is chosen and so may be 0; and by what learning
+adds to a step (:mod:`aurora_vllm.control.guard`), where a bound on that is set.
+"""
+
+from __future__ import annotations
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.control.earnings import Earnings
+from aurora_vllm.control.guard import LearnerGuard
+from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from aurora_vllm.transport.control import ControlBlock
+
+
+class LearnerShare:
+    """Args: the settings; the control block, whose ``scheduler`` part is written here."""
+
+    def __init__(self, config: AuroraConfig, control: ControlBlock) -> None:
+        self._scheduler = control.scheduler
+        self._earnings = (
+            Earnings(config.learner_cpu_share, config.learner_least_share) if config.speculate == "auto" else None
+        )
+        self._guard = LearnerGuard(config.learner_slowdown) if config.learner_slowdown else None
+        self._breaker = CircuitBreaker("watching what the learner costs")
+        self._scheduler.learner_guard = self._guard.reason if self._guard else "off by the settings"
+        self._show()
+
+    def earned(self, seconds: float, saved: float) -> None:
+        """A step took so long, and plain decoding would have taken ``saved`` seconds longer."""
+        if self._earnings is not None and self._earnings.observe(seconds, saved):
+            self._show()
+
+    def decoded(self, batch_size: int, verified: int, seconds: float, beside_learner: bool) -> None:
+        """A step of nothing but decoding, in which so many proposed tokens were verified."""
+        if (guard := self._guard) is not None:
+            self._breaker.run(lambda: self._judge(guard, batch_size, verified, seconds, beside_learner))
+
+    def _judge(self, guard: LearnerGuard, batch_size: int, verified: int, seconds: float, beside_learner: bool) -> None:
+        if guard.observe(batch_size, verified, seconds, beside_learner):
+            self._scheduler.learner_slowdown, self._scheduler.learner_guard = guard.slowdown, guard.reason
+            self._show()
+
+    def _show(self) -> None:
+        earned = self._earnings.factor if self._earnings else 1.0
+        self._scheduler.learner_share = earned * (self._guard.share if self._guard else 1.0)
+        self._scheduler.learner_earnings = self._earnings.reason if self._earnings else "all of its share: K is fixed"

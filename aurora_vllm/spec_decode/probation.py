@@ -1,0 +1,49 @@
+"""A new version on probation: the scheduler sees the verdicts, the worker has both versions, so it is asked to trade.
+
+The test itself is :mod:`aurora_vllm.control.rollout`.
+"""
+
+from __future__ import annotations
+
+from aurora_vllm.control.rollout import Rollout
+from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from aurora_vllm.transport.control import ControlBlock
+
+ACCOUNT_EVERY = 20  # verified drafts between two accounts of a probation
+
+
+class Probation:
+    """Feeds verdicts to a test, and has the worker roll back what it condemns.
+
+    Args:
+        control: its ``scheduler`` part is written here.
+        max_draft_length: K at most.
+        confidence: see :class:`Rollout`.
+    """
+
+    def __init__(self, control: ControlBlock, max_draft_length: int, confidence: float) -> None:
+        self._control = control
+        self._rollout = Rollout(max_draft_length, confidence)
+        self._breaker = CircuitBreaker("watching a new version")
+        self._accounted: tuple[int, str] = (0, "")
+
+    @property
+    def wants_verdicts(self) -> bool:
+        """Whether the version looks worse, and drafts should go on until that is decided."""
+        return self._rollout.looks_worse
+
+    def verified(self, version: int, num_drafts: int, num_accepted: int) -> None:
+        """Of ``num_drafts`` tokens that a version proposed for one request, the target accepted ``num_accepted``."""
+        self._breaker.run(lambda: self._judge(version, num_drafts, num_accepted))
+
+    def _judge(self, version: int, num_drafts: int, num_accepted: int) -> None:
+        rollout, scheduler = self._rollout, self._control.scheduler
+        rollout.observe(version, self._control.worker.previous_version, num_drafts, num_accepted)
+        standing = (rollout.version, rollout.decision)
+        if standing == self._accounted and (rollout.decision != "undecided" or rollout.drafts % ACCOUNT_EVERY):
+            return
+        self._accounted = standing
+        scheduler.probation_version, scheduler.probation = rollout.version, rollout.reason
+        scheduler.probation_drafts, scheduler.probation_evidence = rollout.drafts, rollout.evidence
+        if rollout.decision == "rollback":
+            scheduler.roll_back_version = rollout.version  # last: whoever finds it finds the reason
