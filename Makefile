@@ -33,12 +33,12 @@ quality: setup   ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: setup    ## let ruff fix and format, and bring the README's table of settings up to date
+format: setup    ## let ruff fix and format, and bring the table of settings up to date
 	$(RUN) -m tools.settings_table
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: model     ## every benchmark, JSON into build/bench/
+bench: model     ## the short benchmarks, JSON into build/bench/
 	@mkdir -p build/bench
 	@set -e; for name in ring capture_overhead swap learning; do \
 		echo "== $$name"; $(RUN) -m benchmarks.$$name --json build/bench/$$name.json; done

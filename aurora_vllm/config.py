@@ -24,8 +24,8 @@ class AuroraConfig(BaseModel):
     )
     prompt_lookup: bool = Field(
         True,
-        description="where a text repeats itself, propose what followed the last time, as long as that is right more "
-        "often than the draft",
+        description="where a text repeats itself, propose what followed the last time, as long as that is right "
+        "at least as often as the draft",
     )
     prompt_lookup_tokens: int = Field(8, ge=1, le=16, description="largest number of tokens proposed that way")
     prompt_lookup_answers: int = Field(
@@ -46,7 +46,7 @@ class AuroraConfig(BaseModel):
     )
 
     # --- capture ---
-    sample_rate: float = Field(1.0, ge=0, le=1, description="share of requests that may be learned from")
+    sample_rate: float = Field(1.0, ge=0, le=1, description="share of requests that are captured to be learned from")
     ring_mb: int | None = Field(
         None,
         ge=1,
@@ -65,7 +65,7 @@ class AuroraConfig(BaseModel):
         0.02,
         gt=0,
         le=1,
-        description="what it may take while speculation saves nothing; else at most a quarter of the time saved",
+        description="what it may take while speculation saves no time; above that, at most a quarter of the time saved",
     )
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"
@@ -80,7 +80,10 @@ class AuroraConfig(BaseModel):
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")
     weight_average: float = Field(
-        0.99, ge=0, lt=1, description="decay, a step, of the average that is served of the weights in training; 0: none"
+        0.99,
+        ge=0,
+        lt=1,
+        description="decay per optimizer step of the weights' moving average, which is judged and served; 0: none",
     )
     batch_tokens: int = Field(512, ge=16, description="about how many positions one optimizer step trains on")
     prompt_weight: float = Field(0.0, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1")

@@ -1,7 +1,7 @@
 """A draft as others load it: a checkpoint's, or any EAGLE-3 draft, as a directory in one of two formats.
 
-eagle3        ``vllm serve TARGET --speculative-config '{"method": "eagle3", "model": OUT, ...}'``
-speculators   the same, and ``vllm serve OUT`` alone: it says itself which target it is for (format of speculators 0.9)
+eagle3        ``--speculative-config '{"method": "eagle3", "model": OUT, ...}'`` of vLLM's server for TARGET
+speculators   the same, and OUT in TARGET's place: it says itself which target it is for (format of speculators 0.9)
 """
 
 from __future__ import annotations

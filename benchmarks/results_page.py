@@ -122,7 +122,7 @@ def _learner(windows: Sequence[Window]) -> str:
         "CPU",
         "optimizer steps",
         "swaps",
-        "steps that drafted",
+        "steps that verified",
         "K at the end",
     )
     return _table(header, rows)

@@ -82,8 +82,8 @@ def main(
         raise typer.BadParameter(f"--old is lesson or day0, not {old}")
     restart_with_intel_openmp()
     with humaneval_engine(eager) as (engine, prompts):
-        probation = engine.scheduler._advisor._probation
-        probation._rollout = Rollout(DRAFTS, 0.0)  # the old draft is rightly worse, and has to stay
+        watch = engine.scheduler._advisor._rollback_watch
+        watch._rollout = Rollout(DRAFTS, 0.0)  # the old draft is rightly worse, and has to stay
         weights = _drafts(engine, prompts[: LEARN[1]], "day0" if old == "day0" else "lesson")
         measured = prompts[LEARN[1] : LEARN[1] + requests]
         runs: list[Runs] = []

@@ -176,7 +176,17 @@ class Demo:
         values["day0_requests"] = len(self.day0) * self.plan.day0_prompts
         values["requests_learned_from"] = self.learned
         values["swaps"] = samples[-1].swaps if samples else 0
-        return values, spread, extra | {"plan": vars(self.plan), "flags": list(FLAGS), "status": self.progress.status}
+        return (
+            values,
+            spread,
+            extra
+            | {
+                "plan": vars(self.plan),
+                "flags": list(FLAGS),
+                "aurora_flags": list(LEARNER),
+                "status": self.progress.status,
+            },
+        )
 
 
 def summary(values: dict[str, float], extra: dict[str, Any]) -> Table:

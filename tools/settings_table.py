@@ -1,4 +1,4 @@
-"""The table of settings in the README, from AuroraConfig: ``python -m tools.settings_table`` brings it up to date."""
+"""docs/settings.md, its table from AuroraConfig: ``python -m tools.settings_table`` brings it up to date."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from aurora_vllm.config import AuroraConfig
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 BEGIN, END = "<!-- settings: python -m tools.settings_table -->\n", "<!-- end of settings -->"
 
 
@@ -19,9 +19,9 @@ def table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def with_table(readme: str) -> str:
-    """The README's text with the table of now."""
-    before, _, rest = readme.partition(BEGIN)
+def with_table(document: str) -> str:
+    """The document's text with the table of now."""
+    before, _, rest = document.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + table() + END + after
 
@@ -31,4 +31,4 @@ def _default(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")

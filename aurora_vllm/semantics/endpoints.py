@@ -104,8 +104,8 @@ ENDPOINTS = (
         "SGLang",
         "get_server_info",
         '`{"model_path", "speculative_*", "internal_states": [{"avg_spec_accept_length", ...}], "version", ...}`',
-        "`avg_spec_accept_length` counts the bonus token, as SGLang does, and copied drafts, since the start (at most "
-        "64 draft versions back); null before the first verification. It is in `internal_states[0]` and, as in older "
+        "`avg_spec_accept_length` counts the bonus token, as SGLang does, and copied drafts, since the start; "
+        "null before the first verification. It is in `internal_states[0]` and, as in older "
         "SGLang, at the top. "
         "`last_gen_throughput` is tokens/s since the question before this one. `weight_version` is the live draft's.",
     ),

@@ -19,7 +19,7 @@ def status(
     Args:
         snapshot: ``ControlBlock.snapshot()``.
         ring: rows ``used`` and ``capacity`` of the trace ring.
-        run: what does not change in a run (model, draft, version of vLLM).
+        run: what does not change in a run (target, draft, dtype).
         settings: AuroraConfig as plain values.
         now_ns: ``time.monotonic_ns()``, the clock of all times in the control block.
     """

@@ -19,8 +19,8 @@ from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.cached_prompts import CachedPrompts
 from aurora_vllm.spec_decode.learner_share import LearnerShare
-from aurora_vllm.spec_decode.probation import Probation
 from aurora_vllm.spec_decode.proposals import Proposals
+from aurora_vllm.spec_decode.rollback_watch import RollbackWatch
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
@@ -65,7 +65,7 @@ class DraftLengthAdvisor:
         self._measuring = CircuitBreaker("measuring steps")
         self._counting = CircuitBreaker("counting verdicts")
         self._learner_share = LearnerShare(config, self._control)
-        self._probation = Probation(self._control, max_draft_length, config.rollback_confidence)
+        self._rollback_watch = RollbackWatch(self._control, max_draft_length, config.rollback_confidence)
         self._max_draft_length = max_draft_length
         self._version = 0
         self._proposed_by = 0
@@ -117,8 +117,8 @@ class DraftLengthAdvisor:
         copied = self._proposals.copied(request_id)
         self._counting.run(lambda: self._observe_verdict(num_drafts, num_accepted, copied))
         if not copied:
-            self._probation.verified(self._proposed_by, num_drafts, num_accepted)
-            self._controller.wants_verdicts = self._probation.wants_verdicts
+            self._rollback_watch.verified(self._proposed_by, num_drafts, num_accepted)
+            self._controller.wants_verdicts = self._rollback_watch.wants_verdicts
 
     def _learner_works(self) -> bool:
         """Whether the learner is in a burst of work; one that was killed in a burst still says so."""

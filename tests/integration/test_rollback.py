@@ -43,7 +43,9 @@ def good(engine: Engine, prompts: list[str]) -> Iterator[dict[str, torch.Tensor]
     yield bank_tensors(draft)
     tensors = load_file(engine.session.draft / "model.safetensors")
     go_live(engine, {spec.name: tensors[spec.name] for spec in engine.bank.specs})
-    engine.scheduler._advisor._probation._rollout = Rollout(3, 0.95)  # rightly, it would roll the engine's own back
+    engine.scheduler._advisor._rollback_watch._rollout = Rollout(
+        3, 0.95
+    )  # rightly, it would roll the engine's own back
 
 
 def publish(engine: Engine, tensors: dict[str, torch.Tensor]) -> int:
@@ -112,7 +114,7 @@ def test_a_bad_version_goes_by_itself_and_a_good_one_stays(
     engine: Engine, prompts: list[str], good: dict[str, torch.Tensor]
 ) -> None:
     worker = engine.control.worker
-    engine.scheduler._advisor._probation._rollout = Rollout(3, 0.95)  # other tests rolled back and forth
+    engine.scheduler._advisor._rollback_watch._rollout = Rollout(3, 0.95)  # other tests rolled back and forth
     with engine.draft_length("never"):
         plain = answers(engine, prompts)
 

@@ -12,7 +12,7 @@ from aurora_vllm.transport.control import ControlBlock
 ACCOUNT_EVERY = 20  # verified drafts between two accounts of a probation
 
 
-class Probation:
+class RollbackWatch:
     """Feeds verdicts to a test, and has the worker roll back what it condemns.
 
     Args:
