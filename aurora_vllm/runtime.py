@@ -64,6 +64,7 @@ class Runtime:
             bank=bank.name,
             control=block.name,
             on_device=plan.gpu is not None and plan.gpu.used,
+            learner_gpu_bytes=plan.gpu.memory.learner if plan.gpu is not None and plan.gpu.used else 0,
             lifts_refusals=lifts_refusals,
             resume=plan.draft.directory if plan.draft.origin == "resumed" else None,
             model=str(plan.target.directory) if Path(plan.target.model).is_dir() else plan.target.model,

@@ -46,13 +46,15 @@ def capture_cost(device: str, hidden: int, batches: Sequence[int], steps: int = 
 def capture_waits(device: str, hidden: int, batch: int = 512, drafts: int = 3) -> dict[str, Any]:
     """Whether the host waits in a large step with a request that is not captured, behind the end of another.
 
-    A first step goes before: it allocates pinned memory, for which the host may wait.
+    Two steps go before, one of them behind an end: they allocate pinned memory, for which the host may wait.
     """
     rows = batch * (drafts + 1)
-    writer, _, names = _writer(device, hidden, 2 * (rows + batch))
+    writer, _, names = _writer(device, hidden, 3 * (rows + batch))
     for i in range(batch):
         writer.begin(str(i), prompt_length=5, temperature=0.0, may_learn=i != 7)
     trace = step_of(device, hidden, batch, drafts)
+    writer.write(trace)
+    writer.end("1")
     writer.write(trace)
     writer.end("0")
     waits = host_waits(device, lambda: writer.write(trace))

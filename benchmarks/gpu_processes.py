@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+from aurora_vllm.learner.gpu_bound import bound_gpu_memory
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes, weights_bytes
+from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.cuda import CudaMemory, OwnerGone
+from aurora_vllm.transport.placement import join
 from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
 
@@ -142,6 +145,30 @@ def consume(names: Names, read: int, pipe: Connection) -> None:
 def read_lent(names: list[str], pipe: Connection) -> None:
     """The learner: send the bytes of what was lent."""
     pipe.send([CudaMemory.open(name).bytes.tolist() for name in names])
+
+
+def join_and_read(segments: tuple[str, str, str], pipe: Connection) -> None:
+    """The learner, as it starts: send its device, the bank's tensors and the first number of each of the target's ends,
+    which are bfloat16; then rows and wrong rows of a read."""
+    ring, bank, control = (Segment.attach(name) for name in segments)
+    joined = join(ring, bank, ControlBlock.attach(control).worker)
+    assert joined.ends is not None
+    ends = [float(end.view(torch.bfloat16)[0]) for end in (joined.ends.embedding, joined.ends.lm_head)]
+    pipe.send((str(joined.device), [spec.name for spec in joined.bank.specs], ends))
+    deadline = time.monotonic() + TIMEOUT_S
+    while not len(rows := joined.ring.read(1024)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pipe.send((len(rows), wrong_rows(rows, 0)))
+
+
+def allocate_beyond(device: str, bound: int, pipe: Connection) -> None:
+    """The learner: take twice what it is bound to, and send what it was told."""
+    bound_gpu_memory(bound, torch.device(device))
+    try:
+        torch.empty(2 * bound, dtype=torch.uint8, device=device)
+        pipe.send("")
+    except RuntimeError as error:
+        pipe.send(type(error).__name__)
 
 
 def publish(names: Names, versions: list[int], pipe: Connection) -> None:

@@ -55,7 +55,7 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None
     """Write the day-0 draft of a target.
 
     Args:
-        target: directory of a checkpoint shaped like Llama (SmolLM2, Mistral, Qwen2, Qwen3): config.json and safetensors.
+        target: directory of a checkpoint shaped like Llama (SmolLM2, Mistral, Qwen2, 3): config.json and safetensors.
         out: directory to write; it appears complete or not at all, and replaces an older one.
         draft_vocab_size: see :func:`vocabulary_size`.
 

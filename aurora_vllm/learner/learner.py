@@ -25,6 +25,7 @@ from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.draft import Eagle3Draft, load_draft
 from aurora_vllm.learner.evaluate import Recent, Score, simulate
 from aurora_vllm.learner.from_disk import publish_from_disk
+from aurora_vllm.learner.gpu_bound import bound_gpu_memory
 from aurora_vllm.learner.publish import Evidence, Sync, publish
 from aurora_vllm.learner.resume import Keeper, is_taught
 from aurora_vllm.learner.sleep import Sleep
@@ -58,12 +59,15 @@ class Learner:
         self.assembler = Assembler(
             session.row_layout, max_tokens=config.max_trajectory_tokens, branches=config.discard_weight > 0
         )
-        self.incumbent = load_draft(session.draft).to(self.device)
+        incumbent = load_draft(session.draft)
         if joined.ends is None:
-            self.head = load_target_head(session.target).to(self.device)
+            head = load_target_head(session.target)
         else:
-            dtype, shape = getattr(torch, session.dtype), (self.incumbent.config.vocab_size, session.hidden_size)
-            self.head = lent_target_head(session.target, joined.ends.embedding, joined.ends.lm_head, dtype, shape)
+            dtype, shape = getattr(torch, session.dtype), (incumbent.config.vocab_size, session.hidden_size)
+            head = lent_target_head(session.target, joined.ends.embedding, joined.ends.lm_head, dtype, shape)
+        not_lent = head.nbytes if joined.ends is None else 0  # mostly not in the plan
+        bound_gpu_memory(session.learner_gpu_bytes and session.learner_gpu_bytes + not_lent, self.device)
+        self.incumbent, self.head = incumbent.to(self.device), head.to(self.device)
         self.version, self.lineage = take_standing(self.incumbent, self.bank, self.control.worker)
         self.candidate = copy.deepcopy(self.incumbent)
         given = config.draft is not None or self.version != CHECKPOINT_VERSION or is_taught(session.resume)

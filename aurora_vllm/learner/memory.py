@@ -105,6 +105,11 @@ class GpuMemory:
     def total(self) -> int:
         return sum(asdict(self).values())
 
+    @property
+    def learner(self) -> int:
+        """What the learner allocates through torch."""
+        return self.target + self.weights + self.rows + self.step
+
 
 def predict_gpu(
     draft: DraftSizes, target_bytes: int, rows: int, ttt_length: int, ring_bytes: int, weights_bytes: int

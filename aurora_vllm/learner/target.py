@@ -29,6 +29,11 @@ class TargetHead:
     def device(self) -> torch.device:
         return self.embed_tokens.device
 
+    @property
+    def nbytes(self) -> int:
+        """Of the two, of the one where they are tied."""
+        return self.embed_tokens.nbytes + (self.lm_head.nbytes if self.lm_head is not self.embed_tokens else 0)
+
     def to(self, device: torch.device) -> TargetHead:
         """The same on a device; itself where it is there already."""
         if device == self.device:

@@ -168,6 +168,7 @@ class Attachment:
         try:
             draft = LiveDraft(self._runner.get_draft_model(), self._runner.get_model())
             draft.check(bank.specs)
+            draft.rehearse(bank.specs)
         except SwapRefused as refusal:
             logger.warning("aurora: weights cannot be swapped: %s", refusal)
             self.control.worker.refusal = str(refusal)

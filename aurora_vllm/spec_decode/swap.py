@@ -89,6 +89,25 @@ class LiveDraft:
             parts = [given[name] for name in destination.sources]
             _check_shape(destination, [part.shape for part in parts], [part.dtype for part in parts])
 
+    def rehearse(self, specs: Sequence[TensorSpec]) -> None:
+        """On an accelerator: stage and exchange what is live already, while nothing is served.
+
+        A GPU loads a kernel when it is first launched, for which the host waits until all that is queued is done; and
+        where there is no room for the standing tensors, it shows now.
+
+        Args:
+            specs: of the bank, checked.
+        """
+        if not self._parameters or not _on_accelerator(_live(self._parameters[0])):
+            return
+        rows = {spec.name: spec.shape[0] for spec in specs}
+        tensors: dict[str, torch.Tensor] = {}
+        for destination in self._parameters:
+            sizes = [rows[name] for name in destination.sources]
+            parts = _live(destination)[: sum(sizes)].split(sizes)  # vLLM pads a vocabulary
+            tensors |= zip(destination.sources, parts, strict=True)
+        self.stage(0, tensors).exchange()
+
     def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> StagedWeights:
         """Copy, check and pack a version, off the serving path. tensors: checkpoint names -> CPU or device tensors.
 

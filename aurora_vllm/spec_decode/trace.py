@@ -176,7 +176,7 @@ class TraceWriter:
         if silent:
             emitted.masked_fill_(meta[:, _EMITTED] < 0, -1)
         if any(trace.num_drafts):
-            meta[:, _FLAGS] *= emitted < 0
+            meta[:, _FLAGS].mul_(emitted < 0)  # as an assignment it would be copied onto itself
         take = slice(len(places)) if row_index is None else row_index
         meta[:, _POSITION] = trace.positions[take]
         meta[:, _TOKEN] = trace.token_ids[take]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Standing
-from aurora_vllm.transport.bank import TensorSpec
+from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes
+from aurora_vllm.transport.control import BLOCKS, ControlBlock, control_bytes
 from aurora_vllm.transport.cuda import CudaMemory
-from aurora_vllm.transport.placement import place
+from aurora_vllm.transport.placement import Ends, lend_ends, place
+from aurora_vllm.transport.ring import RingProducer, ring_bytes
+from aurora_vllm.transport.segment import Segment
 from benchmarks import gpu_capture, gpu_ring, gpu_timing
 from benchmarks import gpu_processes as processes
 
@@ -44,11 +46,11 @@ def test_capture_and_commit_never_synchronise(no_synchronisation: None) -> None:
 
 def test_the_host_does_not_wait_in_capture() -> None:
     found = gpu_capture.capture_waits(DEVICE, 512)
-    assert not found["host_waits"] and found["rows_written"] == 511 * 4 + 1 + 510 * 4
+    assert not found["host_waits"] and found["rows_written"] == 511 * 4 + (1 + 510 * 4) + (1 + 509 * 4)
 
 
 def test_a_wait_would_be_seen() -> None:
-    there = torch.ones(4, device=DEVICE)
+    there = torch.ones(4, device=DEVICE).add_(1)  # a kernel's first launch waits by itself
     assert gpu_timing.host_waits(DEVICE, lambda: there.sum().item())
     assert not gpu_timing.host_waits(DEVICE, lambda: there.add_(1))
 
@@ -75,20 +77,36 @@ def test_a_published_version_goes_live_without_synchronising() -> None:
     processes.remove(names)
 
 
-def test_what_a_worker_places_another_process_reads(tmp_path: Path) -> None:
-    pytest.importorskip("pydantic")
-    from tests.unit.test_placement import parts
-    from tests.unit.tiny_world import World, session
-
-    with session(World(), tmp_path) as (shared, _):
-        ring, bank, control = parts(shared)
-        producer, _weights = place(ring, bank, torch.device(DEVICE), control.worker, wanted=True)
-        assert control.worker.memory_device == DEVICE
-        learner, pipe = processes.start(processes.consume, (shared.ring, control.worker.ring_memory), 7)
-        assert gpu_ring._feed(producer, pipe, 200)
-        learner.kill()
+def test_what_a_worker_places_and_lends_another_process_reads() -> None:
+    """The product's own way at start: place, lend_ends, and join on the other side."""
+    specs = [TensorSpec("a", (64, 32), torch.bfloat16)]
+    with (
+        Segment.create("ring", ring_bytes(8256, 256)) as ring,
+        Segment.create("bank", bank_bytes(specs)) as bank,
+        Segment.create("control", control_bytes()) as block,
+    ):
+        RingProducer.create(ring, 8256, 256)
+        WeightBank.create(bank, specs)
+        worker = ControlBlock.create(block).worker
+        producer, _weights = place(ring, bank, torch.device(DEVICE), worker, wanted=True)
+        assert worker.memory_device == DEVICE
+        embedding, lm_head = (torch.full((1000, 64), n, dtype=torch.bfloat16, device=DEVICE) for n in (2.0, 3.0))
+        lend_ends(lambda: Ends(embedding, lm_head), worker)
+        gc.collect()
+        learner, pipe = processes.start(processes.join_and_read, (ring.name, bank.name, block.name))
+        assert processes.receive(pipe) == (DEVICE, ["a"], [2.0, 3.0])
+        assert processes.write_rows(producer, 9)
+        assert processes.receive(pipe) == (9, 0)
         learner.join()
-        processes.remove((control.worker.ring_memory, control.worker.bank_memory))
+        memory = [getattr(worker, name) for name in BLOCKS["worker"] if name.endswith("_memory")]
+        processes.remove((memory[0], memory[1]))
+        processes.remove((memory[2], memory[3]))
+
+
+def test_a_learner_is_refused_more_than_its_bound() -> None:
+    process, pipe = processes.start(processes.allocate_beyond, DEVICE, 64 << 20)
+    assert processes.receive(pipe) == "OutOfMemoryError"
+    process.join()
 
 
 def test_tensors_of_torchs_allocator_are_read_by_another_process() -> None:

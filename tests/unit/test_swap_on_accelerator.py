@@ -128,6 +128,19 @@ def test_back_and_forth(draft: Any) -> None:
     assert draft.model.fc.weight.data_ptr() == address
 
 
+def test_a_rehearsal_leaves_everything_as_it_was(draft: Any) -> None:
+    draft.draft_id_to_target_id.data.copy_(torch.arange(VOCABULARY))
+    draft.lm_head.weight.data[VOCABULARY:] = 0.0
+    live, before = LiveDraft(draft, target=None), contents(draft)
+    live.rehearse([TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in version(1).items()])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in contents(draft).items())
+    first = live.stage(1, version(1))
+    first.exchange()
+    assert_is_version(draft, 1)
+    first.exchange()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in contents(draft).items())
+
+
 def test_a_swap_copies_every_byte_once_and_allocates_nothing(draft: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[int] = []
     copy = torch._foreach_copy_
