@@ -95,8 +95,10 @@ def read_shapes(directory: Path) -> dict[str, Shape]:
                 header = json.loads(stream.read(min(size, 100_000_000)))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
             shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise AuroraError(f"{file} is not a safetensors file", "download it again") from None
+        except OSError as error:
+            raise AuroraError(f"cannot read {file}: {error.strerror}") from None
         if file.stat().st_size < 8 + size + end:
             raise AuroraError(f"{file} is cut short", "download it again")
     return shapes

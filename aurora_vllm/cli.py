@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from aurora_vllm import entrypoint
-from aurora_vllm.errors import AuroraError, report
+from aurora_vllm.errors import AuroraError, one_line_for_os_errors, report
 
 app = typer.Typer(add_completion=False, help="vLLM's server with a speculator that learns.")
 
@@ -46,7 +46,8 @@ def export(
     from aurora_vllm.export import export as write
 
     try:
-        source = write(checkpoint, out, form.value, verifier)
+        with one_line_for_os_errors():
+            source = write(checkpoint, out, form.value, verifier)
     except AuroraError as error:
         raise typer.Exit(report(error)) from None
     print(f"{source} -> {out} ({form})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -12,7 +12,7 @@ class AuroraConfig(BaseModel):
     """All settings of the layer. Field names are the keys everywhere: ``ring_mb`` is ``--aurora-ring-mb``,
     ``AURORA_RING_MB`` and ``ring_mb:`` in a YAML file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # --- speculation ---
     draft: Path | None = Field(
@@ -128,7 +128,7 @@ class AuroraConfig(BaseModel):
 
     # --- housekeeping ---
     sglang_api: bool = Field(False, description="also answer SGLang's and Aurora's endpoints")
-    seed: int = Field(0, description="seed of learner and sampling of requests")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="seed of learner and sampling of requests")
 
     @field_validator("discard_weight")
     @classmethod
@@ -141,4 +141,14 @@ class AuroraConfig(BaseModel):
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
         # A shell expands ~ in a flag, but nobody does in a YAML file or in a container's environment.
-        return path.expanduser() if path is not None else None
+        try:
+            return path.expanduser() if path is not None else None
+        except RuntimeError:  # no HOME, and a user id that has no name
+            raise ValueError("there is no home directory") from None
+
+    @field_validator("draft", "cache_dir", "checkpoint_dir", "resume", mode="before")
+    @classmethod
+    def _no_empty_path(cls, path: Any) -> Any:
+        if path == "":  # it would be the current directory
+            raise ValueError("the path is empty")
+        return path

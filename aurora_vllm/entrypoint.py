@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aurora_vllm import settings
-from aurora_vllm.errors import AuroraError, notice, report
+from aurora_vllm.errors import AuroraError, notice, one_line_for_os_errors, report
 from aurora_vllm.settings import Invocation
 from aurora_vllm.speculative_config import take_speculative_config
 from aurora_vllm.stopping import StopGuard, end_descendants
@@ -91,15 +91,17 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
         return 0
 
     os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)
-    plan = replace(_plan(invocation, server, args, probes), model_runner=runner)
-    if invocation.plan:
-        plan_view.show(plan, invocation.plan)
-        return 0
-    for line in plan.aurora_file.summary() if plan.aurora_file else ():
-        notice(line)
-    preflight.check_port(args)
-    resuming.check_checkpoint_dir(plan.config)
-    plan = replace(plan, draft=preflight.make_draft(plan.draft, plan.target, plan.config))
+    with one_line_for_os_errors():
+        plan = replace(_plan(invocation, server, args, probes), model_runner=runner)
+        preflight.check_shared_memory(plan.ring_bytes + plan.bank_bytes)
+        if invocation.plan:
+            plan_view.show(plan, invocation.plan)
+            return 0
+        for line in plan.aurora_file.summary() if plan.aurora_file else ():
+            notice(line)
+        preflight.check_port(args)
+        resuming.check_checkpoint_dir(plan.config)
+        plan = replace(plan, draft=preflight.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args, _speculative_fields())
     installed = vllm_server.routes_are_installed()
     if not installed:

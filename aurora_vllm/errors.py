@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 EXIT_BAD_INPUT = 2
 GET_VLLM = "make setup (CPU), or pip install '.[cuda]' in a checkout"
@@ -36,10 +37,21 @@ def unknown(what: str, key: str, known: Iterable[str]) -> str:
 def report(error: AuroraError) -> int:
     """Print the error to stderr, a line per fault, and return the exit code."""
     for line in error.lines if isinstance(error, SettingsError) else [str(error)]:
-        print(f"aurora_vllm: error: {line}", file=sys.stderr, flush=True)
+        notice(f"error: {line}")
     return EXIT_BAD_INPUT
 
 
 def notice(text: str) -> None:
     """One line to stderr about the layer itself; vLLM's logger may not be set up yet, or no longer."""
-    print(f"aurora_vllm: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # whoever read the log is gone; what is going on goes on
+        print(f"aurora_vllm: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def one_line_for_os_errors() -> Iterator[None]:
+    """Around what looks at files that the user named: what the system refuses is bad input, too."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise AuroraError(f"{where}{error.strerror or error}") from None

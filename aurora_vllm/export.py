@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from aurora_vllm.errors import AuroraError
@@ -61,8 +62,8 @@ def export(source: Path, out: Path, form: Format, verifier: str | None = None) -
                 }
                 save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
                 (staging / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise AuroraError(f"cannot write {out}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        raise AuroraError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
     return source
 
 

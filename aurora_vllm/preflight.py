@@ -7,6 +7,7 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,9 +20,11 @@ from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import PLAIN, AuroraError
 from aurora_vllm.learner.target import check_learnable
+from aurora_vllm.transport.segment import SHM, free_bytes, sweep
 
 WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
+MIB = 2**20
 GIVE_ONE = f"give one with --aurora-draft; {PLAIN}"
 
 # vLLM's argument -> the values Aurora works with. One engine and one worker, for now.
@@ -102,6 +105,24 @@ def check_port(args: Namespace) -> None:
         ) from None
 
 
+def check_shared_memory(wanted: int) -> None:
+    """See that ring and bank will find room, before a model is downloaded and a draft made.
+
+    Args:
+        wanted: bytes.
+
+    Raises:
+        AuroraError: there is less.
+    """
+    sweep()  # what a killed server left behind
+    free = free_bytes()
+    if free is not None and free < wanted:
+        raise AuroraError(
+            f"ring and bank want {wanted / MIB:.0f} MiB of shared memory, and {SHM} has {free / MIB:.0f} free",
+            "give it more room (docker run --shm-size), or ask for a smaller --aurora-ring-mb",
+        )
+
+
 def resolve_target(args: Namespace, weights: bool) -> Target:
     """Find the target and see what vLLM makes of it.
 
@@ -177,7 +198,7 @@ def resolve_draft(config: AuroraConfig, target: Target, revision: str | None = N
 
 
 def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
-    """Make the day-0 draft where it is not there yet.
+    """Make the day-0 draft where it is not there yet, whole. Several servers may start on one cache at once.
 
     Raises:
         AuroraError: the target is not of the shape it can be made from, or it cannot be written.
@@ -187,12 +208,21 @@ def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
     if draft.origin == "resumed":
         resuming.check_same_target(draft, target)
         return draft
-    from aurora_vllm.learner.day0 import make_day0_draft
+    from safetensors import SafetensorError
 
+    from aurora_vllm.learner.day0 import make_day0_draft
+    from aurora_vllm.learner.staging import alone_in
+
+    with suppress(AuroraError):
+        return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)
     try:
-        if draft.origin != "day-0, cached":
-            make_day0_draft(target.directory, draft.directory, config.draft_vocab_size)
-    except OSError as error:
+        draft.directory.parent.mkdir(parents=True, exist_ok=True)
+        with alone_in(draft.directory.parent):
+            try:
+                return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)  # another made it
+            except AuroraError:  # not there, or damaged
+                make_day0_draft(target.directory, draft.directory, config.draft_vocab_size)
+    except (OSError, SafetensorError) as error:
         raise AuroraError(
             f"cannot make the day-0 draft in {draft.directory}: {error}", "choose another --aurora-cache-dir"
         ) from None

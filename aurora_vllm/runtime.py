@@ -18,7 +18,7 @@ from aurora_vllm.supervisor import SAVE_S, STOP_S, Supervisor
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer
-from aurora_vllm.transport.segment import SHM, NoSharedMemory, Segment, sweep
+from aurora_vllm.transport.segment import SHM, NoSharedMemory, Segment, own_prefix, sweep
 
 # Set by the endpoint plugin (aurora_vllm.server.routes), which vLLM calls in this process once the engine is up.
 engine_is_up = threading.Event()
@@ -37,7 +37,7 @@ class Runtime:
         Raises:
             AuroraError: no room in shared memory.
         """
-        self._owner = os.getpid()
+        self._owner, self._prefix = os.getpid(), own_prefix()
         self._supervisor: Supervisor | None = None
         self._control: ControlBlock | None = None
         atexit.register(self.close)
@@ -88,7 +88,7 @@ class Runtime:
         if self._supervisor is not None:
             self._supervisor.stop()
         # By name, not from a list: a signal may come between the making of a segment and its entry in one.
-        for path in SHM.glob(f"aurora-{self._owner}-*"):
+        for path in SHM.glob(f"{self._prefix}*"):
             path.unlink(missing_ok=True)
         if self._control is not None:  # what the worker made: transport/placement.py
             worker = self._control.worker

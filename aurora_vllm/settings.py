@@ -8,6 +8,7 @@ defaults. The keys are AuroraConfig's field names everywhere, but the file may a
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.errors import AuroraError, SettingsError, unknown
+from aurora_vllm.errors import AuroraError, SettingsError, notice, unknown
 from aurora_vllm.semantics import aurora_yaml
 from aurora_vllm.semantics.aurora_yaml import AuroraFile
 
 ENVIRONMENT_PREFIX = "AURORA_"
 # Ours, but no settings: the session (aurora_vllm.session), the YAML file, and the switch.
 RESERVED_ENVIRONMENT = frozenset({"AURORA_SESSION", "AURORA_CONFIG", "AURORA_OFF"})
+LIKE_A_SETTING = 0.7  # difflib's ratio, from which a variable is taken for a setting misspelt
 FLAG_PREFIX = "--aurora-"
 SWITCHES = {
     "off": "plain vLLM: same arguments, nothing of aurora_vllm (AURORA_OFF=1 does the same)",
@@ -140,17 +142,21 @@ def _normalise(word: str) -> str:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """An empty one counts as not set. One that is like no setting is not ours: Kubernetes makes AURORA_PORT_80_TCP of a
+    service called aurora, and AWS has an Aurora, too."""
     found: dict[str, tuple[str, Any]] = {}
     wrong = []
     for variable in sorted(set(environment) - RESERVED_ENVIRONMENT):
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or not environment[variable]:
             continue
         field = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if field in AuroraConfig.model_fields:
             found[field] = (variable, environment[variable])
-        else:
+        elif difflib.get_close_matches(field, AuroraConfig.model_fields, n=1, cutoff=LIKE_A_SETTING):
             known = [ENVIRONMENT_PREFIX + name.upper() for name in AuroraConfig.model_fields]
             wrong.append(unknown(f"unknown environment variable {variable}", variable, known))
+        else:
+            notice(f"environment variable {variable} is like no setting of Aurora's and ignored")
     if wrong:
         raise SettingsError(wrong)
     return found
@@ -190,7 +196,8 @@ def _validate(settings: dict[str, tuple[str, Any]]) -> AuroraConfig:
     except ValidationError as error:
         lines = []
         for fault in error.errors():
-            where, value = settings[str(fault["loc"][0])]
+            field = str(fault["loc"][0])
+            where, value = settings.get(field, (f"{FLAG_PREFIX}{_dashed(field)}, not given", fault["input"]))
             reason = fault["msg"][:1].lower() + fault["msg"][1:]
             lines.append(f"{where}: {reason}, not {value!r}")
         raise SettingsError(lines) from None

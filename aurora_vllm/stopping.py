@@ -82,13 +82,12 @@ class StopGuard:
         handler(number, frame)
 
     def _end(self) -> None:
-        deadline = time.monotonic() + self.grace_s
-        for stop in at_once:
-            with contextlib.suppress(Exception):  # whatever it is, the clock runs
-                stop()
-        time.sleep(max(deadline - time.monotonic(), 0.0))
-        notice(f"still here {self.grace_s:.0f} s after {signal.Signals(self.number or 0).name}: ending all processes")
+        for stop in at_once:  # whatever it does, or waits for, the clock runs
+            threading.Thread(target=stop, name="aurora-stop-at-once", daemon=True).start()
+        time.sleep(self.grace_s)
         try:
+            signal_name = signal.Signals(self.number or 0).name
+            notice(f"still here {self.grace_s:.0f} s after {signal_name}: ending all processes")
             end_descendants()
             for cleanup in cleanups:
                 cleanup()

@@ -8,6 +8,7 @@ had no chance (it may die at any point of a publish). Run as a program, this is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from aurora_vllm.errors import notice
@@ -111,23 +113,26 @@ class Supervisor(threading.Thread):
             while process.poll() is None:
                 if self._stopping.wait(0.2):
                     end_process(process, self._stop_s)
+                    break
         finally:
             self._block.learner_pid = 0
         code = process.returncode
-        return (
-            time.monotonic() - started,
-            f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}",
-        )
+        if code is None:
+            end = "does not end"
+        else:
+            end = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
+        return time.monotonic() - started, end
 
 
 def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    """SIGTERM, and SIGKILL where that is not heard."""
+    """SIGTERM, and SIGKILL where that is not heard. One that waits for a dead disk hears neither: it is left."""
     process.terminate()
     try:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
 
 
 def learner_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
@@ -153,6 +158,8 @@ def become_background(parent_pid: int, nice: int) -> None:
     if not end_with_parent(parent_pid):
         raise SystemExit(1)
     os.nice(nice)
+    with contextlib.suppress(OSError):  # where memory runs out, the kernel is to take this process, not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _signal_name(number: int) -> str:

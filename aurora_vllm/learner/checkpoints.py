@@ -14,12 +14,10 @@ Counts of tokens by id are the only trace of what was said: no order, no text, n
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft import Eagle3Draft, save_draft
-from aurora_vllm.learner.staging import PARTIAL, appears_whole, flush
+from aurora_vllm.learner.staging import PARTIAL, alone_in, appears_whole, flush
 
 FORMAT = 1
 KEEP = 2  # of a run and of the runs it goes on from, together
@@ -52,7 +50,7 @@ class Checkpoint:
         file = directory / _LEARNER / _FACTS
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
-            written = facts["format"]
+            written, _, _ = facts["format"], facts["statistics"], facts["provenance"]
         except (OSError, ValueError, KeyError, TypeError):
             raise AuroraError(f"{directory} is no checkpoint", f"one holds {_LEARNER}/{_FACTS}") from None
         if written != FORMAT:
@@ -90,9 +88,10 @@ def find(path: Path, checkpoint_dir: Path | None) -> Path | None:
 
 
 def newest(checkpoint_dir: Path) -> Path | None:
-    """The checkpoint ``latest`` points to; where it points nowhere, the one with the highest number."""
-    pointed = checkpoint_dir / LATEST
-    candidates = [pointed, *(path for _, path in reversed(_numbered(checkpoint_dir)))]
+    """The checkpoint ``latest`` points to; where it is no link, or points nowhere, the one with the highest number."""
+    pointed = checkpoint_dir / LATEST  # a directory where somebody copied what it pointed to: as old as the copy
+    candidates = [path for _, path in reversed(_numbered(checkpoint_dir))]
+    candidates = [pointed, *candidates] if pointed.is_symlink() else candidates
     return next((path.resolve() for path in candidates if (path / _LEARNER / _FACTS).is_file()), None)
 
 
@@ -139,8 +138,8 @@ class Checkpoints:
         """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = {"format": FORMAT, "run": self._run, "ancestors": self._ancestors, "statistics": dict(statistics)}
-        with self._alone():
-            for leftover in self.directory.glob(PARTIAL):
+        with alone_in(self.directory):
+            for leftover in self.directory.glob(PARTIAL):  # of a dead writer
                 if leftover.is_symlink() or not leftover.is_dir():
                     leftover.unlink()
                 else:
@@ -159,20 +158,13 @@ class Checkpoints:
             self._prune()
         return out
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One writer at a time: whatever is unfinished in here then belongs to a dead one."""
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
-
     def _point_to(self, out: Path) -> None:
+        """A convenience: where links cannot be made, or a directory has the name, the highest number is the newest."""
         link = self.directory / PARTIAL.replace("*", LATEST)
-        link.symlink_to(out.name)
-        link.replace(self.directory / LATEST)
+        with suppress(OSError):
+            link.symlink_to(out.name)
+            link.replace(self.directory / LATEST)
+        link.unlink(missing_ok=True)
         flush(self.directory)
 
     def _prune(self) -> None:

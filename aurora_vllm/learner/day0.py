@@ -51,6 +51,9 @@ _LAYER_PARTS = {
 }  # fmt: skip
 
 
+_NEEDED_KEYS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size")
+
+
 def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None) -> Path:
     """Write the day-0 draft of a target.
 
@@ -95,7 +98,7 @@ def draft_config(config: dict[str, Any], draft_vocab_size: int | None = None) ->
     Raises:
         ValueError: the target is not of a shape that a draft can be made from.
     """
-    missing = [key for key in ("hidden_size", "num_attention_heads", "rms_norm_eps", "vocab_size") if key not in config]
+    missing = [key for key in _NEEDED_KEYS if key not in config]
     if missing:
         raise ValueError(f"the target's config.json has no {', '.join(missing)}: not a Llama-shaped model")
     if str(config.get("model_type")).startswith("gemma"):  # what its norms multiply by is one more than what is stored

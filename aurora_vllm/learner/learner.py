@@ -188,6 +188,7 @@ class Learner:
         if curriculum.trainer.steps > steps:
             self.candidate_is_ahead = True
             block.step, block.tokens_trained = curriculum.trainer.steps, curriculum.tokens_trained
+            block.steps_taken += curriculum.trainer.steps - steps
             block.loss = curriculum.loss
             if self.config.sync != "evidence":
                 self._maybe_publish()

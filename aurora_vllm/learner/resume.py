@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import AuroraError, notice
 from aurora_vllm.learner.checkpoints import Checkpoint, Checkpoints
 from aurora_vllm.learner.draft import load_config
 from aurora_vllm.learner.evaluate import Recent
@@ -41,6 +41,7 @@ class Keeper:
         )
         # In the dtype that is served, so that what is saved is what runs.
         self._draft_config = load_config(session.draft) | {"torch_dtype": session.dtype}
+        self._failing = False
         self._carried: dict[str, Any] = {}  # counters of the learner this one goes on from
         learner.control.learner.checkpoint = self._go_on(session)
         self._saved, self._saved_at = self._state(), time.monotonic()
@@ -60,8 +61,12 @@ class Keeper:
             )
         except (OSError, SafetensorError, RuntimeError) as error:  # no room, most likely, or a GPU's; learning goes on
             block.checkpoint = f"not saved: {error}"
+            block.checkpoint_failures += 1
+            if not self._failing:  # once, and not every five minutes
+                notice(f"no checkpoint could be saved ({error}); learning goes on, and it is tried again")
+            self._failing = True
             return
-        self._saved = state
+        self._saved, self._failing = state, False
         block.checkpoint, block.checkpoints = path.name, block.checkpoints + 1
 
     def _state(self) -> tuple[int, int, int | None, bool]:
@@ -85,6 +90,7 @@ class Keeper:
                 return ""
             restore(learner, saved)
         except (AuroraError, ValueError, KeyError) as error:
+            notice(f"what the learner had learned is lost ({error}); training starts anew from the published draft")
             return f"training starts anew from the published draft: {error}"
         self._carried = saved.facts["statistics"]
         return f"goes on from {saved.directory.name}, step {learner.curriculum.trainer.steps}"

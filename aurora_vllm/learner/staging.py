@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -33,6 +34,17 @@ def appears_whole(out: Path, private: bool) -> Iterator[Path]:
         flush(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """One writer at a time, of all processes that ask: whoever comes second waits."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:

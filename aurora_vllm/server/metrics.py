@@ -79,7 +79,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("aurora_copied_accepted_tokens_total", "speculation.copied_accepted", "Copied tokens accepted"),
     Metric("aurora_swaps_total", "swaps.swaps", "Exchanges of the draft's weights, rollbacks included"),
     Metric("aurora_swap_refusals_total", "swaps.refusals", "Published weights the worker refused"),
-    Metric("aurora_swap_stall_microseconds", "swaps.last_swap_stall_us", "How long the last swap held up a step"),
+    Metric("aurora_swap_stall_seconds", "swaps.last_swap_stall_s", "How long the last swap held up a step"),
     Metric("aurora_rollbacks_total", "rollout.rollbacks", "Versions rolled back because they accepted less"),
     Metric("aurora_probation_drafts", "rollout.probation_drafts", "Verifications that judge the newest version"),
     Metric(
@@ -107,12 +107,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("aurora_learner_alive", "learner.alive", "1 while the learner's heartbeat is fresh"),
     Metric("aurora_learner_heartbeat_age_seconds", "learner.heartbeat_age_s", "Age of the learner's heartbeat"),
     Metric("aurora_learner_restarts_total", "learner.restarts", "Times the learner was started again"),
-    Metric("aurora_learner_steps_total", "learner.step", "Optimizer steps"),
+    Metric("aurora_learner_steps_total", "learner.steps_taken", "Optimizer steps"),
     Metric("aurora_learner_trajectories_total", "learner.trajectories", "Trajectories assembled"),
     Metric("aurora_learner_trajectories_discarded_total", "learner.trajectories_discarded", "Trajectories given up"),
     Metric("aurora_learner_tokens_seen_total", "learner.tokens_seen", "Tokens in assembled trajectories"),
     Metric("aurora_learner_tokens_trained_total", "learner.tokens_trained", "Tokens trained on"),
     Metric("aurora_learner_cpu_seconds_total", "learner.cpu_seconds", "CPU time of the learner"),
+    Metric("aurora_learner_checkpoints_total", "learner.checkpoints", "Checkpoints written"),
+    Metric(
+        "aurora_learner_checkpoint_failures_total",
+        "learner.checkpoint_failures",
+        "Checkpoints that could not be written",
+    ),
     Metric("aurora_learner_publishes_total", "learner.publishes", "Versions published"),
     Metric("aurora_learner_share", "guard.learner_share", "Factor on learner_cpu_share; below 1 the learner yields"),
     Metric(

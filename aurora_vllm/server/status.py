@@ -43,7 +43,8 @@ def status(
         },
         "ring": {**ring, "used_share": ring["used"] / ring["capacity"] if ring["capacity"] else 0.0},
         "swaps": {
-            **_take(worker, "swaps", "refusals", "refusal", "last_swap_stall_us"),
+            **_take(worker, "swaps", "refusals", "refusal"),
+            "last_swap_stall_s": worker["last_swap_stall_us"] / 1e6,
             "last_swap_age_s": age(worker["last_swap_ns"], now_ns),
         },
         "rollout": {

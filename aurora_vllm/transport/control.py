@@ -91,7 +91,8 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "state": STATE,
         "working": BOOL,  # in a burst of work: 0 while it sleeps off its share of the CPU, or waits
         "message": TEXT,
-        "step": INT,
+        "step": INT,  # of the optimizer, those of resumed checkpoints included
+        "steps_taken": INT,  # by this server's learners; only ever grows
         "trajectories": INT,
         "trajectories_discarded": INT,
         "tokens_seen": INT,
@@ -116,6 +117,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "trial_gain": FLOAT,  # acceptance length won by training, control/drift.py
         "update_answer": ANSWER,
         "checkpoints": INT,
+        "checkpoint_failures": INT,
         "checkpoint": TEXT,  # the newest, what was resumed, or why none was saved
     },
 }

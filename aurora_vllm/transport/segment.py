@@ -48,8 +48,7 @@ class Segment:
             NoSharedMemory: it does not fit, or /dev/shm is missing or not writable.
             ValueError: size below 1 or a kind with other characters.
         """
-        pid = os.getpid()
-        name = f"aurora-{pid}-{process_start_time(pid)}-{secrets.token_hex(8)}-{kind}"
+        name = f"{own_prefix()}{secrets.token_hex(8)}-{kind}"
         if size < 1 or _NAME.fullmatch(name) is None:
             raise ValueError(f"cannot make a segment of kind {kind!r} and {size} bytes")
         path = SHM / name
@@ -131,6 +130,22 @@ class Segment:
             self.unlink()
 
 
+def own_prefix() -> str:
+    """What the names of all segments begin with that this process makes. In two containers with one /dev/shm the pid
+    alone may be another process's, too."""
+    pid = os.getpid()
+    return f"aurora-{pid}-{process_start_time(pid)}-"
+
+
+def free_bytes() -> int | None:
+    """Room for segments; None where there is no /dev/shm."""
+    try:
+        room = os.statvfs(SHM)
+    except OSError:
+        return None
+    return room.f_bavail * room.f_frsize
+
+
 def sweep() -> list[str]:
     """Unlink this user's segments whose owner is dead; their names.
 
@@ -179,10 +194,11 @@ def _owner(name: str) -> tuple[int, int]:
 
 
 def process_start_time(pid: int) -> int | None:
-    """When a living process started, in clock ticks since boot (field 22 of /proc/pid/stat); None for a dead one."""
+    """When a living process started, in clock ticks since boot (field 22 of /proc/pid/stat); None for a dead one, and
+    for another user's where /proc hides them."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()  # the command, in parentheses, may hold spaces and parentheses
     return None if fields[0] in "ZX" else int(fields[19])

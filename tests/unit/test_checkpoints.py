@@ -228,3 +228,28 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     for name, tensor in draft.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor.to(torch.bfloat16).to(tensor.dtype))
     assert json.loads((kept / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_copy_that_followed_links_is_gone_on_from(tmp_path: Path) -> None:
+    """rsync -L, cp -rL, an object store: what ``latest`` pointed to is a directory of that name now, and grows old."""
+    before = make(tmp_path / "kept")
+    for number in (1, 2):
+        before.save(*state(number))
+    shutil.copytree(tmp_path / "kept", tmp_path / "copy", symlinks=False)
+    assert not (tmp_path / "copy" / "latest").is_symlink()
+    after = make(tmp_path / "copy")
+    for number in (3, 4, 5):
+        after.save(*state(number))
+    found = newest(tmp_path / "copy")
+    assert found is not None and number_of(found) == 5
+    assert names(tmp_path / "copy") == ["checkpoint-000004", "checkpoint-000005", "latest"]
+
+
+def test_facts_without_what_every_checkpoint_has_are_none(tmp_path: Path) -> None:
+    kept = make(tmp_path).save(*state(1))
+    file = kept / "learner" / "state.json"
+    facts = json.loads(file.read_text())
+    del facts["provenance"]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(AuroraError, match="is no checkpoint"):
+        Checkpoint.read(kept)

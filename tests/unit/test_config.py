@@ -184,3 +184,33 @@ def test_home_is_expanded_and_the_model_is_frozen() -> None:
     assert config.cache_dir.is_absolute()
     with pytest.raises(ValidationError):
         config.seed = 3  # type: ignore[misc]
+
+
+def test_variables_of_others_are_ignored(capfd: Any) -> None:
+    """Kubernetes' for a service called aurora, and somebody's Aurora of AWS."""
+    others = {"AURORA_PORT": "tcp://10.0.0.1:80", "AURORA_VLLM_PORT_8000_TCP_ADDR": "10.0.0.1", "AURORA_HOST": "db"}
+    others |= {"AURORA_VLLM_SERVICE_HOST": "10.0.0.1", "AURORA_VLLM_SERVICE_PORT": "8000"}
+    assert front.parse(["M"], others).config == AuroraConfig()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(others) and all("is like no setting of Aurora's and ignored" in line for line in lines)
+
+
+def test_an_empty_variable_is_none() -> None:
+    assert front.parse(["M"], {"AURORA_CACHE_DIR": "", "AURORA_RING_MB": ""}).config == AuroraConfig()
+    with pytest.raises(AuroraError, match="--aurora-cache-dir: value error, the path is empty, not ''"):
+        front.parse(["M", "--aurora-cache-dir="], {})
+
+
+def test_nobodys_home_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    with pytest.raises(AuroraError, match="--aurora-cache-dir, not given: value error, there is no home directory"):
+        front.parse(["M"], {})
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--aurora-learning-rate", "inf"), ("--aurora-seed", str(10**30))])
+def test_numbers_no_machine_can_work_with(flag: str, value: str) -> None:
+    with pytest.raises(AuroraError, match=flag):
+        front.parse(["M", flag, value], {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 
 from aurora_vllm import entrypoint, preflight, vllm_server
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import AuroraError, one_line_for_os_errors
 from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.speculative_config import take_speculative_config
@@ -354,3 +355,10 @@ def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(preflight, "_vllm_model_config", lambda _: SimpleNamespace(runner_type="pooling"))
     with pytest.raises(AuroraError, match="does not generate text"):
         preflight.resolve_target(args, weights=False)
+
+
+def test_what_the_system_refuses_is_bad_input() -> None:
+    with pytest.raises(AuroraError, match=r"^/root/models: Permission denied$"), one_line_for_os_errors():
+        raise PermissionError(errno.EACCES, "Permission denied", "/root/models")
+    with pytest.raises(AuroraError, match="File name too long"), one_line_for_os_errors():
+        Path("x" * 5000).is_dir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
+import os
 from argparse import Namespace
 from dataclasses import asdict, replace
 from typing import Any
@@ -152,6 +153,9 @@ def test_the_server_says_what_is_wanted_and_removes_what_the_worker_made(
     monkeypatch.setattr("aurora_vllm.runtime.atexit.register", lambda close: None)
     monkeypatch.setattr("aurora_vllm.runtime.stopping.cleanups", [])
     silent = replace(serve_plan, config=AuroraConfig(ring_mb=1, learn=False))
+    others = SHM / f"aurora-{os.getpid()}-1-{'0' * 16}-ring"  # of a server with our pid in another container
+    held = os.open(others, os.O_CREAT | os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_SH)
     for found, wanted in ((None, False), (gpu(), True), (gpu(refused="x"), False)):
         with Runtime(replace(silent, gpu=found), told_when_up=True) as runtime:
             assert runtime.session.on_device is wanted
@@ -166,6 +170,9 @@ def test_the_server_says_what_is_wanted_and_removes_what_the_worker_made(
                 page.touch()
                 setattr(control.worker, kind, page.name)
         assert len(made) == 4 and not any(page.exists() for page in made)
+        assert others.exists()
+    others.unlink()
+    os.close(held)
 
 
 def test_this_machine_has_no_gpu_or_says_its_size() -> None:

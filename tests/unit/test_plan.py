@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from aurora_vllm import checkpoint, plan, plan_view, preflight
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
+from aurora_vllm.learner import day0
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
 from aurora_vllm.semantics import aurora_yaml
 from aurora_vllm.spec_decode.compat import Probe
@@ -163,7 +166,9 @@ def test_the_fingerprint_follows_the_weights_and_the_settings(target: Target) ->
     assert second != checkpoint.fingerprint(target.directory, 64)
 
 
-def test_the_planned_day0_draft_is_the_one_that_is_made(target: Target, tmp_path: Path) -> None:
+def test_the_planned_day0_draft_is_the_one_that_is_made(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TARGET.items() if k != "architectures"}))
@@ -180,10 +185,50 @@ def test_the_planned_day0_draft_is_the_one_that_is_made(target: Target, tmp_path
     preflight.make_draft(again, target, config)
     assert (again.directory / "model.safetensors").stat().st_mtime_ns == written
 
+    weights = again.directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])  # a disk that was full, an upload cut short
+    assert preflight.make_draft(again, target, config) == again
+    assert len(load_file(weights)) > 0
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(day0, "save_file", full)
+        unmade = AuroraConfig(cache_dir=tmp_path / "full", draft_vocab_size=64)
+        with pytest.raises(AuroraError, match="No space left on device; choose another --aurora-cache-dir"):
+            preflight.make_draft(preflight.resolve_draft(unmade, target), target, unmade)
+
     (tmp_path / "file").write_text("")  # a cache that cannot be written
     config = AuroraConfig(cache_dir=tmp_path / "file", draft_vocab_size=64)
     with pytest.raises(AuroraError, match="choose another --aurora-cache-dir"):
         preflight.make_draft(preflight.resolve_draft(config, target), target, config)
+
+
+def test_servers_that_start_together_make_one_draft(target: Target, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TARGET.items() if k != "architectures"})).save_pretrained(
+        target.directory
+    )
+    config = AuroraConfig(cache_dir=tmp_path / "cache", draft_vocab_size=64)
+    planned, made = preflight.resolve_draft(config, target), []
+    threads = [
+        threading.Thread(target=lambda: made.append(preflight.make_draft(planned, target, config))) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [planned] * 6
+    assert [path.name for path in planned.directory.parent.iterdir()] == [planned.directory.name]
+
+
+def test_no_room_in_shared_memory_is_said_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.check_shared_memory(1)
+    monkeypatch.setattr(preflight, "free_bytes", lambda: 64 << 20)
+    with pytest.raises(AuroraError, match=r"want 310 MiB .* has 64 free; give it more room"):
+        preflight.check_shared_memory(310 << 20)
 
 
 def test_targets_no_day0_draft_can_be_made_from(target: Target, tmp_path: Path) -> None:

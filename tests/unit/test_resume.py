@@ -72,15 +72,36 @@ def test_a_learner_after_a_crash_takes_up_its_predecessors_training(tmp_path: Pa
         first = Learner(shared)
         serve(world, first, producer, range(5))
         first.keeper.save(at_once=True)
-        second = Learner(shared)
+        second, shared_block = Learner(shared), first.control.learner
         assert second.version == 1 and second.curriculum.trainer.steps == first.curriculum.trainer.steps > 0
         assert_same(weights(second.candidate), weights(first.candidate))
+        counted = shared_block.steps_taken
+        assert counted == first.curriculum.trainer.steps
+        serve(world, second, producer, range(5, 7))
+        gained = second.curriculum.trainer.steps - first.curriculum.trainer.steps
+        assert shared_block.steps_taken == counted + gained > counted  # a counter: it never falls
         second.sync = type(second.sync)("steps", 1)
         second._maybe_publish()
         assert second.bank.published() == 2
         third = Learner(shared)  # what was saved is of version 1: older than what is served
         assert third.version == 2 and third.curriculum.trainer.steps == 0
         assert_same(weights(third.candidate), weights(third.incumbent))
+
+
+def test_a_lesson_that_was_not_yet_published_founds_its_lineage_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World()
+    with session(world, tmp_path, checkpoint_dir=tmp_path / "kept", sync="steps", sync_interval=10**6) as (shared, _):
+        first = Learner(shared)
+        with monkeypatch.context() as patched:
+            patched.setattr(first.curriculum, "work", lambda: True)
+            first._work()
+        first.keeper.save(at_once=True)
+        second = Learner(shared)
+        second.sync = type(second.sync)("steps", 0)
+        second._maybe_publish()
+        assert second.bank.read(2).lineage == 2
 
 
 def test_a_lesson_that_was_learned_is_kept_and_not_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +193,7 @@ def test_a_checkpoint_that_is_not_due_is_not_written(tmp_path: Path) -> None:
         assert newest(tmp_path / "kept") is not None
 
 
-def test_where_nothing_can_be_written_learning_goes_on(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_learning_goes_on(tmp_path: Path, capfd: Any) -> None:
     world = World()
     (tmp_path / "file").write_text("")
     with session(world, tmp_path, checkpoint_dir=tmp_path / "file") as (shared, producer):
@@ -181,6 +202,9 @@ def test_where_nothing_can_be_written_learning_goes_on(tmp_path: Path) -> None:
         learner.keeper.save(at_once=True)
         assert learner.control.learner.checkpoint.startswith("not saved: ")
         serve(world, learner, producer, range(3, 6))
+        learner.keeper.save(at_once=True)
+        assert (learner.control.learner.checkpoints, learner.control.learner.checkpoint_failures) == (0, 2)
+    assert capfd.readouterr().err.count("no checkpoint could be saved") == 1
 
 
 def damage_tensors(kept: Path) -> None:

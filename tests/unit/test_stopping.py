@@ -164,3 +164,18 @@ say("ready")
 """
     assert run(script)[3] < 10
     assert (tmp_path / "ended").exists()
+
+
+def test_the_clock_runs_whatever_stopping_waits_for_and_whoever_reads_the_log() -> None:
+    script = """
+import threading
+def lost(*_): raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, lost)
+stopping.at_once.append(threading.Event().wait)
+read, write = os.pipe(); os.close(read); os.dup2(write, 2)
+while True:
+    try: say("ready") if not guard.number else None; time.sleep(20)
+    except KeyboardInterrupt: pass
+"""
+    code, _, _, seconds = run(script, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM and seconds < 5

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aurora_vllm.supervisor import Supervisor, learner_environment
+from aurora_vllm.supervisor import Supervisor, end_process, learner_environment
 
 PYTHON = sys.executable
 
@@ -149,3 +149,33 @@ def test_threads_are_the_learners_own() -> None:
         "MKL_NUM_THREADS": "2",
         "OPENBLAS_NUM_THREADS": "2",
     }
+
+
+def test_a_log_that_nobody_reads_any_more_stops_no_restart(keep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(text: str) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=write, flush=lambda: None))
+    _, block = keep("raise SystemExit(1)", waits=(0.05, 0.05))
+    wait_for(lambda: block.learner_restarts >= 3)
+
+
+def test_a_learner_that_nothing_can_end_does_not_keep_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for a dead disk, in state D: SIGKILL is for later."""
+    asked: list[str] = []
+
+    def wait(timeout: float | None = None) -> int:
+        assert timeout is not None
+        asked.append("wait")
+        raise subprocess.TimeoutExpired("learner", timeout)
+
+    process = SimpleNamespace(terminate=lambda: asked.append("term"), kill=lambda: asked.append("kill"), wait=wait)
+    end_process(process, 0.01)  # type: ignore[arg-type]
+    assert asked == ["term", "wait", "kill", "wait"]
+
+
+def test_where_memory_runs_out_the_learner_goes_first(keep: Any, tmp_path: Path) -> None:
+    out = tmp_path / "score"
+    keep(f"open({str(out)!r}, 'w').write(open('/proc/self/oom_score_adj').read()); import time; time.sleep(60)")
+    wait_for(lambda: out.exists() and out.read_text())
+    assert int(out.read_text()) == 1000
