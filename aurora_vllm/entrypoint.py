@@ -131,7 +131,9 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     draft = preflight.resolve_draft(config, target, (args.speculative_config or {}).get("revision"))
     plan = plans.make_plan(config, server.version, target, draft, probes, rows)
     gpu = plans.plan_gpu(plan, args, total) if total is not None else None
-    return replace(plan, aurora_file=invocation.aurora_file, gpu=gpu)
+    memory = preflight.host_total_bytes()
+    host = plans.plan_host(plan, args, memory) if memory is not None else None
+    return replace(plan, aurora_file=invocation.aurora_file, gpu=gpu, host=host)
 
 
 def _probes() -> tuple[ModelRunner, tuple[Probe, ...]]:

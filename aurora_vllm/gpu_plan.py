@@ -11,6 +11,11 @@ from aurora_vllm.learner.memory import MIB, GpuMemory
 LEAST_SHARE = 0.5  # of what vLLM was to have; with less, the learner is the wrong thing to spend the GPU on
 
 
+def lowered_utilization(asked: float, ours: int, total: int) -> float:
+    """vLLM's share of a memory of ``total`` bytes less Aurora's part, rounded down to thousandths."""
+    return math.floor((asked - ours / total) * 1000 + 1e-6) / 1000
+
+
 @dataclass(frozen=True)
 class GpuPlan:
     """One run's GPU. vLLM takes ``--gpu-memory-utilization`` of all of its memory, whoever else is there; so that
@@ -32,8 +37,8 @@ class GpuPlan:
 
     @property
     def lowered(self) -> float:
-        """The utilization less Aurora's part, rounded down to thousandths."""
-        return math.floor((self.asked - self.memory.total / self.total) * 1000 + 1e-6) / 1000
+        """See :func:`lowered_utilization`."""
+        return lowered_utilization(self.asked, self.memory.total, self.total)
 
     @property
     def used(self) -> bool:

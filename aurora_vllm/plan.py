@@ -12,6 +12,7 @@ from aurora_vllm.checkpoint import Draft, Target, target_head_bytes
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.gpu_plan import GpuPlan
+from aurora_vllm.host_plan import HostPlan
 from aurora_vllm.learner.memory import DraftSizes, LearnerMemory, predict, predict_gpu
 from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
 from aurora_vllm.semantics.aurora_yaml import AuroraFile
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names of one variable
+CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB, vLLM's
 RING_MB = 256
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
 LARGEST_STEP = 8192  # tokens; vLLM's max_num_batched_tokens on a GPU of 70 GB or more, where nobody sets it
@@ -57,6 +59,7 @@ class ServePlan:
     aurora_file: AuroraFile | None = None
     model_runner: ModelRunner | None = None
     gpu: GpuPlan | None = None  # None where the target runs on a CPU
+    host: HostPlan | None = None  # only there
 
     @property
     def fits(self) -> bool:
@@ -116,6 +119,7 @@ class ServePlan:
                 "learner_peak_bytes": self.learner.total if self.config.learn else 0,
                 "learner_peak": asdict(self.learner) if self.config.learn else {},
                 "gpu": self.gpu.as_dict() if self.gpu else None,
+                "host": self.host.as_dict() if self.host else None,
             },
             "learner": {name: getattr(self.config, name) for name in LEARNER_SETTINGS},
             "aurora_file": self.aurora_file.as_dict() if self.aurora_file else None,
@@ -196,6 +200,13 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
     return GpuPlan(total, float(args.gpu_memory_utilization), memory, given, refused)
 
 
+def plan_host(plan: ServePlan, args: Namespace, total: int) -> HostPlan:
+    """What this plan takes of a host's ``total`` bytes beside a vLLM on its CPU."""
+    ours = plan.ring_bytes + plan.bank_bytes + (plan.learner.total if plan.config.learn else 0)
+    given = getattr(args, "kv_cache_memory_bytes", None) is not None or bool(os.environ.get(CPU_KV_CACHE))
+    return HostPlan(total, float(args.gpu_memory_utilization), ours, given)
+
+
 def _lends_ends(args: Namespace) -> bool:
     """Whether the worker can let the learner read the target's embedding and lm_head (placement.lend_ends): not where
     torch or vLLM allocate by mapping, which CUDA IPC does not share."""
@@ -232,8 +243,8 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
     }
     if KEEP_LAST_BLOCK in speculative_fields and HASHES_LOOK_AHEAD not in speculative_fields:
         args.speculative_config.setdefault(KEEP_LAST_BLOCK, True)
-    if plan.gpu is not None:
-        args.gpu_memory_utilization = plan.gpu.utilization
+    if (share := plan.gpu or plan.host) is not None:
+        args.gpu_memory_utilization = share.utilization
     if plan.model_runner is not None and plan.model_runner.name == "V2":
         # V2 captures CUDA graphs for the draft lengths that vLLM's own table of them names, and only for those. Our
         # scheduler does not look into the table.

@@ -56,6 +56,8 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
         yield "GPU", plan.gpu.why
         parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in asdict(plan.gpu.memory).items())
         yield "", f"{parts} of {plan.gpu.total / MIB:.0f} MiB"
+    if plan.host is not None:
+        yield "host memory", plan.host.why
     yield "learner", " ".join(f"{name}={getattr(config, name)}" for name in LEARNER_SETTINGS)
     misfits = [probe for probe in plan.probes if not probe.ok]
     yield (

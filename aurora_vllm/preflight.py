@@ -82,6 +82,18 @@ def gpu_total_bytes() -> int | None:
     return int(platform.get_device_total_memory()) if platform.is_cuda() else None
 
 
+def host_total_bytes() -> int | None:
+    """Memory that a vLLM on a CPU takes its share of, by vLLM's own word; None where it serves from something else, or
+    keeps the answer elsewhere."""
+    if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        return None
+    try:
+        resources = importlib.import_module("vllm.utils.cpu_resource_utils")
+        return int(resources.get_memory_node_info(resources.get_visible_memory_node()[0]).total_memory)
+    except (ImportError, AttributeError, LookupError, OSError):
+        return None
+
+
 def check_port(args: Namespace) -> None:
     """See that the address is free before minutes go into loading a model.
 

@@ -1,0 +1,76 @@
+"""Memory of the host beside a vLLM on a CPU."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aurora_vllm import plan as plans
+from aurora_vllm import preflight
+from aurora_vllm.checkpoint import Draft, Target
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.host_plan import HostPlan
+from aurora_vllm.learner.memory import LearnerMemory
+from aurora_vllm.plan import ServePlan
+from aurora_vllm.transport.rows import RowLayout
+
+GIB = 2**30
+
+
+@given(asked=st.floats(0.1, 1.0), ours=st.integers(0, 40 * GIB), total=st.integers(GIB, 64 * GIB))
+def test_both_together_take_what_was_asked_for(asked: float, ours: int, total: int) -> None:
+    told = HostPlan(total, asked, ours).utilization
+    assert asked / 2 <= told <= asked
+    if told > asked / 2:
+        assert told * total + ours <= asked * total + 1e-3
+        assert told * total + ours > (asked - 0.0011) * total  # and no less than can be helped
+
+
+def test_where_the_cache_has_a_size_nothing_is_lowered() -> None:
+    plan = HostPlan(20 * GIB, 0.92, 2 * GIB, kv_cache_given=True)
+    assert plan.utilization == 0.92 and plan.why == (
+        "2048 MiB must be free beside vLLM, whose KV cache is as large as was said"
+    )
+    lowered = HostPlan(20 * GIB, 0.92, 2 * GIB)
+    assert lowered.why == "2048 MiB for Aurora: --gpu-memory-utilization 0.92 becomes 0.82"
+    assert lowered.as_dict()["gpu_memory_utilization"] == {"asked": 0.92, "told": 0.82}
+
+
+@pytest.mark.parametrize(
+    ("given", "learns", "told"),
+    [
+        ({}, True, True),
+        ({}, False, True),
+        ({"kv_cache_memory_bytes": 5}, True, False),
+        ({"environment": "2"}, True, False),
+    ],
+)
+def test_vllm_is_told(given: dict[str, Any], learns: bool, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(plans.CPU_KV_CACHE, raising=False)
+    if "environment" in given:
+        monkeypatch.setenv(plans.CPU_KV_CACHE, given.pop("environment"))
+    target = Target("t", Path("t"), 16, 8, 100, "float32")
+    learner = LearnerMemory(GIB, 0, 0, 0, 0, 0)
+    config, draft = AuroraConfig(learn=learns), Draft(Path("d"), "given", (1, 2, 3), 64, ())
+    args = Namespace(gpu_memory_utilization=0.9, speculative_config=None, kv_cache_memory_bytes=None)
+    vars(args).update(given)
+    sizes: Any = (64, GIB, GIB)  # rows and bytes of the ring, bytes of the bank
+    plan = ServePlan(config, "0", target, draft, RowLayout(16, 3, torch.float32), *sizes, learner, ())
+    plan = replace(plan, host=plans.plan_host(plan, args, 40 * GIB))
+    plans.apply(plan, args)
+    assert plan.host is not None and plan.host.ours == (3 if learns else 2) * GIB
+    assert args.gpu_memory_utilization == ((0.825 if learns else 0.85) if told else 0.9)
+
+
+def test_vllm_says_how_much_there_is() -> None:
+    total = preflight.host_total_bytes()
+    if total is None:
+        pytest.skip("vLLM serves from no CPU here")
+    assert GIB < total < 2**50
