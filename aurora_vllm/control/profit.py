@@ -4,7 +4,10 @@ Acceptance alone is the wrong signal: a draft that is often right can still cost
 compute-bound. So every draft length K, 0 included, is rated by the tokens a step is expected to gain over the seconds
 it is expected to take at the present batch size, and the best rate wins. Where proposals can be cut, request by
 request, only tokens that are likely enough to pay for being verified count, copied ones too: those cost nothing to
-propose. Numbers in, decisions out: this file knows neither vLLM nor torch.
+propose. Numbers in, decisions out: this file knows neither vLLM nor torch::
+
+    gain(K)  = tokens a request is expected to gain with K * t(0) / t(K)     t: predicted seconds of a step
+    price    = seconds to verify one more token * batch * gain / t(0)       as a chance of acceptance
 """
 
 from __future__ import annotations

@@ -55,11 +55,12 @@ class Probation:
 
     @property
     def evidence(self) -> float:
-        """That the version is worse: at 2 / (1 - confidence) it is rolled back. Above 1 it looks worse than better."""
+        """Wealth of the test martingale, no unit: at 2 / (1 - confidence) the version is rolled back, above 1 it looks
+        worse than better."""
         return sum(self._wealth) / len(STAKES)
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """One request's verdict; after a decision they change nothing."""
+        """One request's verdict: of ``num_drafts`` proposed tokens ``num_accepted`` were. Nothing after a decision."""
         if self.decision != "undecided":
             return
         drafts = min(num_drafts, len(self._bound) - 1)

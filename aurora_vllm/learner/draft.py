@@ -24,7 +24,7 @@ from aurora_vllm.transport.bank_layout import TensorSpec
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight."""
+    """x / rms(x) * weight. [..., size] -> [..., size]"""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU. [..., H] -> [..., H]"""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()

@@ -122,6 +122,7 @@ class Recent:
         self.accepted = self.accepted or [0.0] * self.length
 
     def add(self, score: Score) -> None:
+        """One more trajectory's; what is known already loses weight by its verifications."""
         keep = max(0.0, 1.0 - score.steps / self.memory)
         self.steps = self.steps * keep + score.steps
         self.accepted = [old * keep + new for old, new in zip(self.accepted, score.accepted, strict=True)]

@@ -188,6 +188,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square over the last dimension. [..., H] -> [...]"""
     return x.square().mean(-1).sqrt()
 
 

@@ -48,7 +48,15 @@ JUDGING_SHARE, WATCHING_SHARE = 0.25, 0.05
 
 
 class Learner:
-    """All state of the process."""
+    """All state of the process.
+
+    Args:
+        session: of this run.
+
+    Raises:
+        AuroraError: the target's ends or the draft cannot be read, or the device's memory cannot be opened.
+        FileNotFoundError, ValueError: the shared memory is gone, or of another version of this package.
+    """
 
     def __init__(self, session: Session) -> None:
         config = session.config

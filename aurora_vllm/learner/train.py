@@ -127,7 +127,11 @@ class Trainer:
         self.steps, self.refining_since = steps, refining_since
 
     def step(self, batch: Batch) -> LossOutput:
-        """One optimizer step. The returned ``total`` is detached."""
+        """One optimizer step on a batch that lies on the draft's device. The returned ``total`` is detached.
+
+        Raises:
+            RuntimeError: there is no memory for it. Nothing was changed.
+        """
         rates = self._rates()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

@@ -25,7 +25,11 @@ from aurora_vllm.transport.segment import Segment, owner_pid
 
 
 class StatusReader:
-    """Reads the shared memory of a session."""
+    """Reads the shared memory of a session.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or of another version of this package.
+    """
 
     def __init__(self, session: Session) -> None:
         self._settings = session.config.model_dump(mode="json")

@@ -77,6 +77,7 @@ class DraftLengthAdvisor:
         self._before = self._controller.acceptance  # what was known of the version before the live one
 
     def step_starts(self) -> None:
+        """vLLM is about to schedule a step."""
         self._started.append((time.perf_counter(), self._learner_works()))
         self._control.scheduler.in_flight = len(self._started)
         if self._cached_prompts is not None:
@@ -89,7 +90,12 @@ class DraftLengthAdvisor:
         return self._last.draft_length
 
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
-        """A step's results are in. sampled: the tokens each request gained."""
+        """A step's results are in.
+
+        Args:
+            scheduler_output: vLLM's, of that step.
+            sampled: the tokens each request gained, in the batch's order.
+        """
         now = time.perf_counter()
         self._proposals.forget(scheduler_output.finished_req_ids)
         if not self._started:
@@ -113,7 +119,7 @@ class DraftLengthAdvisor:
             self._proposals.arrived(proposals, requests, self._controller.worth)
 
     def verified(self, num_drafts: int, num_accepted: int, request_id: str) -> None:
-        """One request's drafts came back."""
+        """One request's proposal came back: of ``num_drafts`` tokens the target accepted ``num_accepted``."""
         copied = self._proposals.copied(request_id)
         self._counting.run(lambda: self._observe_verdict(num_drafts, num_accepted, copied))
         if not copied:

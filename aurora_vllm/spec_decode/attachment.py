@@ -124,6 +124,7 @@ class Attachment:
             self.following.run(lambda: self._follow_requests(scheduler_output))
 
     def close(self) -> None:
+        """End what runs beside the worker's thread."""
         if self.stager is not None:
             self.stager.close()
 

@@ -124,6 +124,7 @@ class Stager:
         logger.warning("aurora: %s", worker.rollback)
 
     def close(self) -> None:
+        """End the watcher; what is live stays."""
         self._stop.set()
         self._thread.join(timeout=2.0)
 

@@ -61,6 +61,10 @@ class AcceptanceTable:
         """Add counts to a version's row; a version without one takes the row that was not added to for longest.
 
         Args:
+            version: of the draft weights.
+            num_drafts: verifications.
+            draft_tokens: tokens that were proposed in them.
+            accepted: of those.
             accepted_per_position: how many drafts were accepted at position 0, 1, …; those past the eighth are ignored.
         """
         words, at = self._words, self._row_of.get(version)

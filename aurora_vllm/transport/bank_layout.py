@@ -26,6 +26,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Without padding."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -41,6 +42,7 @@ def weights_bytes(specs: Sequence[TensorSpec]) -> int:
 
 
 def aligned(size: int, to: int) -> int:
+    """The next multiple of ``to`` bytes."""
     return -(-size // to) * to
 
 
@@ -51,8 +53,10 @@ def sizes(specs: Sequence[TensorSpec], encoded: bytes) -> tuple[int, int]:
 
 
 def encode(specs: Sequence[TensorSpec]) -> bytes:
+    """As they stand in the header."""
     return json.dumps([[s.name, list(s.shape), str(s.dtype).removeprefix("torch.")] for s in specs]).encode()
 
 
 def decode(encoded: bytes) -> list[TensorSpec]:
+    """The specs that :func:`encode` wrote."""
     return [TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, shape, dtype in json.loads(encoded)]

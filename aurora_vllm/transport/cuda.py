@@ -176,6 +176,11 @@ class CudaMemory:
         return cls(segment, device, pointer, description.size, event, owned=False)
 
     def hand_over(self) -> None:
+        """As :meth:`.memory.Memory.hand_over`: records the event on the current stream.
+
+        Raises:
+            ValueError: this process did not make the memory.
+        """
         if not self._owned:
             raise ValueError("only the process that made device memory hands it over: it alone may record the event")
         stream = torch.cuda.current_stream(self.device)
@@ -186,6 +191,7 @@ class CudaMemory:
         fence()
 
     def take_over(self) -> None:
+        """As :meth:`.memory.Memory.take_over`: the current stream waits for the event."""
         fence()
         self._event.wait(torch.cuda.current_stream(self.device))
 

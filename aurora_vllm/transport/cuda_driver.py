@@ -43,7 +43,11 @@ def _check(result: int, what: str) -> None:
 
 
 def allocate(size: int) -> tuple[int, bytes]:
-    """Address and IPC handle of a new allocation in the current context."""
+    """Address and IPC handle of a new allocation of ``size`` bytes in the current context.
+
+    Raises:
+        NoDeviceMemory: there is no driver, no room, or such memory cannot be shared here.
+    """
     driver, address, handle = _driver(), ctypes.c_ulonglong(), _MemHandle()
     _check(driver.cuMemAlloc_v2(ctypes.byref(address), size), f"cannot allocate {size / 2**20:.1f} MiB on the GPU")
     try:

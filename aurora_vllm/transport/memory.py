@@ -64,7 +64,7 @@ def memory_for(device: torch.device) -> Place | None:
 
 
 class HostMemory:
-    """The part of a segment from an offset on. Work is done when a call returns, so a fence orders it."""
+    """The part of a segment from an offset in bytes on. Work is done when a call returns, so a fence orders it."""
 
     def __init__(self, segment: Segment, offset: int) -> None:
         self._buf = segment.buf[offset:]
@@ -73,4 +73,5 @@ class HostMemory:
     hand_over = take_over = settle = staticmethod(fence)
 
     def crc32(self, start: int, stop: int, crc: int) -> int:
+        """As :meth:`Memory.crc32`."""
         return zlib.crc32(self._buf[start:stop], crc)

@@ -65,10 +65,12 @@ class RowLayout:
 
     @property
     def payload_bytes(self) -> int:
+        """Bytes of a row's states."""
         return (self.aux_width + self.hidden_size) * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row: metadata, states and padding."""
         unpadded = META_WORDS * 4 + self.payload_bytes
         return -(-unpadded // ALIGNMENT) * ALIGNMENT
 
@@ -87,6 +89,6 @@ class RowLayout:
         return rows[:, start : start + self.hidden_size * self.dtype.itemsize].view(self.dtype)
 
     def states(self, rows: torch.Tensor) -> torch.Tensor:
-        """View of the auxiliary states and, behind them, the last one. uint8 [n, row_bytes] -> dtype [n, 4 * H]."""
+        """View of the auxiliary states and, behind them, the last one. uint8 [n, row_bytes] -> dtype [n, (num_aux + 1) * H]."""
         start = META_WORDS * 4
         return rows[:, start : start + self.payload_bytes].view(self.dtype)
