@@ -89,6 +89,7 @@ class RowLayout:
         return rows[:, start : start + self.hidden_size * self.dtype.itemsize].view(self.dtype)
 
     def states(self, rows: torch.Tensor) -> torch.Tensor:
-        """View of the auxiliary states and, behind them, the last one. uint8 [n, row_bytes] -> dtype [n, (num_aux + 1) * H]."""
+        """View of the auxiliary states and, behind them, the last one. uint8 [n, row_bytes] -> dtype
+        [n, (num_aux + 1) * H]."""
         start = META_WORDS * 4
         return rows[:, start : start + self.payload_bytes].view(self.dtype)
