@@ -8,7 +8,7 @@ from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.eagle3_config import Eagle3Config
 
 # Of one column of the regression: 600 MB of normal equations in float32. A wider target's draft would also take much of
-# vLLM's KV cache, with a key-value head for each query head (docs/architecture.md).
+# vLLM's KV cache, with a key-value head for each query head (docs/decisions.md).
 MAX_UNKNOWNS = 12_288
 
 
