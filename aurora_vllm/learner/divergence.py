@@ -94,12 +94,14 @@ class _Divergence(torch.autograd.Function):
         weight = lm_head.to(dtype)
         edges = torch.arange(0, len(states) + CHUNK, CHUNK, device=states.device)
         bounds = torch.stack([torch.searchsorted(one.target, edges) for one in terms], 1).tolist()
-        for chunk, (first, last) in enumerate(pairwise(bounds)):
-            spans = [slice(a, b) for a, b in zip(first, last, strict=True)]  # each step's terms of this chunk
-            sizes = [span.stop - span.start for span in spans]
-            start = chunk * CHUNK
+
+        def add_chunk(start: int, spans: list[slice]) -> None:
+            """Target rows from ``start`` on, and each step's terms that aim at them. A function, so that its logits are
+            gone before the next chunk's are made."""
+            nonlocal grad_head
             target_logits = (states[start : start + CHUNK].to(dtype) @ target_head.T).float()
             aim = cost.aim(target_logits)  # [n, D]
+            sizes = [span.stop - span.start for span in spans]
             local = torch.cat([one.target[span] - start for one, span in zip(terms, spans, strict=True)])
             stacked = torch.cat([h[span] for h, span in zip(hidden, spans, strict=True)]) * scale  # [sum of n, H]
             logits = (stacked.to(dtype) @ weight.T).float()  # [sum of n, D]
@@ -112,13 +114,16 @@ class _Divergence(torch.autograd.Function):
                 step_loss[i] += (cost.cost_(part, first_choice, aimed, said) * terms[i].share[span]).sum()
                 agree[i][span] = right[i]
             if not want_grad:
-                continue
+                return
             error = logits.to(dtype)  # by now the gradient with respect to the logits, but for each row's weight
             row_weight = torch.cat([one.share[span] * one.weight for one, span in zip(terms, spans, strict=True)])
             grad_head = _add_product(grad_head, error.T, (stacked * row_weight.unsqueeze(1)).to(dtype))
             grad = (error @ weight) * (row_weight * scale).unsqueeze(1)
             for total_grad, span, part in zip(grad_hidden, spans, grad.split(sizes), strict=True):
                 total_grad[span] = part
+
+        for chunk, (first, last) in enumerate(pairwise(bounds)):
+            add_chunk(chunk * CHUNK, [slice(a, b) for a, b in zip(first, last, strict=True)])
         total = sum(one.weight * step_loss[i] for i, one in enumerate(terms))
         assert isinstance(total, torch.Tensor)
         if want_grad:

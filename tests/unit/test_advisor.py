@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from aurora_vllm.control.profit import Decision
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.spec_decode import advisor as advisor_module
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
-from aurora_vllm.spec_decode.scheduler import advise
+from aurora_vllm.spec_decode.rollback_watch import ACCOUNT_EVERY
+from aurora_vllm.spec_decode.scheduler import AsyncAuroraScheduler, AuroraScheduler, advise
 from tests.unit.tiny_world import World, session
 
 
@@ -112,3 +115,218 @@ def test_an_engine_whose_server_was_killed_meanwhile_ends(tmp_path: Path, monkey
         monkeypatch.setenv(ENVIRONMENT_KEY, gone.model_dump_json())
         with pytest.raises(SystemExit):
             advise(SimpleNamespace(num_spec_tokens=3))
+
+
+def go_live(advisor: DraftLengthAdvisor, version: int, previous: int) -> None:
+    """What the worker says, and that a step was scheduled and drafted with it since."""
+    worker = advisor._control.worker
+    worker.live_version, worker.previous_version = version, previous
+    advisor.draft_length(1)
+    advisor.drafts_arrived()
+
+
+@pytest.mark.parametrize(("confidence", "condemned"), [(0.95, 3), (0.0, 0)])
+def test_a_version_that_accepts_less_is_condemned_if_the_settings_say_so(
+    tmp_path: Path, confidence: float, condemned: int
+) -> None:
+    """Version 2 accepts all it drafts, version 3 nothing."""
+    with session(World(), tmp_path, speculate="always", rollback_confidence=confidence) as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        scheduler, worker = advisor._control.scheduler, advisor._control.worker
+        go_live(advisor, 2, 1)
+        for _ in range(100):
+            advisor.verified(2, 2, "a")
+        assert scheduler.probation_version == 2 and scheduler.roll_back_version == 0
+        worker.live_version, worker.previous_version = 3, 2
+        for _ in range(7):
+            advisor.verified(2, 2, "a")  # proposed before version 3 was live
+        assert scheduler.probation_version == 2
+        go_live(advisor, 3, 2)
+        for drafts in range(1, 2 * ACCOUNT_EVERY):
+            advisor.verified(2, 0, "a")
+            if confidence:
+                assert scheduler.probation_drafts == (
+                    drafts // ACCOUNT_EVERY * ACCOUNT_EVERY or 1
+                )  # not at every verdict
+        assert advisor._controller.wants_verdicts == bool(condemned)  # it looks worse: K = 0 would leave it at that
+        for _ in range(100):
+            advisor.verified(2, 0, "a")
+        assert scheduler.probation_version == 3 and scheduler.roll_back_version == condemned
+        assert ("version 3 is worse than version 2" in scheduler.probation) == bool(condemned)
+        assert [(row.version, row.num_drafts) for row in scheduler.acceptance()] == [(2, 107), (3, 139)]
+
+
+def test_verdicts_on_copies_put_no_version_on_probation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with session(World(), tmp_path, speculate="always") as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        go_live(advisor, 2, 1)
+        monkeypatch.setattr(advisor._proposals, "copied", lambda name: name == "copies")
+        advisor.verified(2, 0, "copies")
+        assert advisor._control.scheduler.probation_version == 0
+        advisor.verified(2, 0, "drafts")
+        assert advisor._control.scheduler.probation_version == 2
+
+
+def test_what_is_known_of_a_version_fades_with_the_next_and_comes_back_with_it(tmp_path: Path) -> None:
+    with session(World(), tmp_path, speculate="always") as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        trials = lambda: advisor._controller.acceptance._live.trials[0]  # noqa: E731
+        go_live(advisor, 2, 1)
+        for _ in range(40):
+            advisor.verified(2, 2, "a")
+        known = trials()
+        go_live(advisor, 2, 1)
+        assert trials() == known > 38
+        go_live(advisor, 3, 2)
+        assert trials() == pytest.approx(known * 0.25)
+        for _ in range(40):
+            advisor.verified(2, 0, "a")
+        go_live(advisor, 2, 3)  # rolled back
+        assert trials() == known
+
+
+def test_the_learners_simulation_counts_for_the_version_it_is_of(tmp_path: Path) -> None:
+    with session(World(), tmp_path, speculate="always") as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        learner, known = advisor._control.learner, advisor._controller.acceptance
+        learner.shadow_accepted_per_position = [0.5, 0.25]
+        for version, steps in ((3, 40), (2, 0)):  # of another version, and of none yet
+            learner.shadow_version, learner.shadow_steps = version, steps
+            go_live(advisor, 2, 1)
+            assert known.chain() == [0.0, 0.0]
+        learner.shadow_steps = 40
+        go_live(advisor, 2, 1)
+        assert known.chain() == pytest.approx([0.5, 0.25])
+
+
+@pytest.mark.parametrize("trusted", ["draft", "resume", ""])
+def test_a_draft_that_somebody_gave_is_trusted_until_it_is_measured(tmp_path: Path, trusted: str) -> None:
+    with session(World(), tmp_path) as (current, _):
+        if trusted == "resume":
+            current = current.model_copy(update={"resume": tmp_path})
+        elif trusted:
+            current = current.model_copy(update={"config": current.config.model_copy(update={"draft": tmp_path})})
+        expected = DraftLengthAdvisor(current, 2)._controller.acceptance.expected_length(2)
+        assert expected == pytest.approx(1 + 0.6 + 0.36 if trusted else 1.0)
+
+
+def test_no_more_is_drafted_or_copied_than_vllm_verifies(tmp_path: Path) -> None:
+    with session(World(), tmp_path, speculate="always", num_speculative_tokens=3) as (current, _):
+        for verified, drafted in ((1, 1), (8, 3)):
+            advisor = DraftLengthAdvisor(current, verified)
+            assert advisor.draft_length(1) == drafted
+            assert advisor._proposals._copier is not None and advisor._proposals._copier._positions == verified
+
+
+def test_the_worker_is_told_whether_the_draft_may_sit_prompts_out(tmp_path: Path) -> None:
+    with session(World(), tmp_path) as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        told = advisor._control.scheduler
+        for wanted in (False, True, False):
+            advisor._controller.wants_verdicts = wanted
+            for _ in range(2):
+                advisor.draft_length(1)
+                assert told.draft_sits_out != wanted  # a draft that nobody has tried yet
+
+
+def test_steps_and_tokens_are_counted(tmp_path: Path) -> None:
+    with session(World(), tmp_path) as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        for scheduled, drafts, sampled in (
+            ({"a": 3, "b": 1}, {"a": [7, 8]}, [[7, 9], [4]]),
+            ({"a": 1, "b": 1}, {}, [[7], [4]]),
+            ({"a": 200}, {}, [[]]),  # inside a prompt
+            ({}, {}, []),  # nothing to do
+        ):
+            advisor.step_starts()
+            step = SimpleNamespace(
+                num_scheduled_tokens=scheduled,
+                scheduled_spec_decode_tokens=drafts,
+                num_spec_tokens_to_schedule=0,
+                finished_req_ids=set(),
+            )
+            advisor.step_ends(step, sampled)
+        counted = advisor._control.scheduler
+        assert (counted.steps, counted.spec_steps, counted.generated_tokens) == (3, 1, 5)
+
+
+def test_without_a_session_or_drafts_nobody_advises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT_KEY, raising=False)
+    assert advise(SimpleNamespace(num_spec_tokens=3)) is None
+    with session(World(), tmp_path) as (current, _):
+        monkeypatch.setenv(ENVIRONMENT_KEY, current.model_dump_json())
+        assert advise(SimpleNamespace(num_spec_tokens=0)) is None
+
+
+@pytest.mark.parametrize(
+    ("why", "overlap", "runner_v2", "sample"),
+    [
+        ("on", False, False, "greedy"),
+        ("off: steps overlap", True, False, "greedy"),
+        ("off: vLLM's V2 runner", False, True, "greedy"),
+        ("off: drafts are sampled", False, False, "probabilistic"),
+    ],
+)
+def test_drafts_are_replaced_only_where_vllm_lets_them_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str, overlap: bool, runner_v2: bool, sample: str
+) -> None:
+    vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=overlap),
+        use_v2_model_runner=runner_v2,
+        speculative_config=SimpleNamespace(draft_sample_method=sample),
+    )
+    with session(World(), tmp_path, speculate="always") as (current, _):
+        monkeypatch.setenv(ENVIRONMENT_KEY, current.model_dump_json())
+        scheduler = SimpleNamespace(num_spec_tokens=2, vllm_config=vllm_config, max_num_scheduled_tokens=64)
+        advisor = advise(scheduler)
+        assert advisor is not None and advisor._control.scheduler.copying.startswith(why)
+        assert scheduler.dynamic_sd_lookup[1] == 2  # where vLLM looks K up
+        assert advisor._proposals._budget == 64
+
+
+@pytest.mark.parametrize(("kind", "passes_drafts"), [(AuroraScheduler, True), (AsyncAuroraScheduler, False)])
+def test_the_scheduler_tells_its_adviser_in_time(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any], passes_drafts: bool
+) -> None:
+    """Before vLLM schedules a step, before it takes drafts over, and after it has seen what came of them."""
+    told: list[tuple[Any, ...]] = []
+
+    def noting(name: str) -> Any:
+        return lambda *args: told.append((name, *args))
+
+    for base in AsyncAuroraScheduler.__mro__:
+        if base.__module__.startswith("vllm."):
+            for name in ("schedule", "update_from_output", "update_draft_token_ids", "make_spec_decoding_stats"):
+                if name in vars(base):
+                    monkeypatch.setattr(base, name, lambda self, *args, _name=name, **kwargs: told.append((_name,)))
+    monkeypatch.setattr(Scheduler, "add_request", lambda self, request: told.append(("add_request",)))
+    scheduler = object.__new__(kind)
+    names = ("step_starts", "step_ends", "drafts_arrived", "verified")
+    scheduler._advisor = SimpleNamespace(**{name: noting(name) for name in names})
+    scheduler._withdrawal = SimpleNamespace(arrived=noting("arrived"), withdraw=noting("withdraw"))
+    scheduler.requests = {}
+    scheduler.add_request("r")
+    assert told == [("add_request",), ("arrived", "r")]
+    told.clear()
+    scheduler.schedule()
+    assert told == [("step_starts",), *([("withdraw", {})] if passes_drafts else []), ("schedule",)]
+    told.clear()
+    scheduler.update_draft_token_ids("drafts")
+    assert told == [("drafts_arrived", "drafts", {}), ("update_draft_token_ids",)]
+    told.clear()
+    scheduler.make_spec_decoding_stats(None, num_draft_tokens=2, num_accepted_tokens=1, request_id="r")
+    scheduler.make_spec_decoding_stats(None, num_draft_tokens=0, num_accepted_tokens=0, request_id="r")
+    assert told == [("verified", 2, 1, "r"), *[("make_spec_decoding_stats",)] * 2]
+    told.clear()
+    scheduler.update_from_output("step", SimpleNamespace(sampled_token_ids=[[7]]))
+    ends = [("update_from_output",), ("step_ends", "step", [[7]])]
+    assert told == ends + ([] if passes_drafts else [("drafts_arrived",)])
+    scheduler._advisor = None  # no session, or no drafts
+    told.clear()
+    scheduler.schedule()
+    scheduler.update_draft_token_ids("drafts")
+    scheduler.make_spec_decoding_stats(None, num_draft_tokens=2)
+    scheduler.update_from_output("step", None)
+    assert [name for name, *_ in told] == [
+        "schedule", "update_draft_token_ids", "make_spec_decoding_stats", "update_from_output"
+    ]  # fmt: skip

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from aurora_vllm import settings as front
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError, SettingsError
+from aurora_vllm.transport.block import POSITIONS
 
 # A value for each key that is not its default, as text.
 OTHER: dict[str, str] = {
@@ -117,6 +118,22 @@ def test_wrong_settings_are_one_clear_line(argv: list[str], environment: dict[st
         front.parse(argv, environment)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        {"rollback_confidence": 1.0},  # a certainty that no number of verdicts gives
+        {"weight_average": 1.0},  # nothing would ever be learned
+        {"learner_cpu_share": 0.0}, {"learner_least_share": 0.0}, {"replay_passes": 0.0}, {"learning_rate": 0.0},
+        {"evidence_tokens": 0},  # a candidate that nobody judged
+        {"num_speculative_tokens": 0}, {"num_speculative_tokens": POSITIONS + 1},  # the control block counts no more
+        {"learner_nice": -1}, {"learner_nice": 20},
+    ],
+)  # fmt: skip
+def test_what_would_divide_by_zero_or_mean_nothing_is_refused(beyond: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        AuroraConfig(**beyond)
 
 
 @pytest.mark.parametrize(

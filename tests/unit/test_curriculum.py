@@ -152,6 +152,25 @@ def test_a_trained_draft_gets_no_lesson_and_gentle_steps(small_lessons: None, tm
     assert curriculum.trainer.steps > 0
 
 
+@pytest.mark.parametrize("how", ["refine", "go on"])
+def test_training_goes_on_from_weights_that_were_put_in_the_candidates_place(tmp_path: Path, how: str) -> None:
+    """A draft from disk, or the version before a rollback: the draft in training, of which it is the average, too."""
+    draft, head = day0_draft()
+    curriculum = Curriculum(draft, head, settings(batch_tokens=30), tmp_path, worth_keeping=True)
+    for one in linear_world(head, draft.norm.weight.detach().clone(), 4, 30):
+        curriculum.add(one)
+    do_all(curriculum)
+    other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in draft.state_dict().items()}
+    if how == "refine":
+        draft.load_state_dict(other)
+        curriculum.refine()
+    else:
+        curriculum.go_on(other)
+    assert curriculum.trainer.draft is not draft
+    for trained in (draft.state_dict(), curriculum.trainer.draft.state_dict()):
+        assert all(torch.equal(trained[name], tensor) for name, tensor in other.items())
+
+
 def test_steps_stop_after_the_passes_they_were_given(tmp_path: Path) -> None:
     draft, head = day0_draft()
     curriculum = Curriculum(draft, head, settings(replay_passes=3.0, batch_tokens=30), tmp_path, worth_keeping=True)

@@ -42,6 +42,11 @@ def test_all_time_counts_and_steps_that_lost_too() -> None:
     assert after([(0.05, 0.05), (0.15, -0.05)]).saved == pytest.approx(0.0, abs=0.01)
 
 
+def test_it_decides_every_second_of_steps() -> None:
+    earnings = Earnings(0.1, 0.03)
+    assert sum(earnings.observe(EVERY_S / 4, 0.0) for _ in range(40)) == 10
+
+
 def test_it_says_what_it_takes_and_why() -> None:
     assert after([(0.1, 0.0)]).reason == "0.030 of a CPU, its least share: speculation saves 0.00 s a second"
     assert "speculation loses 0.30 s a second" in after([(0.1, -0.03)]).reason

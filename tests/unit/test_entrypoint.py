@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,17 @@ from typing import Any
 
 import pytest
 
-from aurora_vllm import entrypoint, preflight, vllm_server
+from aurora_vllm import entrypoint, plan, preflight, resuming, vllm_server
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError, one_line_for_os_errors
 from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
+from aurora_vllm.spec_decode.model_runner import ModelRunner
 from aurora_vllm.speculative_config import take_speculative_config
+from aurora_vllm.supervisor import SAVE_S
+from tests.unit.test_plan import draft_dir, serve_plan, target
+
+__all__ = ["draft_dir", "serve_plan", "target"]  # fixtures
 
 ARGS: dict[str, Any] = {
     "model": "/nowhere/model",
@@ -127,6 +133,117 @@ def test_a_vllm_of_another_layout_is_run_as_a_program(monkeypatch: pytest.Monkey
     assert entrypoint.main(["M", "--aurora-plan"]) == 2
 
 
+class Stage:
+    """All that ``_serve`` calls, as stand-ins that say in which order they were."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, planned: plan.ServePlan) -> None:
+        self.calls: list[str] = []
+        self.runtime: tuple[Any, ...] = ()
+        calls, stage = self.calls, self
+
+        class Runtime:
+            def __init__(self, made: plan.ServePlan, told_when_up: bool, lifts_refusals: bool) -> None:
+                stage.runtime = made, told_when_up, lifts_refusals
+                calls.append("memory")
+
+            def __enter__(self) -> None: ...
+
+            def __exit__(self, *_: object) -> None:
+                calls.append("memory goes")
+
+        def run(server: FakeServer, args: Namespace) -> None:
+            calls.append("serve")
+            self.args = args
+
+        monkeypatch.setattr(entrypoint, "_plan", lambda *_: planned)
+        monkeypatch.setattr(preflight, "check_port", lambda args: calls.append("port"))
+        monkeypatch.setattr(resuming, "check_checkpoint_dir", lambda config: calls.append("checkpoint directory"))
+        monkeypatch.setattr(preflight, "make_draft", lambda draft, *_: calls.append("draft") or draft)
+        monkeypatch.setattr("aurora_vllm.runtime.Runtime", Runtime)
+        monkeypatch.setattr(FakeServer, "run", run)
+        monkeypatch.setattr(entrypoint, "end_descendants", lambda: calls.append("processes end"))
+        monkeypatch.setattr(vllm_server, "routes_are_installed", lambda: True)
+        self.takes_runner(monkeypatch, "V1")
+
+    def takes_runner(self, monkeypatch: pytest.MonkeyPatch, name: Any) -> None:
+        monkeypatch.setattr(entrypoint, "_probes", lambda: (ModelRunner(name, "a test said so"), ()))
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch, serve_plan: plan.ServePlan) -> Stage:
+    return Stage(monkeypatch, serve_plan)
+
+
+def test_what_can_be_wrong_is_looked_at_before_anything_is_made(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert entrypoint.main(["M"]) == 0
+    assert stage.calls == [
+        "port", "checkpoint directory", "draft", "memory", "serve", "memory goes", "processes end"
+    ]  # fmt: skip
+    assert (stage.args.worker_cls, stage.args.scheduler_cls) == (preflight.WORKER_CLASS, preflight.SCHEDULER_CLASS)
+    assert stage.args.speculative_config["method"] == "eagle3"
+    assert os.environ["VLLM_PLUGINS"] == "aurora"  # vLLM lets our routes in
+    made, told_when_up, _ = stage.runtime
+    assert made.model_runner.name == "V1" and told_when_up
+
+
+def test_whatever_ends_the_server_its_processes_end(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: FakeServer, args: Namespace) -> None:
+        raise RuntimeError("Engine core initialization failed")
+
+    monkeypatch.setattr(FakeServer, "run", fail)
+    with pytest.raises(RuntimeError):
+        entrypoint.main(["M"])
+    assert stage.calls[-2:] == ["memory goes", "processes end"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "api_servers", "told"), [(True, None, True), (True, 1, True), (True, 2, False), (False, None, False)]
+)
+def test_the_learner_waits_for_the_plugin_where_it_is_in_this_process(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capfd: Any, installed: bool, api_servers: int | None, told: bool
+) -> None:
+    monkeypatch.setitem(ARGS, "api_server_count", api_servers)
+    monkeypatch.setattr(vllm_server, "routes_are_installed", lambda: installed)
+    assert entrypoint.main(["M"]) == 0
+    assert stage.runtime[1] == told
+    assert ("not installed as a package" in capfd.readouterr().err) != installed
+
+
+@pytest.mark.parametrize(("runner", "gpu", "lifts"), [("V1", False, True), ("V1", True, False), ("V2", True, True)])
+def test_refusals_are_lifted_where_drafts_can_be_kept_away(
+    monkeypatch: pytest.MonkeyPatch, serve_plan: plan.ServePlan, runner: str, gpu: bool, lifts: bool
+) -> None:
+    found = plan.plan_gpu(serve_plan, Namespace(gpu_memory_utilization=0.9), 80 << 30) if gpu else None
+    stage = Stage(monkeypatch, replace(serve_plan, gpu=found))
+    stage.takes_runner(monkeypatch, runner)
+    assert entrypoint.main(["M"]) == 0
+    assert stage.runtime[2] == lifts
+
+
+@pytest.mark.parametrize(
+    ("argv", "drain", "grace"), [([], 0, 0.0), ([], 30, 30.0), (["--aurora-checkpoint-dir=/c"], 30, 30.0 + SAVE_S)]
+)
+def test_a_stop_leaves_time_for_requests_to_end_and_a_checkpoint_to_be_saved(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, argv: list[str], drain: int, grace: float
+) -> None:
+    made: list[FakeGuard] = []
+
+    class Guard(FakeGuard):
+        def __init__(self) -> None:
+            made.append(self)
+
+    monkeypatch.setattr(entrypoint, "StopGuard", Guard)
+    monkeypatch.setitem(ARGS, "shutdown_timeout", drain)
+    assert entrypoint.main(["M", *argv]) == 0
+    assert made[0].grace_s == grace
+
+
+def test_what_is_not_supported_is_not_begun(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setitem(ARGS, "tensor_parallel_size", 2)
+    assert entrypoint.main(["M"]) == 2
+    assert "Aurora does not support --tensor-parallel-size 2 yet" in capfd.readouterr().err
+
+
 def test_bad_input_is_one_line_and_exit_code_2(capfd: Any) -> None:
     assert entrypoint.main(["M"]) == 2
     assert capfd.readouterr().err == (
@@ -143,8 +260,11 @@ def test_a_fault_after_a_stop_is_no_news(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(FakeServer, "run", fail)
     with pytest.raises(RuntimeError):
         entrypoint.main(["M", "--aurora-off"])
+    left: list[int] = []
+    monkeypatch.setattr(FakeGuard, "leave", lambda self, code: left.append(code))
     monkeypatch.setattr(FakeGuard, "number", 15)
     assert entrypoint.main(["M", "--aurora-off"]) == 143
+    assert left == [143]  # not through the interpreter's own end, where vLLM may hang
 
 
 @pytest.mark.parametrize(("argv", "tag", "served"), [([], None, ["T"]), (["M"], "M", ["M"])])
@@ -260,6 +380,16 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     (tmp_path / "socket").touch()
     with pytest.raises(AuroraError, match="exists already"):
         preflight.check_port(Namespace(**(ARGS | {"uds": str(tmp_path / "socket")})))
+
+
+def test_a_port_of_a_server_that_has_just_ended_is_free() -> None:
+    """Its connections linger in TIME_WAIT for a minute; vLLM's own socket does not mind, so neither may the check."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server.accept()[0].close()
+            assert client.recv(1) == b""
+    preflight.check_port(Namespace(**(ARGS | {"port": port})))
 
 
 def speculate(

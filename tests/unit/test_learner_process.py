@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,3 +248,81 @@ def test_the_number_of_a_publish_that_was_not_finished_is_not_taken_again(tmp_pa
         second = Learner(shared)
         serve(world, second, producer, range(1, 2))
         assert second.bank.published() == second.version == published + 1
+
+
+class Rehearsal:
+    """A learner and an event of straw, and what the process asked of them. Turns: whether it rests, and whether the
+    control block says it works; waits: seconds, and the same."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shared: Any, turns: list[tuple[bool, float, bool]]) -> None:
+        """turns: whether there was work, what the budget says is owed after it, and whether that is not all."""
+        self.turns: list[tuple[bool, bool]] = []
+        self.waits: list[tuple[float, bool]] = []
+        self.asked: list[tuple[Any, ...]] = []
+        self.saves: list[bool] = []
+        self.threads: list[int] = []
+        self.block = SimpleNamespace(pid=0, working=False)
+        scheduler = SimpleNamespace(steps=40, learner_share=0.0, in_flight=0)
+        budget, left = SimpleNamespace(owes_more=False), iter(turns)
+
+        def turn(rests: bool) -> bool:
+            self.turns.append((rests, self.block.working))
+            worked, self.owed, self.more = next(left)
+            return worked
+
+        def debt(*args: Any) -> float:
+            self.asked.append(args)
+            scheduler.steps, scheduler.learner_share, scheduler.in_flight = scheduler.steps + 1, 0.25, 1
+            budget.owes_more = self.more
+            return self.owed
+
+        budget.debt = debt
+        learner = SimpleNamespace(
+            control=SimpleNamespace(learner=self.block, scheduler=scheduler), turn=turn, gpu_time=None, budget=budget,
+            keeper=SimpleNamespace(save=lambda at_once=False: self.saves.append(at_once)),
+            sleep=SimpleNamespace(idle_s=0.05),
+        )  # fmt: skip
+        stop = SimpleNamespace(
+            is_set=lambda: len(self.waits) == len(turns),
+            wait=lambda seconds: self.waits.append((seconds, self.block.working)),
+        )
+        self.learner = learner
+        monkeypatch.setenv(ENVIRONMENT_KEY, shared.model_dump_json())
+        monkeypatch.setattr(process, "Learner", lambda session: learner)
+        monkeypatch.setattr(process, "threading", SimpleNamespace(Event=lambda: stop))
+        monkeypatch.setattr(process.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(torch, "set_num_threads", self.threads.append)  # of this process, too
+
+
+def test_the_process_rests_as_long_as_its_budget_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with session(World(), tmp_path) as (shared, _):
+        it = Rehearsal(
+            monkeypatch,
+            shared,
+            [(True, 0.0, False), (True, 2.0, True), (False, 1.5, False), (False, 0.0, False), (False, 0.01, False)],
+        )
+        assert process.main() == 0
+    assert it.turns == [(False, True), (False, True), (True, False), (False, True), (False, True)]
+    # Nothing owed and work to do: on at once. Where there is none it looks around again after a while.
+    assert it.waits == [(0.0, True), (2.0, False), (1.5, False), (0.05, False), (0.05, False)]
+    # As many steps as the engine made, the share that the scheduler leaves it (all, before it said so), and in flight.
+    assert it.asked == [(40, 1.0, 0), (41, 0.25, 1), (42, 0.25, 1), (43, 0.25, 1), (44, 0.25, 1)]
+    assert it.saves == [False] * 5 + [True]  # each time that one may be due, and at the end in any case
+    assert it.block.pid == os.getpid()
+
+
+def test_on_a_gpu_the_process_counts_the_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with session(World(), tmp_path) as (shared, _):
+        it = Rehearsal(monkeypatch, shared, [(True, 0.0, False), (False, 0.0, False)])
+        counted: list[bool] = []
+        it.learner.gpu_time = SimpleNamespace(run=lambda work: counted.append(work()) or counted[-1])
+        assert process.main() == 0
+    assert counted == [True, False] and len(it.turns) == 2
+    assert [seconds for seconds, _ in it.waits] == [0.0, 0.05]
+
+
+def test_the_process_takes_as_many_threads_as_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with session(World(), tmp_path, learner_threads=3) as (shared, _):
+        it = Rehearsal(monkeypatch, shared, [(False, 0.0, False)])
+        assert process.main() == 0
+    assert it.threads == [3]

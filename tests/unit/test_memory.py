@@ -7,17 +7,21 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aurora_vllm import checkpoint, preflight
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.learner.draft import load_draft
-from aurora_vllm.learner.memory import MIB, DraftSizes, predict
+from aurora_vllm.learner.draft import bank_tensors, load_draft
+from aurora_vllm.learner.memory import MIB, DraftSizes, _step_bytes, predict
+from aurora_vllm.learner.train import Trainer
 from aurora_vllm.plan import ServePlan, make_plan
 from aurora_vllm.session import ENVIRONMENT_KEY, Session
 from aurora_vllm.transport.bank import WeightBank
@@ -25,6 +29,7 @@ from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer
 from aurora_vllm.transport.rows import Field, RowFlag
 from aurora_vllm.transport.segment import Segment
+from tests.unit.naive_eagle3 import Sizes, random_case
 from tests.unit.tiny_world import send
 
 SMOLLM2 = Path("~/.cache/aurora_vllm/models/smollm2-135m").expanduser()
@@ -57,6 +62,55 @@ def test_every_term_counts_what_it_names() -> None:
     fewer, more = (of(ttt_length=length)["step"] for length in (2, 4))
     assert more - one == pytest.approx(one - fewer) and more > one
     assert of(replace(SIZES, vocabulary=4096))["step"] < one
+
+
+class Held(TorchDispatchMode):
+    """Bytes of all storages that are made while it is on, at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(one, torch.Tensor) and (key := (storage := one.untyped_storage())._cdata) not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                self._now += storage.nbytes()
+                self.peak = max(self.peak, self._now)
+                weakref.finalize(storage, self._drop, key)
+        return made
+
+    def _drop(self, key: int) -> None:
+        self._now -= self._sizes.pop(key, 0)
+
+
+@pytest.mark.parametrize("matmul", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "wide", [{}, {"head_dim": 256}, {"kv_heads": 4, "group": 1, "head_dim": 128}, {"intermediate_size": 2048},
+             {"vocab": 3000, "draft_vocab": 3000}],
+)  # fmt: skip
+def test_a_training_step_takes_what_is_predicted(wide: dict[str, int], matmul: torch.dtype) -> None:
+    """Each width in turn the largest: on the demo's model a lesson takes more, and the process does not show a step."""
+    inner = {name: wide[name] for name in wide if name == "intermediate_size"}
+    sizes = Sizes(
+        [700],
+        [2],
+        **(
+            {"hidden": 64, "head_dim": 32, "vocab": 300, "draft_vocab": 200}
+            | {name: wide[name] for name in wide if name not in inner}
+        ),
+    )
+    draft, head, batch = random_case(sizes, **inner)
+    trainer = Trainer(draft, head, 1e-3, ttt_length=3, matmul_dtype=matmul)
+    trainer.step(batch)  # from the second on there are moments
+    with Held() as held:
+        trainer.step(batch)
+    shapes = {name: tuple(tensor.shape) for name, tensor in bank_tensors(draft).items()}
+    parameters = sum(one.numel() for one in draft.parameters())
+    said = _step_bytes(DraftSizes.of(shapes, parameters, sizes.hidden, 0), 700, 3, matmul == torch.bfloat16)
+    assert 0.95 * held.peak < said < 1.5 * held.peak
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from aurora_vllm.control.acceptance import AcceptanceEstimate
 from aurora_vllm.control.copying import Copies
-from aurora_vllm.control.profit import PATIENCE, PROBE_EVERY, PROBE_STEPS, DraftLengthController
+from aurora_vllm.control.profit import PATIENCE, PLAN_EVERY, PROBE_EVERY, PROBE_STEPS, DraftLengthController, _Plan
+from aurora_vllm.control.step_costs import STEPS_TO_KNOW
 
 
 def simulate(
@@ -257,6 +258,21 @@ def test_what_a_step_saved_is_what_was_accepted_less_what_it_cost() -> None:
     assert controller.saved(4, 0, 6, 2) == pytest.approx(0.08 * 2 / 4 - 0.02, abs=2e-3)
     assert controller.saved(4, 0, 6, 0) == pytest.approx(-0.02, abs=2e-3)
     assert controller.saved(4, 0, 0, 0) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("better_by", "changes"), [(0.01, False), (0.05, True)])
+def test_a_length_that_promises_hardly_more_is_no_reason_to_change(
+    monkeypatch: pytest.MonkeyPatch, better_by: float, changes: bool
+) -> None:
+    controller = DraftLengthController(2, prior=0.9)
+    for _ in range(STEPS_TO_KNOW):
+        controller.decide(1)
+        controller.costs.observe(1, 0, 0, 1.0)
+    gains = {0: 1.0, 1: 1.5, 2: 1.4}
+    monkeypatch.setattr(controller, "_plan", lambda bucket, k, *_: _Plan(gains[k], gains[k], float(k)))
+    assert controller.decide(1).draft_length == 1
+    gains[2] = 1.5 * (1 + better_by)
+    assert {controller.decide(1).draft_length for _ in range(PLAN_EVERY)} == ({1, 2} if changes else {1})
 
 
 @pytest.mark.parametrize("prior", [0.0, 0.6])

@@ -62,6 +62,17 @@ def test_not_twice_within_the_interval_and_evidence_starts_over() -> None:
     assert judge.verdict(15.0).publish
 
 
+def test_a_new_candidate_does_not_win_by_the_scores_of_the_one_before() -> None:
+    for start_over in (Evidence.restart, lambda judge: judge.published(-99.0)):
+        judge = evidence()
+        judge.add(score(100, 90), score(100, 10))
+        assert judge.verdict(0.0).publish
+        start_over(judge)
+        judge.add(score(100, 10), score(100, 10))
+        verdict = judge.verdict(0.0)
+        assert not verdict.publish and (verdict.candidate, verdict.incumbent, verdict.tokens) == (1.1, 1.1, 110)
+
+
 def test_old_evidence_is_forgotten() -> None:
     judge = evidence()
     judge.add(score(100, 0), score(100, 50))  # the candidate was bad long ago

@@ -19,6 +19,8 @@ from aurora_vllm.learner.batch import collate
 from aurora_vllm.learner.checkpoints import Checkpoint, newest
 from aurora_vllm.learner.draft import save_draft
 from aurora_vllm.learner.learner import Learner
+from aurora_vllm.learner.publish import publish
+from aurora_vllm.learner.resume import is_taught
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
@@ -162,6 +164,27 @@ def test_what_was_saved_before_the_first_lesson_gets_it(tmp_path: Path, monkeypa
     assert taught is not None and taught != kept
     with session(world, tmp_path, draft=taught, resume=taught) as (shared, _):
         assert not Learner(shared).curriculum.has_lessons_to_learn
+
+
+def test_only_a_draft_that_nobody_trained_is_given_lessons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They begin from day 0, and would overwrite what it was taught; that it looks like day 0's says nothing."""
+    world = day0_world(tmp_path, monkeypatch)
+    with session(world, tmp_path, draft=tmp_path / "day0") as (shared, _):
+        assert Learner(shared).curriculum.has_lessons_to_learn
+        config = shared.config.model_copy(update={"draft": tmp_path / "day0"})  # the user's own
+        assert not Learner(shared.model_copy(update={"config": config})).curriculum.has_lessons_to_learn
+        learner = Learner(shared)
+        publish(learner.bank, 2, learner.candidate, {})
+        assert not Learner(shared).curriculum.has_lessons_to_learn  # as after a crash
+
+
+def test_a_checkpoint_that_cannot_be_read_may_have_learned_anything(tmp_path: Path) -> None:
+    assert is_taught(tmp_path) and not is_taught(None)
+    world = World()
+    kept, _ = learned(world, tmp_path)
+    assert is_taught(kept)
+    damage_facts(kept)
+    assert is_taught(kept)
 
 
 def test_counters_go_on_over_several_runs(tmp_path: Path) -> None:

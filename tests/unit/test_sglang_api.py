@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -200,6 +201,15 @@ def test_without_a_learner_the_server_publishes(world: World) -> None:
     assert_updated(world, world.update(world.new, flush_cache=True, weight_version="x", unknown=1), 3)
 
 
+def test_without_a_learner_the_server_refuses_what_does_not_fit(world: World) -> None:
+    tensors = load_file(world.new / "model.safetensors")
+    save_file(tensors | {"fc.weight": torch.zeros(16, 32)}, world.new / "model.safetensors")
+    answer = world.update(world.new)
+    assert (answer.status_code, answer.json()["success"]) == (400, False)
+    assert "tensor fc.weight has shape [16, 32]" in answer.json()["message"]
+    assert world.bank.published() == 0
+
+
 @LEARN
 def test_with_a_learner_the_learner_publishes_and_learns_on_from_there(world: World, learner: Learner) -> None:
     learner.curriculum.trainer.optimizer.state[learner.curriculum.trainer.parameters[0]] = {"exp_avg": torch.ones(1)}
@@ -376,7 +386,9 @@ def test_health_without_a_learner(world: World) -> None:
     assert world.client.get("/aurora/health").status_code == 503
 
 
-def test_server_info(world: World) -> None:
+def test_server_info(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(100.0, 5.0)  # seconds, from one call to the next
+    monkeypatch.setattr(sglang_api, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     first = world.client.get(INFO).json()
     assert first["internal_states"][0]["avg_spec_accept_length"] is None
     assert first["internal_states"][0]["last_gen_throughput"] == 0.0
@@ -385,7 +397,7 @@ def test_server_info(world: World) -> None:
     world.control.scheduler.generated_tokens = 80
     info = world.client.get(INFO).json()
     assert info["internal_states"][0]["avg_spec_accept_length"] == info["avg_spec_accept_length"] == 2.0
-    assert info["last_gen_throughput"] > 0
+    assert info["last_gen_throughput"] == 80 / 5
     assert info["speculative_draft_model_path"] == str(world.session.draft)
     speculative = {
         name: info[f"speculative_{name}"] for name in ("algorithm", "num_steps", "eagle_topk", "num_draft_tokens")

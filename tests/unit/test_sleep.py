@@ -98,6 +98,35 @@ def test_the_sleeper_looks_at_one_in_a_few(tmp_path: Path, monkeypatch: pytest.M
         assert 10 <= len(looked) <= 14  # the one after a bad one, too
 
 
+def test_a_sleeper_looks_at_one_request_in_a_turn(tmp_path: Path) -> None:
+    """Those in between cost nothing; a second look would come before the rest that the first one owes."""
+    world = World()
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+        request = fall_asleep(world, learner, producer)
+        learner.unscored.clear()
+        for _ in range(drift.WATCH_EVERY):  # whatever it looked at last
+            learner.sleep._watch.is_due()  # type: ignore[union-attr]
+        for one in range(drift.WATCH_EVERY + 2):
+            send(producer, world.rows(request + one, answer=ANSWER))
+        assert learner.turn() and len(learner.unscored) == drift.WATCH_EVERY + 1
+        assert learner.turn() and len(learner.unscored) == 1
+        assert not learner.turn() and not learner.unscored and learner.sleep.asleep
+
+
+def test_what_other_drafts_accepted_is_not_usual(tmp_path: Path) -> None:
+    world = World()
+    with session(world, tmp_path, learning_rate=3e-4) as (shared, producer):
+        learner = Learner(shared)
+        for request in range(40):
+            serve(world, learner, producer, range(request, request + 1))
+            if learner.sleep._usual:
+                break
+        assert learner.sleep._usual and not learner.sleep.asleep
+        learner.sleep.restart("another draft was loaded")
+        assert not learner.sleep._usual
+
+
 def test_what_was_slept_through_is_not_caught_up_on(tmp_path: Path) -> None:
     world = World()
     with session(world, tmp_path, replay_passes=1.0) as (shared, producer):

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from aurora_vllm.spec_decode.stager import Stager
-from aurora_vllm.spec_decode.swap import StagedWeights
+from aurora_vllm.spec_decode.stager import POLL_SECONDS, Stager
+from aurora_vllm.spec_decode.swap import StagedWeights, SwapRefused
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.placement import CPU
@@ -109,6 +109,49 @@ def test_a_newer_version_that_waits_comes_after_the_rollback(world: World) -> No
     world.control.scheduler.roll_back_version = 2
     assert world.step() == (3, 1, 3.0)
     assert world.control.worker.rollbacks == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(SwapRefused("w: not finite"), "w: not finite"), (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug")],
+)
+def test_a_version_that_cannot_be_staged_costs_itself_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch, fault: Exception, said: str
+) -> None:
+    def fail(version: int, tensors: Mapping[str, torch.Tensor]) -> StagedWeights:
+        raise fault
+
+    worker = world.control.worker
+    with monkeypatch.context() as broken:
+        broken.setattr(world.draft, "stage", fail)
+        world.bank.publish(2, {"w": torch.full((1,), 2.0)}, {})
+        deadline = time.monotonic() + 5
+        while not worker.refusals:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(2 * POLL_SECONDS)  # it is not tried again
+        assert world.step() == (1, 0, 1.0)
+    assert (worker.refusals, worker.refusal, worker.staged_version) == (1, f"version 2: {said}", 0)
+    world.publish(3)
+    assert world.step() == (3, 1, 3.0)
+
+
+def test_a_version_is_staged_once_and_traded_in_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traded in a second time it would be its own previous version, and there would be no way back."""
+    staged, stage = [], world.draft.stage
+    monkeypatch.setattr(
+        world.draft, "stage", lambda version, tensors: staged.append(version) or stage(version, tensors)
+    )
+    world.publish(2)
+    for _ in range(4):
+        assert world.step() == (2, 1, 2.0)
+        time.sleep(1.5 * POLL_SECONDS)  # the watcher looks again
+    assert staged == [2] and world.control.worker.swaps == 1
+
+
+def test_once_closed_it_leaves_the_bank_alone(world: World) -> None:
+    world.stager.close()
+    assert not world.stager._thread.is_alive()
 
 
 def test_while_nothing_is_served_the_newest_version_takes_the_place_of_the_one_that_waits(world: World) -> None:

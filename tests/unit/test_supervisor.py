@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from aurora_vllm.supervisor import Supervisor, end_process, learner_environment
+from aurora_vllm.supervisor import STOP_S, Supervisor, end_process, learner_environment
 
 PYTHON = sys.executable
 
@@ -78,20 +78,33 @@ def test_a_long_life_starts_the_waits_over(keep: Any) -> None:
     wait_for(lambda: block.learner_restarts >= 6)  # doubling, the sixth would come after 1.5 s of waits; and 60 s at 12
 
 
-def test_stop_ends_a_learner_that_does_not_listen(keep: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("aurora_vllm.supervisor.STOP_S", 0.5)
+def test_stop_ends_a_learner_that_does_not_listen(keep: Any, tmp_path: Path) -> None:
     ready = tmp_path / "deaf"
     script = (
         f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);open({str(ready)!r}, 'w'); time.sleep(60)"
     )
-    supervisor, block = keep(script)
+    supervisor, block = keep(script, stop_s=0.5)
     wait_for(ready.exists)
     pid, started = block.learner_pid, time.monotonic()
     supervisor.stop()
-    assert time.monotonic() - started < 10
+    assert 0.5 <= time.monotonic() - started < STOP_S  # as long as it was given, not as long as it is by default
     assert not is_alive(pid)
     assert not supervisor.is_alive()
     assert (block.learner_pid, block.learner_restarts) == (0, 0)
+
+
+def test_stop_gives_a_learner_the_time_to_save(keep: Any, tmp_path: Path) -> None:
+    saved, up = tmp_path / "saved", tmp_path / "up"
+    script = (
+        "import signal, sys, time\n"
+        f"def end(*_): time.sleep(0.5); open({str(saved)!r}, 'w'); sys.exit()\n"
+        f"signal.signal(signal.SIGTERM, end); open({str(up)!r}, 'w'); time.sleep(60)"
+    )
+    supervisor, _ = keep(script, stop_s=20.0)
+    wait_for(up.exists)
+    started = time.monotonic()
+    supervisor.stop()
+    assert saved.exists() and time.monotonic() - started < 15  # no longer than it took
 
 
 def test_stop_during_a_wait_is_quick(keep: Any) -> None:
@@ -139,6 +152,14 @@ time.sleep(60)
         assert up == "up"
         process.send_signal(signal.SIGKILL)
         wait_for(lambda: not is_alive(int(pid)), 5)
+
+
+def test_a_learner_whose_server_is_gone_already_never_starts() -> None:
+    """Nobody is left who would end it: the kernel's signal comes for a parent that dies later."""
+    nobody = str(2**22 + 1)  # above the largest pid there is
+    command = [PYTHON, "-m", "aurora_vllm.supervisor", nobody, "0", PYTHON, "-c", "print('it learns')"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_threads_are_the_learners_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 from dataclasses import replace
 from types import SimpleNamespace
@@ -129,6 +130,16 @@ def test_rows_say_what_the_step_was(case: tuple[list[int], list[int], list[int],
         assert torch.equal(aux, torch.cat([states[index] for states in step.aux_hidden_states]))
 
 
+def test_token_0_is_a_token() -> None:
+    writer, sink, _ = make_writer()
+    writer.begin("r0", 2, 0.0, True)
+    step = make_step([3], [2], [1])
+    step.sampled[0] = torch.tensor([5, 0, -1])  # the first draft was right, and 0 is what follows it
+    writer.write(step)
+    assert sink.meta()[:, Field.EMITTED].tolist() == [5, 0, -1]
+    assert sink.meta()[:, Field.FLAGS].tolist() == [0, 0, RowFlag.REJECTED]
+
+
 def test_a_full_ring_drops_whole_requests_and_counts_them() -> None:
     writer, sink, worker = make_writer(capacity=14)
     for i in range(2):
@@ -177,6 +188,12 @@ def test_opted_out_and_unsampled_requests_leave_no_row() -> None:
     writer.flush_ends()
     assert not sink.rows
     assert (worker.requests_seen, worker.requests_opted_out, worker.requests_captured) == (2, 1, 0)
+
+
+def test_nobody_can_guess_the_number_of_a_request_from_those_of_others() -> None:
+    """A generator of random's own can be predicted from 624 of its words."""
+    writer = TraceWriter(ListSink(9), LAYOUT, SimpleNamespace(worker=None))
+    assert isinstance(writer._random, random.SystemRandom)
 
 
 def test_a_resumed_request_keeps_its_number() -> None:

@@ -43,6 +43,18 @@ def test_warm_up_is_linear_and_bounds_the_first_step() -> None:
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
 
 
+def test_a_refined_draft_begins_without_the_moments_of_the_one_before() -> None:
+    draft, head, batch = random_case(SIZES)
+    trainer = Trainer(draft, head, learning_rate=1e-2, ttt_length=1)
+    for _ in range(20):
+        trainer.step(batch)
+    trainer.refine()
+    before = draft.lm_head.weight.detach().clone()
+    trainer.step(batch)
+    moved = float((draft.lm_head.weight - before).abs().max().detach())
+    assert moved == pytest.approx(trainer.optimizer.param_groups[1]["lr"], rel=0.01)  # as Adam's first step does
+
+
 def test_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     draft, head, batch = random_case(SIZES)
     trainer = Trainer(draft, head, 1e-3, ttt_length=2, max_grad_norm=0.01)

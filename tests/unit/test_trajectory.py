@@ -32,6 +32,7 @@ def check(trajectory: Trajectory, truth: Request, start: int, end: int, next_may
         values = payload(number, positions, branch.token_ids)
         assert torch.equal(branch.last, values[:, 6:])
         assert branch.token_ids[0] != tokens[branch.position]
+        assert start < branch.position <= end  # its parent is a row of this piece
 
 
 def feed_in_slices(assembler: Assembler, rows: list[Row], rng: random.Random) -> list[Trajectory]:
@@ -160,6 +161,24 @@ def test_bounds_on_what_is_open() -> None:
 
 def by_count_position(number: int) -> int:
     return number + 1 if number else 1
+
+
+def test_a_branch_whose_parent_went_with_the_piece_before_is_left_out() -> None:
+    assembler = Assembler(LAYOUT, max_tokens=6)
+    rejected = [row(5, p, 90, 2, RowFlag.REJECTED, prompt_length=4) for p in (6, 7)]
+    (first,) = assembler.feed(pack([*simple(range(6)), *rejected]))
+    (second,) = assembler.feed(pack([*simple(range(6, 11)), row(5, 11, 91, 3, RowFlag.REJECTED, prompt_length=4), END]))
+    assert (first.branches, second.start) == ([], 6)
+    assert [branch.position for branch in second.branches] == [11] and assembler.open_bytes == 0
+
+
+def test_requests_whose_end_never_comes_are_not_remembered_for_ever() -> None:
+    """As after a worker that died: their numbers do not come again."""
+    assembler = Assembler(LAYOUT, max_open=2)
+    for number in range(50):
+        assembler.feed(pack([row(number, 9, 1, 1, prompt_length=4)]))  # its beginning was missed
+    assert assembler.discarded == {"beginning missed": 50}
+    assert list(assembler._given_up) == list(range(42, 50))  # four times what may be open, the newest
 
 
 def test_trajectory_sizes() -> None:

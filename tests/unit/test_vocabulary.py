@@ -55,7 +55,7 @@ def test_maps_are_inverse() -> None:
 
 def test_the_whole_order_holds_every_token_once(tmp_path: Path) -> None:
     tokenizer(
-        tmp_path, {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 4}, "merges": ["a b"]}, [7, 6, 99], eos=[7, 200]
+        tmp_path, {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 4}, "merges": ["a b"]}, [7, 6, 99], eos=[7, 10, 200]
     )
     order = day0_order(tmp_path, 10, 4)
     assert order.tolist()[:4] == [7, 0, 1, 4]
