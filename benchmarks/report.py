@@ -98,10 +98,15 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
+    """The commit, with "-dirty" where code differs from it; results of other runs are no code."""
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10
-        )
+        commit = _git("describe", "--always")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return commit + "-dirty" * bool(changed)
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()
