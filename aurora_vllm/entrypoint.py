@@ -78,8 +78,8 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
 
 
 def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
+    from aurora_vllm import models, plan_view, preflight, resuming, vllm_server
     from aurora_vllm import plan as plans
-    from aurora_vllm import plan_view, preflight, resuming, vllm_server
     from aurora_vllm.runtime import Runtime
 
     runner, probes = _probes()
@@ -101,7 +101,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
             notice(line)
         preflight.check_port(args)
         resuming.check_checkpoint_dir(plan.config)
-        plan = replace(plan, draft=preflight.make_draft(plan.draft, plan.target, plan.config))
+        plan = replace(plan, draft=models.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args, _speculative_fields())
     installed = vllm_server.routes_are_installed()
     if not installed:
@@ -120,15 +120,15 @@ def _speculative_fields() -> frozenset[str]:
 
 
 def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: tuple[Probe, ...]) -> ServePlan:
+    from aurora_vllm import models, preflight
     from aurora_vllm import plan as plans
-    from aurora_vllm import preflight
 
     preflight.check_supported(args, invocation.config)
     config = take_speculative_config(args, invocation.config, invocation.explicit)
-    target = preflight.resolve_target(args, weights=not invocation.plan)
+    target = models.resolve_target(args, weights=not invocation.plan)
     total = preflight.gpu_total_bytes()
     rows = plans.least_rows_on_gpu(args) if total is not None else 0
-    draft = preflight.resolve_draft(config, target, (args.speculative_config or {}).get("revision"))
+    draft = models.resolve_draft(config, target, (args.speculative_config or {}).get("revision"))
     plan = plans.make_plan(config, server.version, target, draft, probes, rows)
     gpu = plans.plan_gpu(plan, args, total) if total is not None else None
     memory = preflight.host_total_bytes()

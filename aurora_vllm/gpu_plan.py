@@ -13,7 +13,7 @@ LEAST_SHARE = 0.5  # of what vLLM was to have; with less, the learner is the wro
 
 def lowered_utilization(asked: float, ours: int, total: int) -> float:
     """vLLM's share of a memory of ``total`` bytes less Aurora's part, rounded down to thousandths."""
-    return math.floor((asked - ours / total) * 1000 + 1e-6) / 1000
+    return min(asked, math.floor((asked - ours / total) * 1000 + 1e-6) / 1000)
 
 
 @dataclass(frozen=True)

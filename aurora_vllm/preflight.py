@@ -7,25 +7,17 @@ import os
 import socket
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from aurora_vllm import checkpoint, resuming
-from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import PLAIN, AuroraError
-from aurora_vllm.learner.target import check_learnable
 from aurora_vllm.transport.segment import SHM, free_bytes, sweep
 
 WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
 MIB = 2**20
-GIVE_ONE = f"give one with --aurora-draft; {PLAIN}"
 
 # vLLM's argument -> the values Aurora works with. One engine and one worker, for now.
 SUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -133,158 +125,3 @@ def check_shared_memory(wanted: int) -> None:
             f"ring and bank want {wanted / MIB:.0f} MiB of shared memory, and {SHM} has {free / MIB:.0f} free",
             "give it more room (docker run --shm-size), or ask for a smaller --aurora-ring-mb",
         )
-
-
-def resolve_target(args: Namespace, weights: bool) -> Target:
-    """Find the target and see what vLLM makes of it.
-
-    Args:
-        weights: also fetch the weights of a model on the Hugging Face hub; without, its configuration is enough.
-
-    Raises:
-        AuroraError: it is not there, or not of a kind Aurora serves.
-    """
-    directory = fetch(args.model, "model", weights, revision=args.revision, cache_dir=args.download_dir)
-    config = checkpoint.read_config(directory)
-    if "speculators_config" in config:
-        verifier = config["speculators_config"].get("verifier", {}).get("name_or_path", "its target")
-        raise AuroraError(
-            f"{args.model} is a draft", f"serve its target ({verifier}) and give this one as --aurora-draft"
-        )
-    if weights:
-        checkpoint.read_shapes(directory)  # that there are some, whole
-    model = _vllm_model_config(args)
-    if model.runner_type != "generate":
-        raise AuroraError(f"{args.model} does not generate text (vLLM's runner is {model.runner_type!r})", PLAIN)
-    return Target(
-        model=args.model,
-        directory=directory,
-        hidden_size=model.get_hidden_size(),
-        num_layers=model.hf_text_config.num_hidden_layers,
-        vocab_size=model.get_vocab_size(),
-        dtype=str(model.dtype).removeprefix("torch."),
-        max_model_len=model.max_model_len,
-        kv_width=kv_width(model),
-    )
-
-
-def kv_width(model: Any) -> int | None:
-    """See :class:`Target`. model: vLLM's ``ModelConfig``."""
-    if model.use_mla or model.is_hybrid or model.is_attention_free:
-        return None
-    return int(2 * model.hf_text_config.num_hidden_layers * model.get_total_num_kv_heads() * model.get_head_size())
-
-
-def resolve_draft(config: AuroraConfig, target: Target, revision: str | None = None) -> Draft:
-    """The resumed or the given draft, checked; or what the day-0 draft is or will be.
-
-    Args:
-        revision: of a draft on the Hugging Face hub.
-
-    Raises:
-        AuroraError: it does not fit, or none can be made.
-    """
-    if config.learn:
-        check_learnable(target.directory)
-    resumed = resuming.resumed_draft(config, target)
-    if resumed is not None:
-        return resumed
-    if config.draft is not None:
-        return checkpoint.read_draft(fetch(str(config.draft), "draft", weights=True, revision=revision), target)
-    from aurora_vllm.learner import day0  # imports torch
-
-    model_config = checkpoint.read_config(target.directory)
-    if model_config.get("quantization_config"):
-        raise AuroraError(f"no day-0 draft can be made from {target.model}, it is quantized", GIVE_ONE)
-    try:
-        own = day0.draft_config(model_config, config.draft_vocab_size)
-        specs = checkpoint.draft_specs(own, target.dtype)
-        key = checkpoint.fingerprint(target.directory, config.draft_vocab_size, day0.RECIPE)
-    except (ValueError, AuroraError) as error:
-        raise AuroraError(f"{target.model}: {error}", GIVE_ONE) from None
-    name = target.directory.name if Path(target.model).is_dir() else Path(target.model).name  # not the hub's commit
-    directory = config.cache_dir / "day0" / f"{name}-{key}"
-    origin = "day-0, cached" if (directory / "model.safetensors").is_file() else "day-0, to be made"
-    aux_layers = tuple(own["eagle_aux_hidden_state_layer_ids"])
-    return Draft(directory, origin, aux_layers, own["draft_vocab_size"], specs)
-
-
-def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
-    """Make the day-0 draft where it is not there yet, whole. Several servers may start on one cache at once.
-
-    Raises:
-        AuroraError: the target is not of the shape it can be made from, or it cannot be written.
-    """
-    if draft.origin == "given":
-        return draft
-    if draft.origin == "resumed":
-        resuming.check_same_target(draft, target)
-        return draft
-    from safetensors import SafetensorError
-
-    from aurora_vllm.learner.day0 import make_day0_draft
-    from aurora_vllm.learner.staging import alone_in
-
-    with suppress(AuroraError):
-        return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)
-    try:
-        draft.directory.parent.mkdir(parents=True, exist_ok=True)
-        with alone_in(draft.directory.parent):
-            try:
-                return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)  # another made it
-            except AuroraError:  # not there, or damaged
-                make_day0_draft(target.directory, draft.directory, config.draft_vocab_size)
-    except (OSError, SafetensorError) as error:
-        raise AuroraError(
-            f"cannot make the day-0 draft in {draft.directory}: {error}", "choose another --aurora-cache-dir"
-        ) from None
-    except (ValueError, KeyError) as error:
-        raise AuroraError(f"{target.model}: {error}", GIVE_ONE) from None
-    return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)
-
-
-def fetch(name: str, kind: str, weights: bool, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The directory of a checkpoint: a local one, or one of the Hugging Face hub, downloaded.
-
-    Args:
-        kind: "model" or "draft", for messages.
-        weights: fetch safetensors too.
-
-    Raises:
-        AuroraError: it is in neither place.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        raise AuroraError(f"{kind} {name} is a file", "Aurora needs a directory with config.json and *.safetensors")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise AuroraError(
-            f"{kind} {name} does not exist", "give a directory, or a model on the Hugging Face hub (owner/name)"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
-    if kind == "draft":
-        patterns.append("*.bin")  # yuhuili's have no safetensors
-    try:
-        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-    except Exception as error:  # the hub's client has a dozen kinds, network errors come bare
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise AuroraError(
-            f"{kind} {name} is no directory here and cannot be had from the Hugging Face hub ({reason})",
-            "check the name and the network",
-        ) from None
-
-
-def _vllm_model_config(args: Namespace) -> Any:
-    """vLLM's ModelConfig: its word on dtype, sizes and runner counts, since it is vLLM that runs the model."""
-    platform = importlib.import_module("vllm.platforms").current_platform
-    if hasattr(platform, "pre_register_and_update"):
-        platform.pre_register_and_update()
-    engine_args = importlib.import_module("vllm.engine.arg_utils").AsyncEngineArgs.from_cli_args(args)
-    try:
-        return engine_args.create_model_config()
-    except (ValidationError, ValueError, OSError) as error:
-        faults = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise AuroraError(f"vLLM cannot serve {args.model}: {faults.strip().splitlines()[0]}") from None

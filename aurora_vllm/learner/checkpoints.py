@@ -50,7 +50,9 @@ class Checkpoint:
         file = directory / _LEARNER / _FACTS
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
-            written, _, _ = facts["format"], facts["statistics"], facts["provenance"]
+            written = facts["format"]
+            if not {"statistics", "provenance"} <= facts.keys():
+                raise KeyError
         except (OSError, ValueError, KeyError, TypeError):
             raise AuroraError(f"{directory} is no checkpoint", f"one holds {_LEARNER}/{_FACTS}") from None
         if written != FORMAT:

@@ -37,6 +37,7 @@ from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
 
 RECIPE = 3  # changes with what is written here, so that a draft cached by an older version is made anew
 MAX_VOCABULARY = 32_768
+_NEEDED_KEYS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size")
 # Keys of the target's config.json that shape a Llama decoder layer, taken over as they are (both spellings of RoPE:
 # transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters).
 _LAYER_KEYS = (
@@ -49,9 +50,6 @@ _LAYER_PARTS = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
     "self_attn.k_norm", "self_attn.rotary_emb",
 }  # fmt: skip
-
-
-_NEEDED_KEYS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size")
 
 
 def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None) -> Path:

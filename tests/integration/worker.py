@@ -57,7 +57,7 @@ class InspectableWorker(AuroraWorker):
 
     def kv_bytes_per_token(self) -> tuple[dict[str, float], float]:
         """Of each layer, as vLLM has laid the cache out; and of all of the target's, as the plan works it out."""
-        from aurora_vllm.preflight import kv_width
+        from aurora_vllm.models import kv_width
 
         found = {}
         for group in self.model_runner.kv_cache_config.kv_cache_groups:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from aurora_vllm import entrypoint, plan, preflight, resuming, vllm_server
+from aurora_vllm import entrypoint, models, plan, preflight, resuming, vllm_server
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError, one_line_for_os_errors
 from aurora_vllm.spec_decode import compat
@@ -158,7 +158,7 @@ class Stage:
         monkeypatch.setattr(entrypoint, "_plan", lambda *_: planned)
         monkeypatch.setattr(preflight, "check_port", lambda args: calls.append("port"))
         monkeypatch.setattr(resuming, "check_checkpoint_dir", lambda config: calls.append("checkpoint directory"))
-        monkeypatch.setattr(preflight, "make_draft", lambda draft, *_: calls.append("draft") or draft)
+        monkeypatch.setattr(models, "make_draft", lambda draft, *_: calls.append("draft") or draft)
         monkeypatch.setattr("aurora_vllm.runtime.Runtime", Runtime)
         monkeypatch.setattr(FakeServer, "run", run)
         monkeypatch.setattr(entrypoint, "end_descendants", lambda: calls.append("processes end"))
@@ -456,21 +456,21 @@ def test_where_a_checkpoint_comes_from(tmp_path: Path, monkeypatch: pytest.Monke
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert preflight.fetch(str(tmp_path), "model", weights=True) == tmp_path
+    assert models.fetch(str(tmp_path), "model", weights=True) == tmp_path
     assert not calls
-    assert preflight.fetch("owner/name", "model", weights=False, revision="r") == tmp_path / "snapshot"
+    assert models.fetch("owner/name", "model", weights=False, revision="r") == tmp_path / "snapshot"
     assert "*.safetensors" not in calls[0]["allow_patterns"]
     assert calls[0]["revision"] == "r"
-    preflight.fetch("gpt2", "model", weights=True)
+    models.fetch("gpt2", "model", weights=True)
     assert "*.safetensors" in calls[1]["allow_patterns"]
     with pytest.raises(AuroraError, match=r"model not/there .* \(404 Client Error\); check the name and the network"):
-        preflight.fetch("not/there", "model", weights=True)
+        models.fetch("not/there", "model", weights=True)
     (tmp_path / "file").touch()
     with pytest.raises(AuroraError, match=r"draft .*file is a file"):
-        preflight.fetch(str(tmp_path / "file"), "draft", weights=True)
+        models.fetch(str(tmp_path / "file"), "draft", weights=True)
     for path in ("./nowhere", "~/nowhere", "/nowhere", "a/b/c"):
         with pytest.raises(AuroraError, match="does not exist"):
-            preflight.fetch(path, "model", weights=True)
+            models.fetch(path, "model", weights=True)
     assert len(calls) == 3
 
 
@@ -478,13 +478,13 @@ def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     args = Namespace(**(ARGS | {"model": str(tmp_path)}))
     (tmp_path / "config.json").write_text('{"speculators_config": {"verifier": {"name_or_path": "owner/target"}}}')
     with pytest.raises(AuroraError, match=r"is a draft; serve its target \(owner/target\)"):
-        preflight.resolve_target(args, weights=False)
+        models.resolve_target(args, weights=False)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AuroraError, match="holds no"):
-        preflight.resolve_target(args, weights=True)
-    monkeypatch.setattr(preflight, "_vllm_model_config", lambda _: SimpleNamespace(runner_type="pooling"))
+        models.resolve_target(args, weights=True)
+    monkeypatch.setattr(models, "_vllm_model_config", lambda _: SimpleNamespace(runner_type="pooling"))
     with pytest.raises(AuroraError, match="does not generate text"):
-        preflight.resolve_target(args, weights=False)
+        models.resolve_target(args, weights=False)
 
 
 def test_what_the_system_refuses_is_bad_input() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aurora_vllm import checkpoint, preflight
+from aurora_vllm import checkpoint, models
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.draft import bank_tensors, load_draft
@@ -122,7 +122,7 @@ def plan(tmp_path: Path) -> ServePlan:
         vocabulary_coverage=0, publish_margin=9, learner_cpu_share=1, cache_dir=tmp_path,
     )  # fmt: skip
     target = Target(str(SMOLLM2), SMOLLM2, 576, 30, 49152, "float32", 2048)
-    draft = preflight.make_draft(preflight.resolve_draft(config, target), target, config)
+    draft = models.make_draft(models.resolve_draft(config, target), target, config)
     return make_plan(config, "0", target, draft)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from aurora_vllm import checkpoint, plan, plan_view, preflight
+from aurora_vllm import checkpoint, models, plan, plan_view, preflight
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
@@ -102,8 +102,8 @@ def test_the_revision_of_a_draft_on_the_hub(target: Target, draft_dir: Path, mon
         assert (name, kind, revision) == ("owner/draft", "draft", "r")
         return draft_dir
 
-    monkeypatch.setattr(preflight, "fetch", fetch)
-    assert preflight.resolve_draft(AuroraConfig(draft=Path("owner/draft")), target, "r").directory == draft_dir
+    monkeypatch.setattr(models, "fetch", fetch)
+    assert models.resolve_draft(AuroraConfig(draft=Path("owner/draft")), target, "r").directory == draft_dir
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
@@ -174,20 +174,20 @@ def test_the_planned_day0_draft_is_the_one_that_is_made(
     model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TARGET.items() if k != "architectures"}))
     model.save_pretrained(target.directory)
     config = AuroraConfig(cache_dir=tmp_path / "cache", draft_vocab_size=64)
-    planned = preflight.resolve_draft(config, target)
+    planned = models.resolve_draft(config, target)
     assert planned.origin == "day-0, to be made"
     assert planned.directory.parent == tmp_path / "cache" / "day0"
-    made = preflight.make_draft(planned, target, config)
+    made = models.make_draft(planned, target, config)
     assert made == planned  # layers, vocabulary, names, shapes and dtypes
-    again = preflight.resolve_draft(config, target)
+    again = models.resolve_draft(config, target)
     assert again == replace(planned, origin="day-0, cached")
     written = (again.directory / "model.safetensors").stat().st_mtime_ns
-    preflight.make_draft(again, target, config)
+    models.make_draft(again, target, config)
     assert (again.directory / "model.safetensors").stat().st_mtime_ns == written
 
     weights = again.directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])  # a disk that was full, an upload cut short
-    assert preflight.make_draft(again, target, config) == again
+    assert models.make_draft(again, target, config) == again
     assert len(load_file(weights)) > 0
 
     def full(*_: Any, **__: Any) -> None:
@@ -197,12 +197,12 @@ def test_the_planned_day0_draft_is_the_one_that_is_made(
         patched.setattr(day0, "save_file", full)
         unmade = AuroraConfig(cache_dir=tmp_path / "full", draft_vocab_size=64)
         with pytest.raises(AuroraError, match="No space left on device; choose another --aurora-cache-dir"):
-            preflight.make_draft(preflight.resolve_draft(unmade, target), target, unmade)
+            models.make_draft(models.resolve_draft(unmade, target), target, unmade)
 
     (tmp_path / "file").write_text("")  # a cache that cannot be written
     config = AuroraConfig(cache_dir=tmp_path / "file", draft_vocab_size=64)
     with pytest.raises(AuroraError, match="choose another --aurora-cache-dir"):
-        preflight.make_draft(preflight.resolve_draft(config, target), target, config)
+        models.make_draft(models.resolve_draft(config, target), target, config)
 
 
 def test_servers_that_start_together_make_one_draft(target: Target, tmp_path: Path) -> None:
@@ -212,9 +212,9 @@ def test_servers_that_start_together_make_one_draft(target: Target, tmp_path: Pa
         target.directory
     )
     config = AuroraConfig(cache_dir=tmp_path / "cache", draft_vocab_size=64)
-    planned, made = preflight.resolve_draft(config, target), []
+    planned, made = models.resolve_draft(config, target), []
     threads = [
-        threading.Thread(target=lambda: made.append(preflight.make_draft(planned, target, config))) for _ in range(6)
+        threading.Thread(target=lambda: made.append(models.make_draft(planned, target, config))) for _ in range(6)
     ]
     for thread in threads:
         thread.start()
@@ -236,17 +236,17 @@ def test_targets_no_day0_draft_can_be_made_from(target: Target, tmp_path: Path) 
     layers = checkpoint.read_config(target.directory)["num_hidden_layers"]
     change_config(target.directory, num_hidden_layers=1)
     with pytest.raises(AuroraError, match=r"owner/target: .* at least 2 layers.* give one with --aurora-draft"):
-        preflight.resolve_draft(config, target)
+        models.resolve_draft(config, target)
     change_config(target.directory, num_hidden_layers=layers)
-    planned = preflight.resolve_draft(config, target)
+    planned = models.resolve_draft(config, target)
     with pytest.raises(
         AuroraError, match=r"owner/target: no day-0 draft .* no tensor .*; give one with --aurora-draft"
     ):
-        preflight.make_draft(planned, target, config)
+        models.make_draft(planned, target, config)
     assert not list(tmp_path.glob("**/*.safetensors")) or not planned.directory.exists()
     change_config(target.directory, quantization_config={"quant_method": "awq"})
     with pytest.raises(AuroraError, match="it is quantized; give one"):
-        preflight.resolve_draft(config, target)
+        models.resolve_draft(config, target)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from aurora_vllm import preflight, resuming
+from aurora_vllm import models, resuming
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
@@ -36,19 +36,19 @@ def kept(tmp_path: Path, target: Target) -> Path:
 def test_the_checkpoint_is_the_draft(tmp_path: Path, target: Target, kept: Path) -> None:
     for resume in ("latest", str(kept), str(tmp_path / "kept")):
         config = AuroraConfig(resume=resume, checkpoint_dir=tmp_path / "kept", draft="/an/older/one")
-        draft = preflight.resolve_draft(config, target)
+        draft = models.resolve_draft(config, target)
         assert (draft.origin, draft.directory, draft.vocab_size) == ("resumed", kept.resolve(), 30)
-        assert preflight.make_draft(draft, target, config) is draft
+        assert models.make_draft(draft, target, config) is draft
 
 
 def test_a_first_start_with_the_flags_of_every_start(
     tmp_path: Path, target: Target, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = object()
-    monkeypatch.setattr(preflight.checkpoint, "read_draft", lambda directory, target: given)
+    monkeypatch.setattr(models.checkpoint, "read_draft", lambda directory, target: given)
     (tmp_path / "draft").mkdir()
     config = AuroraConfig(resume="latest", checkpoint_dir=tmp_path / "none", draft=tmp_path / "draft")
-    assert preflight.resolve_draft(config, target) is given
+    assert models.resolve_draft(config, target) is given
     assert capsys.readouterr().err == (
         f"aurora_vllm: no checkpoint in {tmp_path / 'none'} yet: learning begins from the start\n"
     )
@@ -58,17 +58,17 @@ def test_another_targets_checkpoint_is_refused(tmp_path: Path, target: Target, k
     config = AuroraConfig(resume=kept)
     wider = Target(**{**vars(target), "hidden_size": 48})
     with pytest.raises(AuroraError, match="its hidden_size is 32, the target's is 48"):
-        preflight.resolve_draft(config, wider)
+        models.resolve_draft(config, wider)
     other = World(1).save_target(tmp_path / "other")  # a fine-tune: the same shapes, other weights
     tuned = Target(**{**vars(target), "model": "owner/tuned", "directory": other})
-    draft = preflight.resolve_draft(config, tuned)
+    draft = models.resolve_draft(config, tuned)
     with pytest.raises(AuroraError) as caught:
-        preflight.make_draft(draft, tuned, config)
+        models.make_draft(draft, tuned, config)
     assert str(caught.value) == (
         f"checkpoint {kept.resolve()} was trained for owner/tiny, not for the weights of owner/tuned; "
         "give it as --aurora-draft to start from its draft alone"
     )
-    assert preflight.resolve_draft(AuroraConfig(draft=kept), tuned).origin == "given"
+    assert models.resolve_draft(AuroraConfig(draft=kept), tuned).origin == "given"
 
 
 def test_the_fingerprint_survives_a_copy_and_sees_other_weights(tmp_path: Path, target: Target) -> None:
