@@ -110,22 +110,24 @@ def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
     from aurora_vllm.learner.day0 import make_day0_draft
     from aurora_vllm.learner.staging import alone_in
 
-    with suppress(AuroraError):
+    def whole() -> Draft:
         return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)
+
+    with suppress(AuroraError):
+        return whole()
     try:
         draft.directory.parent.mkdir(parents=True, exist_ok=True)
         with alone_in(draft.directory.parent):
-            try:
-                return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)  # another made it
-            except AuroraError:  # not there, or damaged
-                make_day0_draft(target.directory, draft.directory, config.draft_vocab_size)
+            with suppress(AuroraError):
+                return whole()  # another server made it meanwhile
+            make_day0_draft(target.directory, draft.directory, config.draft_vocab_size)  # not there, or damaged
     except (OSError, SafetensorError) as error:
         raise AuroraError(
             f"cannot make the day-0 draft in {draft.directory}: {error}", "choose another --aurora-cache-dir"
         ) from None
     except (ValueError, KeyError) as error:
         raise AuroraError(f"{target.model}: {error}", GIVE_ONE) from None
-    return replace(checkpoint.read_draft(draft.directory, target), origin=draft.origin)
+    return whole()
 
 
 def fetch(name: str, kind: str, weights: bool, revision: str | None = None, cache_dir: str | None = None) -> Path:

@@ -13,11 +13,11 @@ from typing import Any
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import PLAIN, AuroraError
+from aurora_vllm.learner.memory import MIB
 from aurora_vllm.transport.segment import SHM, free_bytes, sweep
 
 WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
-MIB = 2**20
 
 # vLLM's argument -> the values Aurora works with. One engine and one worker, for now.
 SUPPORTED: Mapping[str, tuple[Any, ...]] = {

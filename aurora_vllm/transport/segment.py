@@ -205,8 +205,7 @@ def process_start_time(pid: int) -> int | None:
 
 
 def _allocate(fd: int, kind: str, size: int) -> None:
-    room = os.fstatvfs(fd)
-    free = room.f_bavail * room.f_frsize
+    free = free_bytes() or 0
     reason = "not enough room"
     if size <= free:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,37 +11,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from aurora_vllm import entrypoint, models, plan, preflight, resuming, vllm_server
-from aurora_vllm.config import AuroraConfig
-from aurora_vllm.errors import AuroraError, one_line_for_os_errors
 from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
-from aurora_vllm.speculative_config import take_speculative_config
 from aurora_vllm.supervisor import SAVE_S
 from tests.unit.test_plan import draft_dir, serve_plan, target
+from tests.unit.vllm_arguments import ARGS
 
 __all__ = ["draft_dir", "serve_plan", "target"]  # fixtures
-
-ARGS: dict[str, Any] = {
-    "model": "/nowhere/model",
-    "revision": None,
-    "download_dir": None,
-    "host": "127.0.0.1",
-    "port": 0,
-    "uds": None,
-    "tensor_parallel_size": 1,
-    "api_server_count": None,
-    "worker_cls": "auto",
-    "scheduler_cls": None,
-    "speculative_config": None,
-    "shutdown_timeout": 0,
-}
 
 
 class FakeServer:
@@ -196,6 +177,18 @@ def test_whatever_ends_the_server_its_processes_end(stage: Stage, monkeypatch: p
     assert stage.calls[-2:] == ["memory goes", "processes end"]
 
 
+def test_what_the_system_refuses_is_bad_input(stage: Stage, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Not readable for this user, most likely: a model, a cache, a checkpoint."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), ARGS["model"])
+
+    monkeypatch.setattr(models, "make_draft", refuse)
+    assert entrypoint.main(["M"]) == 2
+    assert capfd.readouterr().err == f"aurora_vllm: error: {ARGS['model']}: Permission denied\n"
+    assert "serve" not in stage.calls
+
+
 @pytest.mark.parametrize(
     ("installed", "api_servers", "told"), [(True, None, True), (True, 1, True), (True, 2, False), (False, None, False)]
 )
@@ -322,173 +315,3 @@ def test_the_plugin_is_let_in_and_no_other_is_kept_out(monkeypatch: pytest.Monke
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": "lora"}) == "lora,aurora"
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": "aurora,lora"}) == "aurora,lora"
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": ""}) == "aurora"
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
-        ({"headless": True}, "--headless"),
-        ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
-        ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls my.Scheduler"),
-        ({"load_format": "dummy"}, "--load-format dummy"),
-    ],
-)
-def test_what_is_not_supported_is_named(change: dict[str, Any], said: str) -> None:
-    preflight.check_supported(Namespace(**ARGS), AuroraConfig())
-    with pytest.raises(AuroraError) as caught:
-        preflight.check_supported(Namespace(**(ARGS | change)), AuroraConfig())
-    assert str(caught.value) == f"Aurora does not support {said} yet; --aurora-off serves it as plain vLLM"
-
-
-def test_our_own_classes_are_supported() -> None:
-    ours = {"worker_cls": preflight.WORKER_CLASS, "scheduler_cls": preflight.SCHEDULER_CLASS}
-    preflight.check_supported(Namespace(**(ARGS | ours)), AuroraConfig())
-
-
-def test_installed_logits_processors_are_not_left_out_silently(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint("guard", "m:f", "vllm.logits_processors")
-    monkeypatch.setattr(preflight, "entry_points", lambda group: [point] if group == point.group else [])
-    with pytest.raises(
-        AuroraError, match=r"leaves installed logits processors out where it speculates \(guard\); --aurora-off"
-    ):
-        preflight.check_supported(Namespace(**ARGS), AuroraConfig())
-
-
-def test_several_api_servers_are_but_for_sglangs_endpoints() -> None:
-    for count in (None, 1, 2):
-        preflight.check_supported(Namespace(**(ARGS | {"api_server_count": count})), AuroraConfig())
-    sglang = AuroraConfig(sglang_api=True)
-    preflight.check_supported(Namespace(**(ARGS | {"api_server_count": 1})), sglang)
-    with pytest.raises(AuroraError, match="--api-server-count 2 beside --aurora-sglang-api, which is one server's"):
-        preflight.check_supported(Namespace(**(ARGS | {"api_server_count": 2})), sglang)
-    with pytest.raises(AuroraError, match="--api-server-count 0;"):  # to vLLM that is --headless
-        preflight.check_supported(Namespace(**(ARGS | {"api_server_count": 0})), AuroraConfig())
-
-
-def test_a_port_in_use(tmp_path: Path) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        taken = Namespace(**(ARGS | {"port": port}))
-        with pytest.raises(AuroraError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use; choose"):
-            preflight.check_port(taken)
-    preflight.check_port(taken)
-    with pytest.raises(AuroraError, match=r"cannot listen on 203\.0\.113\.1:1"):
-        preflight.check_port(Namespace(**(ARGS | {"host": "203.0.113.1", "port": 1})))
-    (tmp_path / "socket").touch()
-    with pytest.raises(AuroraError, match="exists already"):
-        preflight.check_port(Namespace(**(ARGS | {"uds": str(tmp_path / "socket")})))
-
-
-def test_a_port_of_a_server_that_has_just_ended_is_free() -> None:
-    """Its connections linger in TIME_WAIT for a minute; vLLM's own socket does not mind, so neither may the check."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            server.accept()[0].close()
-            assert client.recv(1) == b""
-    preflight.check_port(Namespace(**(ARGS | {"port": port})))
-
-
-def speculate(
-    given: dict[str, Any] | None, config: AuroraConfig | None = None, *explicit: str, **short: Any
-) -> AuroraConfig:
-    args = Namespace(speculative_config=given, **short)
-    return take_speculative_config(args, config or AuroraConfig(), frozenset(explicit))
-
-
-def test_an_eagle3_draft_of_vllms_is_ours() -> None:
-    assert speculate(None) == AuroraConfig()
-    taken = speculate({"method": "eagle3", "model": "/d", "num-speculative-tokens": 5})
-    assert (taken.draft, taken.num_speculative_tokens) == (Path("/d"), 5)
-    assert speculate({"model": "/d"}).num_speculative_tokens == 3
-    same = AuroraConfig(draft=Path("/d"), num_speculative_tokens=5)
-    assert speculate({"model": "/d", "num_speculative_tokens": 5}, same, "draft", "num_speculative_tokens") == same
-
-
-def test_vllms_short_flags_say_the_same() -> None:
-    short: dict[str, Any] = {"spec_method": "eagle3", "spec_model": "/d", "spec_tokens": 5}
-    assert speculate(None, **short) == speculate({"method": "eagle3", "model": "/d", "num_speculative_tokens": 5})
-    args = Namespace(
-        speculative_config={"model": "/d", "draft_sample_method": "greedy"}, **short | {"spec_model": None}
-    )
-    assert take_speculative_config(args, AuroraConfig(), frozenset()).num_speculative_tokens == 5
-    assert not (args.spec_method or args.spec_tokens)  # vLLM would find them, and ours, mutually exclusive
-    assert args.speculative_config["draft_sample_method"] == "greedy"
-    with pytest.raises(AuroraError, match="--spec-tokens and --speculative-config both say num_speculative_tokens"):
-        speculate({"model": "/d", "num-speculative-tokens": 4}, spec_tokens=5)
-    with pytest.raises(AuroraError, match="Aurora trains EAGLE-3 drafts, and --spec-method says method 'ngram'"):
-        speculate(None, spec_method="ngram")
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"method": "ngram"}, "--speculative-config says method 'ngram'"),
-        ({"method": "eagle3"}, "--speculative-config says no model"),
-        ({"model": "/d", "quantization": "fp8"}, "cannot update a quantised draft, and --speculative-config says"),
-        ({"model": "/d", "parallel_drafting": True}, "says parallel_drafting True"),
-        ({"model": "/d", "enable-adaptive-verification": True}, "says enable_adaptive_verification True"),
-        (
-            {"model": "/d", "num_speculative_tokens": 9},
-            "num_speculative_tokens: Input should be less than or equal to 8",
-        ),
-        ({"model": "/other"}, "--speculative-config and --aurora-draft disagree (/other and /d)"),
-    ],
-)
-def test_other_speculation_is_refused(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(AuroraError) as caught:
-        speculate(given, AuroraConfig(draft=Path("/d")), "draft")
-    assert said in str(caught.value)
-
-
-def test_where_a_checkpoint_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    calls: list[dict[str, Any]] = []
-
-    def snapshot_download(name: str, **options: Any) -> str:
-        calls.append({"name": name, **options})
-        if name == "not/there":
-            raise OSError("404 Client Error.\n\nRepository Not Found")
-        return str(tmp_path / "snapshot")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert models.fetch(str(tmp_path), "model", weights=True) == tmp_path
-    assert not calls
-    assert models.fetch("owner/name", "model", weights=False, revision="r") == tmp_path / "snapshot"
-    assert "*.safetensors" not in calls[0]["allow_patterns"]
-    assert calls[0]["revision"] == "r"
-    models.fetch("gpt2", "model", weights=True)
-    assert "*.safetensors" in calls[1]["allow_patterns"]
-    with pytest.raises(AuroraError, match=r"model not/there .* \(404 Client Error\); check the name and the network"):
-        models.fetch("not/there", "model", weights=True)
-    (tmp_path / "file").touch()
-    with pytest.raises(AuroraError, match=r"draft .*file is a file"):
-        models.fetch(str(tmp_path / "file"), "draft", weights=True)
-    for path in ("./nowhere", "~/nowhere", "/nowhere", "a/b/c"):
-        with pytest.raises(AuroraError, match="does not exist"):
-            models.fetch(path, "model", weights=True)
-    assert len(calls) == 3
-
-
-def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = Namespace(**(ARGS | {"model": str(tmp_path)}))
-    (tmp_path / "config.json").write_text('{"speculators_config": {"verifier": {"name_or_path": "owner/target"}}}')
-    with pytest.raises(AuroraError, match=r"is a draft; serve its target \(owner/target\)"):
-        models.resolve_target(args, weights=False)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(AuroraError, match="holds no"):
-        models.resolve_target(args, weights=True)
-    monkeypatch.setattr(models, "_vllm_model_config", lambda _: SimpleNamespace(runner_type="pooling"))
-    with pytest.raises(AuroraError, match="does not generate text"):
-        models.resolve_target(args, weights=False)
-
-
-def test_what_the_system_refuses_is_bad_input() -> None:
-    with pytest.raises(AuroraError, match=r"^/root/models: Permission denied$"), one_line_for_os_errors():
-        raise PermissionError(errno.EACCES, "Permission denied", "/root/models")
-    with pytest.raises(AuroraError, match="File name too long"), one_line_for_os_errors():
-        Path("x" * 5000).is_dir()
