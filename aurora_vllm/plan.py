@@ -16,6 +16,7 @@ from aurora_vllm.host_plan import HostPlan
 from aurora_vllm.learner.memory import DraftSizes, LearnerMemory, predict, predict_gpu
 from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
 from aurora_vllm.semantics.aurora_yaml import AuroraFile
+from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS, device_bytes
 from aurora_vllm.transport.bank import bank_bytes, weights_bytes
 from aurora_vllm.transport.ring import HEADER_BYTES, ring_bytes
 from aurora_vllm.transport.rows import RowLayout
@@ -30,6 +31,7 @@ CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB, vLLM's
 RING_MB = 256
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
 LARGEST_STEP = 8192  # tokens; vLLM's max_num_batched_tokens on a GPU of 70 GB or more, where nobody sets it
+MOST_REQUESTS = 1024  # likewise its max_num_seqs
 LEARNER_SETTINGS = (
     "learn", "learner_device", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "semantics",
     "ttt_length", "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s",
@@ -68,9 +70,12 @@ class ServePlan:
 
     @property
     def copied_tokens(self) -> int:
-        """Most tokens copied in place of a draft; 0 where the scheduler is handed no proposals it could replace."""
-        possible = self.config.prompt_lookup and self.model_runner is not None and self.model_runner.name == "V1"
-        return self.config.prompt_lookup_tokens if possible else 0
+        """Most tokens copied in place of a draft."""
+        config = self.config
+        if not config.prompt_lookup or config.speculate == "never" or self.model_runner is None:
+            return 0
+        on_device = self.model_runner.name == "V2"
+        return min(config.prompt_lookup_tokens, MOST_TOKENS) if on_device else config.prompt_lookup_tokens
 
     @property
     def draft_kv_bytes(self) -> int:
@@ -192,6 +197,7 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
         config.ttt_length,
         plan.ring_bytes - HEADER_BYTES,
         weights_bytes(draft.specs),
+        _copies_bytes(plan, args),
     )
     refused = "there is no learner" if not config.learn else ""
     if config.learner_device == "cpu":
@@ -205,6 +211,11 @@ def plan_host(plan: ServePlan, args: Namespace, total: int) -> HostPlan:
     ours = plan.ring_bytes + plan.bank_bytes + (plan.learner.total if plan.config.learn else 0)
     given = getattr(args, "kv_cache_memory_bytes", None) is not None or bool(os.environ.get(CPU_KV_CACHE))
     return HostPlan(total, float(args.gpu_memory_utilization), ours, given)
+
+
+def _copies_bytes(plan: ServePlan, args: Namespace) -> int:
+    requests = getattr(args, "max_num_seqs", None) or MOST_REQUESTS
+    return device_bytes(requests, plan.config.prompt_lookup_answers) if plan.copied_tokens else 0
 
 
 def _lends_ends(args: Namespace) -> bool:
@@ -234,12 +245,14 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
     args.worker_cls = WORKER_CLASS
     args.scheduler_cls = SCHEDULER_CLASS
     given = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
-    most = plan.config.num_speculative_tokens
+    most, copied = plan.config.num_speculative_tokens, plan.copied_tokens
+    if given.get("draft_sample_method", "greedy") != "greedy":
+        copied = 0  # spec_decode/scheduler.py says why
     args.speculative_config = given | {
         "method": "eagle3",
         "model": str(plan.draft.directory),
         # To vLLM this is how many proposed tokens it may have to verify, and some are copied.
-        "num_speculative_tokens": max(most, plan.copied_tokens),
+        "num_speculative_tokens": max(most, copied),
     }
     if KEEP_LAST_BLOCK in speculative_fields and HASHES_LOOK_AHEAD not in speculative_fields:
         args.speculative_config.setdefault(KEEP_LAST_BLOCK, True)
@@ -247,6 +260,7 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
         args.gpu_memory_utilization = share.utilization
     if plan.model_runner is not None and plan.model_runner.name == "V2":
         # V2 captures CUDA graphs for the draft lengths that vLLM's own table of them names, and only for those. Our
-        # scheduler does not look into the table.
-        table = [[size, size, most + 1 - size] for size in range(1, most + 2)]
+        # scheduler takes no others, and does not look at the batch sizes that stand there.
+        lengths = sorted({*range(most + 1), copied}, reverse=True)
+        table = [[size, size, length] for size, length in enumerate(lengths, start=1)]
         args.speculative_config.setdefault("num_speculative_tokens_per_batch_size", table)

@@ -12,6 +12,17 @@ WEIGHT_OF_OLDER_VERSION = 0.25
 WEIGHT_AFTER_A_REST = 0.5
 
 
+def faded_sum(total: float, item: float, count: int, memory: float) -> float:
+    """A sum whose older items count for less, after ``count`` more items that are alike.
+
+    Args:
+        memory: items after which one has lost 1 - 1/e of its weight.
+    """
+    keep = 1.0 - 1.0 / memory
+    left = keep**count
+    return total * left + item * (1.0 - left) / (1.0 - keep)
+
+
 @dataclass
 class Acceptance:
     """Live verdicts: how often draft i was accepted where those before it were, older ones for less.
@@ -26,12 +37,11 @@ class Acceptance:
     def __post_init__(self) -> None:
         self.trials, self.hits = [0.0] * self.positions, [0.0] * self.positions
 
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """One request's verdict in one step."""
+    def observe(self, num_drafts: int, num_accepted: int, count: int = 1) -> None:
+        """One request's verdict in one step, or ``count`` of them that are alike."""
         for i in range(min(num_drafts, num_accepted + 1, self.positions)):
-            keep = 1.0 - 1.0 / WINDOW
-            self.trials[i] = self.trials[i] * keep + 1.0
-            self.hits[i] = self.hits[i] * keep + (num_accepted > i)
+            self.trials[i] = faded_sum(self.trials[i], 1.0, count, WINDOW)
+            self.hits[i] = faded_sum(self.hits[i], float(num_accepted > i), count, WINDOW)
 
     def fade(self, weight: float) -> None:
         """What was counted so far says less now."""
@@ -83,9 +93,9 @@ class AcceptanceEstimate:
         self._live = Acceptance(self.positions)
         self._shadow = [self.prior] * self.positions
 
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """One verified request of one step."""
-        self._live.observe(num_drafts, num_accepted)
+    def observe(self, num_drafts: int, num_accepted: int, count: int = 1) -> None:
+        """One verified request of one step, or ``count`` that are alike."""
+        self._live.observe(num_drafts, num_accepted, count)
 
     def forget(self) -> None:
         """Time went by without a verdict: more and more it is the shadow that counts."""

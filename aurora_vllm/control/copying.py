@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from aurora_vllm.control.acceptance import Acceptance
+from aurora_vllm.control.acceptance import Acceptance, faded_sum
 
 MEMORY = 200.0  # comparisons remembered for each kind of copy
 ROWS = 1000.0  # proposals after which what is known of how often text repeats itself counts half
@@ -30,25 +30,25 @@ class Copies:
         self._simulated = [Acceptance(positions) for _ in range(kinds)]
         self._all = Acceptance(positions)
 
-    def seen(self, kind: int) -> None:
-        """A proposal could have been such a copy."""
-        self._rows[kind] += 1.0
-        if sum(self._rows) > 2 * ROWS:
+    def seen(self, kind: int, count: int = 1) -> None:
+        """So many proposals could have been such a copy."""
+        self._rows[kind] += count
+        while sum(self._rows) > 2 * ROWS:
             self._rows = [count / 2.0 for count in self._rows]
 
-    def compare(self, kind: int, copy_was_right: bool, draft_was_right: bool) -> None:
-        """The target emitted the token both had proposed for."""
-        gain = int(copy_was_right) - int(draft_was_right)
-        self._lead[kind] = self._lead[kind] * (1.0 - 1.0 / MEMORY) + gain
+    def compare(self, kind: int, copy_was_right: bool, draft_was_right: bool, count: int = 1) -> None:
+        """The target emitted the token both had proposed for; ``count`` times with the same outcome."""
+        gain = float(copy_was_right) - float(draft_was_right)
+        self._lead[kind] = faded_sum(self._lead[kind], gain, count, MEMORY)
 
     def preferred(self, kind: int) -> bool:
         """Whether copies of this kind were right at least as often as drafts; unheard of, they are tried."""
         return kind > 0 and self._lead[kind] >= 0.0
 
-    def simulate(self, kind: int, num_drafts: int, num_accepted: int) -> None:
-        """What verifying a copy would have shown, or has."""
-        self._simulated[kind].observe(num_drafts, num_accepted)
-        self._all.observe(num_drafts, num_accepted)
+    def simulate(self, kind: int, num_drafts: int, num_accepted: int, count: int = 1) -> None:
+        """What verifying a copy would have shown, or has; ``count`` times."""
+        self._simulated[kind].observe(num_drafts, num_accepted, count)
+        self._all.observe(num_drafts, num_accepted, count)
 
     def chain(self, kind: int) -> list[float]:
         """Chance that copied tokens 0..i are all accepted, for each i."""

@@ -4,7 +4,8 @@ Acceptance alone is the wrong signal: a draft that is often right can still cost
 compute-bound. So every draft length K, 0 included, is rated by the tokens a step is expected to gain over the seconds
 it is expected to take at the present batch size, and the best rate wins. Where proposals can be cut, request by
 request, only tokens that are likely enough to pay for being verified count, copied ones too: those cost nothing to
-propose. Numbers in, decisions out: this file knows neither vLLM nor torch::
+propose. Where all proposals of a batch have one length, copies alone are rated at each length they may have, and all
+of it is verified, right or wrong. Numbers in, decisions out: this file knows neither vLLM nor torch::
 
     gain(K)  = tokens a request is expected to gain with K * t(0) / t(K)     t: predicted seconds of a step
     price    = seconds to verify one more token * batch * gain / t(0)       as a chance of acceptance
@@ -27,27 +28,37 @@ HOPEFUL = 0.95  # of the rate without drafting; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
 WORTHWHILE = 1.03  # of plain decoding's rate, that copying alone must promise: below it is a gamble for nothing
-PLAN_EVERY = 8  # steps a decision stands: what it rests on moves slowly, and deciding takes 0.1 ms
+PLAN_EVERY = 8  # steps a decision stands: what it rests on moves slowly, and deciding takes 0.1 to 0.2 ms
+
+_Offer = tuple[float, bool, list[float]]  # how often, whether it is a copy, chance that its tokens 0..i are right
 
 
 @dataclass(frozen=True)
 class Decision:
     """A draft length and, in words, why.
 
+    ``draft_length``: tokens for which the draft model is run; 0 where copies alone are proposed.
     ``proposals``: "whole" proposals are verified as they are, "worthwhile" ones are cut to what pays, "none" are.
     ``sits_out``: nobody drafts now or is likely to soon, so the draft need not run over prompts to remember them.
+    ``proposed``: tokens to schedule for every request's proposal; never fewer than are drafted.
     """
 
     draft_length: int
     reason: str
     proposals: str = "worthwhile"
     sits_out: bool = False
+    proposed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "proposed", max(self.proposed, self.draft_length))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a draft length would give: its rate over plain decoding's, and what a request gains and verifies a step."""
+    """A choice and what it would give: its rate over plain decoding's, and what a request gains and verifies a step."""
 
+    drafted: int
+    proposed: int
     gain: float
     tokens: float
     verified: float
@@ -55,7 +66,7 @@ class _Plan:
 
 @dataclass
 class _BucketState:
-    draft_length: int = 0
+    choice: tuple[int, int] = (0, 0)  # tokens drafted, and proposed
     gain: float = 1.0
     since_plain: int = 0
     since_drafts: int = 0
@@ -75,19 +86,23 @@ class DraftLengthController:
         mode: "auto" weighs; "always" and "never" fix K.
         prior: conditional acceptance to assume before evidence (0: wait for the learner's shadow).
         copies: what is known of copied proposals; None where proposals cannot be replaced or cut.
+        lengths: ascending, that proposals of copies alone may have, where as many tokens are verified of every request;
+            empty where each proposal is cut by itself.
     """
 
     max_draft_length: int
     mode: str = "auto"
     prior: float = 0.0
     copies: Copies | None = None
+    lengths: tuple[int, ...] = ()
     wants_verdicts: bool = False  # probe even a draft that seems hopeless: somebody has to know
-    costs: StepCosts = field(default_factory=StepCosts)
+    costs: StepCosts = field(init=False)
     acceptance: AcceptanceEstimate = field(init=False)
     _buckets: dict[int, _BucketState] = field(default_factory=dict)
     _last: tuple[int, Decision] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.costs = StepCosts(uniform=bool(self.lengths))
         self.acceptance = AcceptanceEstimate(self.max_draft_length, self.prior)
         self._last = 1, Decision(0, "nothing was decided yet", "none")
 
@@ -99,7 +114,7 @@ class DraftLengthController:
         return decision
 
     def worth(self, kind: int, copied: bool) -> int:
-        """Tokens to verify of a proposal that is there now.
+        """Tokens to verify of a proposal that is there now. Not for proposals that are all verified alike.
 
         Args:
             kind: of the copy that could be proposed; 0 for none.
@@ -107,15 +122,15 @@ class DraftLengthController:
         """
         bucket, decision = self._last
         if decision.proposals != "worthwhile":
-            return decision.draft_length if decision.proposals == "whole" else 0
+            return decision.proposed if decision.proposals == "whole" else 0
         chain = self._chain(kind, copied)
         return len(self._likely(copied, chain, decision.draft_length, self._price(bucket)))
 
     def gain(self, bucket: int, draft_length: int) -> float:
-        """Tokens per second with K drafts over tokens per second without, as measured or predicted."""
+        """Tokens per second with K drafts (0: copies alone, at their best length) over those of plain decoding."""
         if not self.costs.known(bucket):
             return 1.0 if draft_length == 0 else 0.0
-        return self._plan(bucket, draft_length, self._offers(draft_length > 0), self._price(bucket)).gain
+        return max(plan.gain for plan in self._plans(bucket) if plan.drafted == draft_length)
 
     def saved(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
         """Seconds by which a step that is over was better than plain decoding; negative where it was worse.
@@ -153,24 +168,34 @@ class DraftLengthController:
             return Decision(probed, f"probing K={probed} at batch {bucket}", "whole" if probed else "none")
         if state.stands is not None and state.stands_for > 0:
             state.stands_for -= 1
-            if state.draft_length:
+            if state.stands.draft_length:
                 state.since_drafts = 0
             return state.stands
 
-        price, copies, drafts = self._price(bucket), self._offers(drafting=False), self._offers(drafting=True)
-        plans = [self._plan(bucket, k, drafts if k else copies, price) for k in range(self.max_draft_length + 1)]
-        best = max(range(len(plans)), key=lambda k: plans[k].gain)
-        now = plans[state.draft_length].gain
-        if plans[best].gain > now * (1.0 + KEEP_MARGIN) or (best == 0 and now < plans[0].gain):
-            state.draft_length = best
-        chosen = plans[state.draft_length]
+        plans = self._plans(bucket)
+        best = max(plans, key=lambda plan: plan.gain)
+        now = next((plan for plan in plans if (plan.drafted, plan.proposed) == state.choice), plans[0])
+        margin = 0.0 if now.drafted and not best.drafted else KEEP_MARGIN  # to stop drafting is no risk
+        chosen = best if best.gain > now.gain * (1.0 + margin) else now
+        state.choice = chosen.drafted, chosen.proposed
         state.gain = max(chosen.gain, 1.0)
-        self._maybe_probe(state, plans)
-        state.stands, state.stands_for = self._in_words(bucket, state.draft_length, plans), PLAN_EVERY - 1
+        self._maybe_probe(state, chosen, plans)
+        state.stands, state.stands_for = self._in_words(bucket, chosen, plans), PLAN_EVERY - 1
         return state.stands
 
-    def _offers(self, drafting: bool) -> list[tuple[float, bool, list[float]]]:
-        """What there is to propose: how often, whether it is a copy, and the chance that its tokens 0..i are right."""
+    @property
+    def _uniform(self) -> bool:
+        """Whether all proposals of a batch are verified alike, and copies are there. They may come and go."""
+        return self.copies is not None and bool(self.lengths)
+
+    def _plans(self, bucket: int) -> list[_Plan]:
+        """All there is to choose from, plain decoding first; or copies alone where they are cut one by one."""
+        price, copies, drafts = self._price(bucket), self._offers(drafting=False), self._offers(drafting=True)
+        alone = [self._plan(bucket, 0, k, copies, price) for k in (0, *(self.lengths if self._uniform else ()))]
+        return alone + [self._plan(bucket, k, k, drafts, price) for k in range(1, self.max_draft_length + 1)]
+
+    def _offers(self, drafting: bool) -> list[_Offer]:
+        """What there is to propose."""
         if self.copies is None:
             return [(1.0, False, self._chain(0, copied=False))]
         offers = []
@@ -183,23 +208,25 @@ class DraftLengthController:
         """Chance that tokens 0..i of such a proposal are all accepted, for each i."""
         return self.copies.chain(kind) if copied and self.copies else self.acceptance.chain()
 
-    def _plan(
-        self, bucket: int, draft_length: int, offers: Sequence[tuple[float, bool, list[float]]], price: float
-    ) -> _Plan:
+    def _plan(self, bucket: int, drafted: int, proposed: int, offers: Sequence[_Offer], price: float) -> _Plan:
         tokens, verified = 1.0, 0.0
         for share, copied, chain in offers:
-            likely = self._likely(copied, chain, draft_length, price)
+            likely = self._likely(copied, chain, drafted, price)
+            if self._uniform:
+                likely = likely[:proposed]
             tokens += share * sum(likely)
             verified += share * len(likely)
-        gain = tokens * self.costs.predict(bucket) / self.costs.predict(bucket, draft_length, verified * bucket)
-        if draft_length == 0 and gain < WORTHWHILE:
-            return _Plan(1.0, 1.0, 0.0)
-        return _Plan(gain, tokens, verified)
+        if self._uniform:
+            verified = float(proposed)  # of requests without a copy, too: theirs is filled up with anything
+        gain = tokens * self.costs.predict(bucket) / self.costs.predict(bucket, drafted, verified * bucket)
+        if drafted == 0 and gain < WORTHWHILE:
+            return _Plan(0, 0, 1.0, 1.0, 0.0)
+        return _Plan(drafted, proposed, gain, tokens, verified)
 
     def _likely(self, copied: bool, chain: Sequence[float], draft_length: int, price: float) -> list[float]:
-        """Chances of those tokens of a proposal that are worth being verified."""
+        """Chances of those tokens of a proposal that are worth being verified: all that are there, if it is not cut."""
         there = chain if copied else chain[:draft_length]
-        if self.copies is None:
+        if self.copies is None or self._uniform:
             return list(there)
         return list(itertools.takewhile(lambda chance: chance > price, there))
 
@@ -208,16 +235,16 @@ class DraftLengthController:
         gain = self._buckets[bucket].gain if bucket in self._buckets else 1.0
         return self.costs.per_token(bucket) / self.costs.predict(bucket) * bucket * gain
 
-    def _maybe_probe(self, state: _BucketState, plans: Sequence[_Plan]) -> None:
+    def _maybe_probe(self, state: _BucketState, chosen: _Plan, plans: Sequence[_Plan]) -> None:
         """Plain decoding is looked at again while anything is proposed; drafting while it is off, seldom where it looks
         bad."""
-        if plans[state.draft_length].verified > 0.0 and state.since_plain >= PROBE_EVERY:
+        if chosen.verified > 0.0 and state.since_plain >= PROBE_EVERY:
             state.since_plain, state.probe_length, state.probe_left = 0, 0, PROBE_STEPS
             return
-        if state.draft_length > 0:
+        if chosen.drafted:
             state.since_drafts = 0
             return
-        candidate = _best_of_drafting(plans)
+        candidate = _best_of_drafting(plans).drafted
         patience = 1 if self._hopeful(plans) else PATIENCE
         if self._worth_a_probe(candidate):
             if state.since_drafts >= PROBE_EVERY * patience:
@@ -231,23 +258,24 @@ class DraftLengthController:
         return self.wants_verdicts or self.acceptance.expected_length(draft_length) >= WORTH_A_PROBE
 
     def _hopeful(self, plans: Sequence[_Plan]) -> bool:
-        return self.wants_verdicts or plans[_best_of_drafting(plans)].gain >= HOPEFUL * plans[0].gain
+        without = max(plan.gain for plan in plans if not plan.drafted)
+        return self.wants_verdicts or _best_of_drafting(plans).gain >= HOPEFUL * without
 
-    def _in_words(self, bucket: int, chosen: int, plans: Sequence[_Plan]) -> Decision:
-        shown = chosen or _best_of_drafting(plans)
-        promise = f"K={shown} gives {plans[shown].gain:.2f}x of plain decoding"
-        if chosen:
-            reason = (
-                f"drafting pays at batch {bucket}: {promise} ({plans[chosen].tokens:.2f} tokens a request and step)"
-            )
-        elif plans[0].verified:
-            reason = f"copying alone pays at batch {bucket}: it gives {plans[0].gain:.2f}x, {promise}"
+    def _in_words(self, bucket: int, chosen: _Plan, plans: Sequence[_Plan]) -> Decision:
+        shown = chosen if chosen.drafted else _best_of_drafting(plans)
+        promise = f"K={shown.drafted} gives {shown.gain:.2f}x of plain decoding"
+        if chosen.drafted:
+            reason = f"drafting pays at batch {bucket}: {promise} ({chosen.tokens:.2f} tokens a request and step)"
+        elif chosen.verified:
+            length = f" with proposals of {chosen.proposed}" if self._uniform else ""
+            reason = f"copying alone pays at batch {bucket}: it gives {chosen.gain:.2f}x{length}, {promise}"
         else:
             reason = f"drafting does not pay at batch {bucket}: {promise}"
-        sits_out = not chosen and not (self._worth_a_probe(shown) and self._hopeful(plans))
-        return Decision(chosen, reason, "worthwhile" if plans[chosen].verified else "none", sits_out)
+        sits_out = not chosen.drafted and not (self._worth_a_probe(shown.drafted) and self._hopeful(plans))
+        proposals = ("whole" if self._uniform else "worthwhile") if chosen.verified else "none"
+        return Decision(chosen.drafted, reason, proposals, sits_out, chosen.proposed)
 
 
-def _best_of_drafting(plans: Sequence[_Plan]) -> int:
+def _best_of_drafting(plans: Sequence[_Plan]) -> _Plan:
     """K >= 1 that promises most."""
-    return max(range(1, len(plans)), key=lambda k: plans[k].gain)
+    return max((plan for plan in plans if plan.drafted), key=lambda plan: plan.gain)

@@ -28,6 +28,7 @@ def batch_bucket(batch_size: int) -> int:
 
 @dataclass
 class _Fit:
+    untried: np.ndarray
     plain_steps: int = 0
     plain: list[float] = field(default_factory=list)  # the first plain steps, until they are known
     moments: np.ndarray = field(default_factory=lambda: np.zeros((4, 4)))  # of (1, [V > 0], V, P)
@@ -49,7 +50,7 @@ class _Fit:
 
     def _solve(self) -> None:
         plain = float(np.median(self.plain)) if self.prices is None else float(self.prices[0])
-        prior = TRUST * UNTRIED * plain
+        prior = TRUST * self.untried * plain
         free = np.ones(4, dtype=bool)
         for _ in range(4):  # a price below nothing is noise: it is none, and the others are fitted without it
             found = np.zeros(4)
@@ -66,9 +67,15 @@ def _row(drafted: float, verified: float) -> np.ndarray:
 
 
 class StepCosts:
-    """Prices by batch bucket, in seconds."""
+    """Prices by batch bucket, in seconds.
 
-    def __init__(self) -> None:
+    Args:
+        uniform: as many tokens are verified of every request. One more then is one for each of them, and what is
+            assumed of its price is their price together: a large batch would never try it else.
+    """
+
+    def __init__(self, uniform: bool = False) -> None:
+        self._uniform = uniform
         self._fits: dict[int, _Fit] = {}
 
     def observe(self, batch_size: int, drafted: int, verified: int, seconds: float) -> None:
@@ -80,7 +87,12 @@ class StepCosts:
             verified: V, drafts verified in it, over all of them.
             seconds: it took.
         """
-        self._fits.setdefault(batch_bucket(batch_size), _Fit()).add(drafted, verified, seconds)
+        bucket = batch_bucket(batch_size)
+        fit = self._fits.get(bucket)
+        if fit is None:
+            requests = np.array([1.0, 1.0, bucket if self._uniform else 1.0, 1.0])
+            fit = self._fits[bucket] = _Fit(UNTRIED / requests)
+        fit.add(drafted, verified, seconds)
 
     def known(self, bucket: int) -> bool:
         """Whether plain decoding at this batch size was measured."""

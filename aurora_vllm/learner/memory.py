@@ -95,6 +95,7 @@ class GpuMemory:
     ring: int
     bank: int
     swap: int  # the worker's copies of the draft
+    copies: int  # what was said before, for copied proposals
     context: int
     target: int
     weights: int
@@ -112,7 +113,13 @@ class GpuMemory:
 
 
 def predict_gpu(
-    draft: DraftSizes, target_bytes: int, rows: int, ttt_length: int, ring_bytes: int, weights_bytes: int
+    draft: DraftSizes,
+    target_bytes: int,
+    rows: int,
+    ttt_length: int,
+    ring_bytes: int,
+    weights_bytes: int,
+    copies_bytes: int = 0,
 ) -> GpuMemory:
     """What Aurora takes on a GPU. Never compared with one: docs/gpu.md.
 
@@ -125,11 +132,13 @@ def predict_gpu(
         ring_bytes: of the ring's rows.
         weights_bytes: of the bank's three slots. A running swap has as much again in the worker: what is live, what
             was live before, and what is being staged.
+        copies_bytes: of the worker's tables of what was said before.
     """
     return GpuMemory(
         ring=_granules(ring_bytes),
         bank=_granules(weights_bytes),
         swap=weights_bytes,
+        copies=copies_bytes,
         context=CONTEXT_BYTES,
         target=target_bytes,
         weights=_weights_bytes(draft),

@@ -11,13 +11,14 @@ import copy
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aurora_vllm.control.profit import Decision, DraftLengthController
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.cached_prompts import CachedPrompts
+from aurora_vllm.spec_decode.copy_evidence import CopyEvidence
 from aurora_vllm.spec_decode.learner_share import LearnerShare
 from aurora_vllm.spec_decode.proposals import Proposals
 from aurora_vllm.spec_decode.rollback_watch import RollbackWatch
@@ -25,6 +26,15 @@ from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
 TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a draft the user names or resumes, until measured
+
+
+@dataclass
+class _Step:
+    """One under way: when it was scheduled, whether the learner worked then, and for how many tokens the draft runs."""
+
+    scheduled: float
+    beside_learner: bool
+    drafted: int = 0
 
 
 class DraftLengthAdvisor:
@@ -36,6 +46,7 @@ class DraftLengthAdvisor:
         no_copies: in words, why proposals cannot be replaced by copies; "" where they can.
         budget: tokens that vLLM schedules in a step; None for no bound.
         kv_cache_manager: vLLM's; None where there is nothing cached to look after.
+        lengths: ascending, that the batch's proposals may have where the worker replaces them; empty where it does not.
     """
 
     def __init__(
@@ -45,6 +56,7 @@ class DraftLengthAdvisor:
         no_copies: str = "",
         budget: int | None = None,
         kv_cache_manager: Any = None,
+        lengths: tuple[int, ...] = (),
     ) -> None:
         config = session.config
         max_draft_length = min(config.num_speculative_tokens, most_verified)
@@ -54,11 +66,13 @@ class DraftLengthAdvisor:
         self._cached_prompts: CachedPrompts | None = None
         if kv_cache_manager is not None and config.speculate != "never":
             self._cached_prompts = CachedPrompts(self._control.worker, kv_cache_manager)
+        self._evidence = CopyEvidence(self._control, most_verified, self._take_verdict) if lengths else None
         self._controller = DraftLengthController(
             max_draft_length=max_draft_length,
             mode=config.speculate,
             prior=TRUST_IN_A_GIVEN_DRAFT if config.draft or session.resume else 0.0,
             copies=self._proposals.copies,
+            lengths=lengths,
         )
         # One for each job: work that goes well must not hide that other work never does.
         self._choosing = CircuitBreaker("choosing the draft length", on_failure=self._say_no_choice)
@@ -69,8 +83,7 @@ class DraftLengthAdvisor:
         self._max_draft_length = max_draft_length
         self._version = 0
         self._proposed_by = 0
-        # When each step in flight was scheduled, and whether the learner worked then; two where steps overlap.
-        self._started: deque[tuple[float, bool]] = deque()
+        self._started: deque[_Step] = deque()  # those in flight; two where steps overlap
         self._ended = 0.0
         self._learner_rests = config.learner_cpu_share <= 0.5  # mostly: else its work is how things are
         self._last = Decision(0, "")
@@ -78,16 +91,18 @@ class DraftLengthAdvisor:
 
     def step_starts(self) -> None:
         """vLLM is about to schedule a step."""
-        self._started.append((time.perf_counter(), self._learner_works()))
+        self._started.append(_Step(time.perf_counter(), self._learner_works()))
         self._control.scheduler.in_flight = len(self._started)
         if self._cached_prompts is not None:
             self._cached_prompts.look()
 
     def draft_length(self, batch_size: int) -> int:
-        """K for the step being scheduled; 0 if choosing fails, or no request takes drafts."""
+        """K for the step being scheduled, drafted or copied; 0 if choosing fails, or no request takes drafts."""
         if not self._choosing.run(lambda: self._decide(batch_size)) or self._proposals.for_nobody:
             return 0
-        return self._last.draft_length
+        if self._started:
+            self._started[-1].drafted = self._last.draft_length
+        return self._last.proposed
 
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
         """A step's results are in.
@@ -100,12 +115,16 @@ class DraftLengthAdvisor:
         self._proposals.forget(scheduler_output.finished_req_ids)
         if not self._started:
             return
-        started, worked = self._started.popleft()
+        step = self._started.popleft()
         self._control.scheduler.in_flight = len(self._started)
-        seconds = now - max(started, self._ended)  # a step waits until the one before it has ended
+        seconds = now - max(step.scheduled, self._ended)  # a step waits until the one before it has ended
         self._ended = now
-        beside_learner = worked or self._learner_works()
-        self._measuring.run(lambda: self._observe_step(scheduler_output, sampled, seconds, beside_learner))
+        beside_learner = step.beside_learner or self._learner_works()
+        self._measuring.run(
+            lambda: self._observe_step(scheduler_output, sampled, step.drafted, seconds, beside_learner)
+        )
+        if (evidence := self._evidence) is not None:
+            self._counting.run(evidence.look)
 
     def drafts_arrived(self, proposals: Any = None, requests: Mapping[str, Any] | None = None) -> None:
         """The drafts just taken from the worker were proposed by the version that is live now.
@@ -120,11 +139,10 @@ class DraftLengthAdvisor:
 
     def verified(self, num_drafts: int, num_accepted: int, request_id: str) -> None:
         """One request's proposal came back: of ``num_drafts`` tokens the target accepted ``num_accepted``."""
-        copied = self._proposals.copied(request_id)
-        self._counting.run(lambda: self._observe_verdict(num_drafts, num_accepted, copied))
-        if not copied:
-            self._rollback_watch.verified(self._proposed_by, num_drafts, num_accepted)
-            self._controller.wants_verdicts = self._rollback_watch.wants_verdicts
+        if self._evidence is not None and self._evidence.copies is not None:
+            return  # the worker says the same, and who proposed
+        version = None if self._proposals.copied(request_id) else self._proposed_by
+        self._counting.run(lambda: self._take_verdict(version, num_drafts, num_accepted))
 
     def _learner_works(self) -> bool:
         """Whether the learner is in a burst of work; one that was killed in a burst still says so."""
@@ -132,10 +150,14 @@ class DraftLengthAdvisor:
         return bool(learner.working and learner.pid and learner.pid == self._control.server.learner_pid)
 
     def _say_no_choice(self, message: str) -> None:
-        self._last = replace(self._last, draft_length=0, reason=f"choosing the draft length failed: {message}")
+        self._last = replace(
+            self._last, draft_length=0, proposed=0, reason=f"choosing the draft length failed: {message}"
+        )
         self._control.scheduler.draft_length, self._control.scheduler.reason = 0, self._last.reason
 
     def _decide(self, batch_size: int) -> None:
+        if self._evidence is not None:
+            self._controller.copies = self._evidence.copies
         live = self._control.worker.live_version
         learner = self._control.learner
         if live != self._version:
@@ -158,7 +180,7 @@ class DraftLengthAdvisor:
         self._last = decision
 
     def _observe_step(
-        self, scheduler_output: Any, sampled: list[list[int]], seconds: float, beside_learner: bool
+        self, scheduler_output: Any, sampled: list[list[int]], drafted: int, seconds: float, beside_learner: bool
     ) -> None:
         counts = scheduler_output.num_scheduled_tokens
         if not counts:
@@ -170,24 +192,29 @@ class DraftLengthAdvisor:
         if drafts:
             scheduler.spec_steps += 1
         verified = sum(map(len, drafts.values()))
-        proposed = scheduler_output.num_spec_tokens_to_schedule
         accepted = sum(max(len(tokens) - 1, 0) for tokens in sampled)
-        self._learner_share.earned(seconds, self._controller.saved(len(counts), proposed, verified, accepted))
+        self._learner_share.earned(seconds, self._controller.saved(len(counts), drafted, verified, accepted))
         # Only steps of nothing but decoding tell what K costs. What a burst of the learner's adds to a step is no
         # property of K; of two draft lengths it would hit the one being probed.
         if sum(counts.values()) != len(counts) + verified:
             return
         if not (self._learner_rests and beside_learner):
-            self._controller.costs.observe(len(counts), proposed, verified, seconds)
+            self._controller.costs.observe(len(counts), drafted, verified, seconds)
         self._learner_share.decoded(len(counts), verified, seconds, beside_learner)
 
-    def _observe_verdict(self, num_drafts: int, num_accepted: int, copied: bool) -> None:
-        if copied:  # says nothing of any version
-            scheduler = self._control.scheduler
-            scheduler.copied_drafts += 1
-            scheduler.copied_tokens += num_drafts
-            scheduler.copied_accepted += num_accepted
+    def _take_verdict(self, version: int | None, num_drafts: int, num_accepted: int, count: int = 1) -> None:
+        """``count`` times, of so many tokens proposed by a version of the draft, or copied (None), so many were
+        accepted."""
+        scheduler = self._control.scheduler
+        if version is None:  # says nothing of any version
+            scheduler.copied_drafts += count
+            scheduler.copied_tokens += count * num_drafts
+            scheduler.copied_accepted += count * num_accepted
             return
-        self._controller.acceptance.observe(num_drafts, num_accepted)
-        per_position = [int(num_accepted > i) for i in range(self._max_draft_length)]
-        self._control.scheduler.record(self._proposed_by, 1, num_drafts, num_accepted, per_position)
+        if version == self._control.worker.live_version:
+            self._controller.acceptance.observe(num_drafts, num_accepted, count)
+        per_position = [count * (num_accepted > i) for i in range(self._max_draft_length)]
+        scheduler.record(version, count, count * num_drafts, count * num_accepted, per_position)
+        for _ in range(count):
+            self._rollback_watch.verified(version, num_drafts, num_accepted)
+        self._controller.wants_verdicts = self._rollback_watch.wants_verdicts

@@ -12,6 +12,7 @@ import torch
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.consent import may_learn
+from aurora_vllm.spec_decode.device_copying import DeviceCopying
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.stager import Stager
@@ -59,13 +60,14 @@ class Attachment:
         self.session, self.device = session, device
         self._runner = runner
         self.stager: Stager | None = None
+        self._copying: DeviceCopying | None = None
         worker = self.control.worker
         worker.pid = os.getpid()
         worker.live_version = CHECKPOINT_VERSION
         # One for each job: following requests may go well for ever while no step is written.
         self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
         self.following = CircuitBreaker("following requests", on_failure=self._count_capture_error)
-        adapter(
+        self._adapter = adapter(
             runner,
             on_step=self._on_step,
             on_propose=self._on_propose,
@@ -91,6 +93,9 @@ class Attachment:
         except Exception:
             logger.exception("aurora: could not start; serving goes on as plain vLLM")
             return
+        if isinstance(self._adapter, V2Adapter):
+            self._copying = DeviceCopying.begin(session, self._runner, self.control, self.device)
+            self._adapter.copying = self._copying
         worker.capture_on = self._captures
         worker.attached = 1  # the learner may start
         self.serving = True
@@ -120,6 +125,8 @@ class Attachment:
         self.control.worker.step += 1
         if self.stager is not None:
             self.stager.commit_if_ready()
+        if self._copying is not None:
+            self._copying.requests_change(scheduler_output)
         if self._captures:
             self.following.run(lambda: self._follow_requests(scheduler_output))
 

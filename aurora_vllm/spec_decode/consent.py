@@ -1,13 +1,30 @@
-"""Whether a request may be learned from: ``vllm_xargs: {"aurora_learn": false}`` keeps it out."""
+"""Whether a request may be learned from: ``vllm_xargs: {"aurora_learn": false}`` keeps it out.
+
+A ``cache_salt``, vLLM's way to share no cache with others, keeps it from copying them, and others from copying it. The
+scheduler knows that one; for the worker it is noted beside the wish.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 LEARN_KEY = "aurora_learn"
+_PRIVATE_KEY = "aurora_private"
 
 
 def may_learn(params: Any) -> bool:
     """params: vLLM's SamplingParams, or None for a request that samples nothing."""
     wish = ((params.extra_args if params is not None else None) or {}).get(LEARN_KEY, True)
     return str(wish).lower() not in ("false", "0", "no")
+
+
+def note_salt(request: Any) -> None:
+    """Where a vLLM Request has a ``cache_salt``, say so in its SamplingParams, which the worker is given."""
+    params = getattr(request, "sampling_params", None)
+    if params is not None and getattr(request, "cache_salt", None):
+        params.extra_args = {**(params.extra_args or {}), _PRIVATE_KEY: True}
+
+
+def is_private(params: Any) -> bool:
+    """Whether it neither copies from others nor is copied. params: SamplingParams that went through note_salt."""
+    return bool((params.extra_args or {}).get(_PRIVATE_KEY))

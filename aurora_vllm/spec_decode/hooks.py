@@ -40,15 +40,17 @@ V2_HOOKS = (
     Hook(f"{_RUNNER_V2}.sample_tokens", (), "hook: samples once and proposes once in every step"),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator.propose",
-        ("aux_hidden_states", "dummy_run", "is_profile", "num_speculative_tokens"),
-        "hook: aux hidden states, which weights proposed; nothing at K=0",
+        (
+            "aux_hidden_states", "num_sampled", "num_rejected", "dummy_run", "is_profile", "num_speculative_tokens",
+        ),
+        "hook: aux hidden states, which weights proposed, copies in their stead; nothing at K=0",
     ),
     Hook(f"{_SPECULATOR}.__init__", (), "hook: where drafts lie"),
     Hook(
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         (
             "req_ids", "num_reqs", "num_tokens", "num_scheduled_tokens", "num_draft_tokens_per_req", "input_ids",
-            "positions", "num_computed_tokens_np", "prefill_len_np", "has_prefill",
+            "positions", "num_computed_tokens_np", "prefill_len_np", "has_prefill", "idx_mapping", "idx_mapping_np",
         ),
         "hook: the batch",
     ),
@@ -56,6 +58,12 @@ V2_HOOKS = (
         "vllm.v1.worker.gpu.sample.output:SamplerOutput",
         ("sampled_token_ids", "num_sampled"),
         "hook: the verdict",
+    ),
+    Hook("vllm.v1.worker.gpu.states:RequestState.__init__", (), "copies: where the requests' tokens lie"),
+    Hook(
+        "vllm.v1.worker.gpu.input_batch:post_update",
+        ("all_token_ids", "total_len", "num_sampled"),
+        "copies: tokens and lengths are up to date when drafts are proposed",
     ),
     Hook(f"{_RUNNER_V2}.get_draft_model", (), "swap: the live draft"),
     Hook(

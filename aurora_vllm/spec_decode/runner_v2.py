@@ -1,7 +1,8 @@
 """vLLM's V2 runner (vllm/v1/worker/gpu/model_runner.py) -> StepTrace.
 
 Two attributes of *instances* are wrapped; the classes stay as they are. Both wraps pass the original's result on, but
-where K is 0 the draft model is done without:
+where nobody drafts the draft model is done without, and proposals are replaced by copies where those are expected to be
+better:
 
 - ``runner.sample`` knows the batch, the last hidden states (what ``lm_head`` reads, also where a target feeds its draft
   something else) and the verdict,
@@ -14,12 +15,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aurora_vllm.spec_decode.trace import StepTrace
 from aurora_vllm.spec_decode.wrap import OnStep, wrap
+
+if TYPE_CHECKING:
+    from aurora_vllm.spec_decode.device_copying import DeviceCopying
 
 
 class V2Adapter:
@@ -29,8 +33,10 @@ class V2Adapter:
         runner: vLLM's ``GPUModelRunner`` of ``vllm.v1.worker.gpu`` after ``load_model``, with a speculator.
         on_step: receives, for every sampled step, a function that builds its StepTrace; must not raise.
         on_propose: called before drafts are proposed; returns the version of the weights the draft runs with now.
-        sits_out: whether the draft need not see prompts where K is 0.
+        sits_out: whether the draft need not see prompts where it does not draft.
     """
+
+    copying: DeviceCopying | None = None  # set where proposals may be copies
 
     def __init__(
         self, runner: Any, on_step: OnStep, on_propose: Callable[[], int], sits_out: Callable[[], bool]
@@ -57,13 +63,21 @@ class V2Adapter:
             return original(*args, **kwargs)  # nothing was sampled: vLLM profiles, warms up or captures graphs
         self._on_step(functools.partial(self._trace, *sampled, given.get("aux_hidden_states")))
         self._proposed_by = self._on_propose()
-        batch = sampled[1]
-        if given.get("num_speculative_tokens") == 0 and (not batch.has_prefill or self._sits_out()):
+        batch, length = sampled[1], given.get("num_speculative_tokens")
+        copying = self.copying if "num_speculative_tokens" in kwargs else None
+        drafts = length != 0 and (copying is None or copying.beside_drafts)
+        if drafts:
+            proposed = original(*args, **kwargs)
+        elif batch.has_prefill and not self._sits_out():
+            proposed = original(*args, **kwargs | {"num_speculative_tokens": 0} if copying is not None else kwargs)
+        else:
             # vLLM would still run the draft once to keep its KV cache complete. A decode step that nobody drafts from
             # does not pay for that; prompts do, because prefix caching hands them on, unless drafting is far off. -1
             # is "no draft" to vLLM.
-            return self._speculator.draft_tokens[: batch.num_reqs].fill_(-1)
-        return original(*args, **kwargs)
+            proposed = self._speculator.draft_tokens[: batch.num_reqs].fill_(-1)
+        if copying is not None:
+            copying.replace(batch, given, proposed, self._proposed_by if drafts else None)
+        return proposed
 
     def _trace(self, last_hidden_states: torch.Tensor, batch: Any, output: Any, aux_hidden_states: Any) -> StepTrace:
         drafts = batch.num_draft_tokens_per_req

@@ -15,6 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from aurora_vllm.parent import end_with_parent
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.consent import note_salt
 from aurora_vllm.spec_decode.undrafted import Withdrawal
 from aurora_vllm.transport.segment import owner_is_alive, owner_pid
 
@@ -35,10 +36,17 @@ def advise(scheduler: Any) -> DraftLengthAdvisor | None:
     if session is None or not scheduler.num_spec_tokens:
         return None
     _end_with_server(session)
-    no_copies = _why_no_copies(scheduler.vllm_config) if session.config.prompt_lookup else "off by the settings"
-    budget = getattr(scheduler, "max_num_scheduled_tokens", None)
-    manager = getattr(scheduler, "kv_cache_manager", None)
-    advisor = DraftLengthAdvisor(session, scheduler.num_spec_tokens, no_copies, budget, manager)
+    no_copies, lengths = (
+        _copying(scheduler.vllm_config) if session.config.prompt_lookup else ("off by the settings", ())
+    )
+    advisor = DraftLengthAdvisor(
+        session,
+        scheduler.num_spec_tokens,
+        no_copies,
+        getattr(scheduler, "max_num_scheduled_tokens", None),
+        getattr(scheduler, "kv_cache_manager", None),
+        lengths,
+    )
     scheduler.dynamic_sd_lookup = _ChosenDraftLength(advisor)
     return advisor
 
@@ -52,15 +60,22 @@ def _end_with_server(session: Session) -> None:
         raise SystemExit(1)
 
 
-def _why_no_copies(vllm_config: Any) -> str:
-    """Why drafts cannot be replaced in the scheduler, "" if they can."""
-    if vllm_config.scheduler_config.async_scheduling:
-        return "off: steps overlap, so drafts do not pass through the scheduler"
-    if vllm_config.use_v2_model_runner:
-        return "off: vLLM's V2 runner verifies its own drafts, whatever the scheduler says"
+def _copying(vllm_config: Any) -> tuple[str, tuple[int, ...]]:
+    """Why the scheduler replaces no drafts, "" if it does; and how long proposals may be, where the worker does."""
     if vllm_config.speculative_config.draft_sample_method != "greedy":
-        return "off: drafts are sampled, and a copy has no probabilities"
-    return ""
+        return "off: drafts are sampled, and a copy has no probabilities", ()
+    if vllm_config.use_v2_model_runner:  # it verifies its own drafts, whatever the scheduler says
+        return "off: the worker, which copies here, has not begun", _lengths(vllm_config.speculative_config)
+    if vllm_config.scheduler_config.async_scheduling:
+        return "off: steps overlap, so drafts do not pass through the scheduler", ()
+    return "", ()
+
+
+def _lengths(speculative_config: Any) -> tuple[int, ...]:
+    """Those for which vLLM captures CUDA graphs, if it captures any: its table of draft lengths names them."""
+    table = getattr(speculative_config, "num_speculative_tokens_per_batch_size", None)
+    most = speculative_config.num_speculative_tokens
+    return tuple(sorted({length for *_, length in table or ()} - {0})) or tuple(range(1, most + 1))
 
 
 class AuroraScheduler(Scheduler):
@@ -82,6 +97,7 @@ class AuroraScheduler(Scheduler):
         self._withdrawal = Withdrawal()
 
     def add_request(self, request: Any) -> None:
+        note_salt(request)
         super().add_request(request)
         self._withdrawal.arrived(request)
 

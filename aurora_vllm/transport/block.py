@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ POSITIONS = 8  # draft positions, the largest K
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field holds: "int", "bool", "float", "text" (UTF-8 of at most `width` bytes) or "floats" (8 of them)."""
+    """What a field holds: "int", "bool", "float", "text" (UTF-8 of at most `width` bytes), "floats" (8 of them) or
+    "ints" (as many as fit into `width` bytes)."""
 
     name: str
     width: int = 8
@@ -32,6 +34,7 @@ INT, BOOL, FLOAT = Kind("int"), Kind("bool"), Kind("float")
 TEXT, STATE = Kind("text", 200), Kind("text", 32)
 REQUEST, ANSWER = Kind("text", 4128), Kind("text", 1024)  # a path of 4096 bytes and a number; a sentence
 FLOATS = Kind("floats", 8 * POSITIONS)
+COUNTS = Kind("ints", 4096)
 
 
 class Block:
@@ -61,7 +64,9 @@ class Block:
         if kind.name == "bool":
             return bool(self._ints[at // 8])
         raw = self._read_wide(kind, at)
-        return raw.rstrip(b"\0").decode(errors="replace") if kind.name == "text" else memoryview(raw).cast("d").tolist()
+        if kind.name == "text":
+            return raw.rstrip(b"\0").decode(errors="replace")
+        return memoryview(raw).cast("d" if kind.name == "floats" else "q").tolist()
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind, at = self._place(name)
@@ -69,10 +74,10 @@ class Block:
             self._floats[at // 8] = float(value)
         elif kind.name in ("int", "bool"):
             self._ints[at // 8] = int(value)
+        elif kind.name == "text":
+            self._write_wide(kind, at, _encode_text(value, kind.width))
         else:
-            self._write_wide(
-                kind, at, _encode_text(value, kind.width) if kind.name == "text" else _encode_floats(value)
-            )
+            self._write_wide(kind, at, _encode_floats(value) if kind.name == "floats" else _encode_ints(value, kind))
 
     def beat(self) -> None:
         """Set heartbeat_ns to now."""
@@ -126,6 +131,13 @@ def _encode_floats(values: Any) -> bytes:
     """The first 8 numbers, the rest zero."""
     row = [float(value) for value in values][:POSITIONS]
     return struct.pack(f"={POSITIONS}d", *row, *[0.0] * (POSITIONS - len(row)))
+
+
+def _encode_ints(values: Sequence[int], kind: Kind) -> bytes:
+    """The rest zero. Raises ValueError where they do not fit."""
+    if 8 * len(values) > kind.width:
+        raise ValueError(f"{len(values)} integers do not fit into {kind.width} bytes")
+    return struct.pack(f"={len(values)}q", *values)
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,20 @@ import zlib
 from typing import Any
 
 from aurora_vllm.transport.acceptance import TABLE_BYTES, AcceptanceTable, VersionAcceptance
-from aurora_vllm.transport.block import ANSWER, BOOL, FLOAT, FLOATS, INT, REQUEST, STATE, TEXT, Block, Kind, block_bytes
+from aurora_vllm.transport.block import (
+    ANSWER,
+    BOOL,
+    COUNTS,
+    FLOAT,
+    FLOATS,
+    INT,
+    REQUEST,
+    STATE,
+    TEXT,
+    Block,
+    Kind,
+    block_bytes,
+)
 from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.segment import Segment
 
@@ -54,6 +67,9 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "live_version": INT,
         "previous_version": INT,
         "live_lineage": INT,  # of the live version: transport/bank.py, Publication
+        "copies_on_device": BOOL,  # proposals are replaced by copies in the worker: spec_decode/device_copies.py
+        "copy_counts": COUNTS,  # control/copy_counts.py
+        "copy_counts_taken": INT,  # how often; when it changes, the counts have
         "swaps": INT,
         "refusals": INT,
         "refusal": TEXT,
@@ -72,6 +88,7 @@ BLOCKS: dict[str, dict[str, Kind]] = {
         "generated_tokens": INT,
         "spec_steps": INT,
         "copying": TEXT,  # "on", or why nothing is copied
+        "preferred_copies": INT,  # a bit for each kind that goes before the draft's tokens, where the worker copies
         "copied_drafts": INT,  # verifications of copied drafts; the acceptance table has the draft's own
         "copied_tokens": INT,
         "copied_accepted": INT,

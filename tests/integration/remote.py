@@ -39,7 +39,11 @@ class RemoteEngine(Engine):
             environment: over this process's own, less what is aurora's.
             arguments: of Engine.start.
         """
-        own = {name: value for name, value in os.environ.items() if not name.startswith("AURORA_")}
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("AURORA_") and name != "TRITON_INTERPRET"
+        }
         connection, theirs = Pipe()
         with theirs, (directory / "engine.log").open("wb") as log:
             process = subprocess.Popen(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aurora_vllm.spec_decode.scheduler import _why_no_copies
+from aurora_vllm.spec_decode.scheduler import _copying
 from tests.integration.reference import assert_states_agree, sort_rows
 from tests.integration.served import Served
 
@@ -41,9 +41,9 @@ def test_answers_stay_the_target_s_and_rows_agree(served_by_v1: Served, sampling
 
 def test_where_the_scheduler_gets_no_drafts_to_replace_it_says_so(served_by_v1: Served) -> None:
     config = served_by_v1.engine.llm.llm_engine.vllm_config
-    assert _why_no_copies(config) == ""
+    assert _copying(config) == ("", ())
     config.speculative_config.draft_sample_method = "probabilistic"
     try:
-        assert "probabilities" in _why_no_copies(config)
+        assert "probabilities" in _copying(config)[0]
     finally:
         config.speculative_config.draft_sample_method = "greedy"

@@ -263,7 +263,8 @@ def test_without_a_session_or_drafts_nobody_advises(tmp_path: Path, monkeypatch:
     [
         ("on", False, False, "greedy"),
         ("off: steps overlap", True, False, "greedy"),
-        ("off: vLLM's V2 runner", False, True, "greedy"),
+        ("off: the worker", False, True, "greedy"),
+        ("off: the worker", True, True, "greedy"),
         ("off: drafts are sampled", False, False, "probabilistic"),
     ],
 )
@@ -273,7 +274,7 @@ def test_drafts_are_replaced_only_where_vllm_lets_them_be(
     vllm_config = SimpleNamespace(
         scheduler_config=SimpleNamespace(async_scheduling=overlap),
         use_v2_model_runner=runner_v2,
-        speculative_config=SimpleNamespace(draft_sample_method=sample),
+        speculative_config=SimpleNamespace(draft_sample_method=sample, num_speculative_tokens=2),
     )
     with session(World(), tmp_path, speculate="always") as (current, _):
         monkeypatch.setenv(ENVIRONMENT_KEY, current.model_dump_json())

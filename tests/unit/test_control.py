@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from aurora_vllm.control.copy_counts import CountsLayout
 from aurora_vllm.transport.acceptance import ROWS, VersionAcceptance
-from aurora_vllm.transport.block import COPIES
+from aurora_vllm.transport.block import COPIES, POSITIONS
 from aurora_vllm.transport.control import BLOCKS, ControlBlock, control_bytes
 from aurora_vllm.transport.segment import Segment
 from tests.unit import transport_children as children
@@ -31,6 +32,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "float": st.floats(allow_nan=False),
     "text": st.text(st.characters(min_codepoint=1, codec="utf-8"), max_size=8),
     "floats": st.lists(st.floats(allow_nan=False), min_size=8, max_size=8),
+    "ints": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9).map(lambda row: row + [0] * (512 - len(row))),
 }
 
 
@@ -105,6 +107,15 @@ def test_counting_up_and_plain_values(segment: Segment) -> None:
             "mean_acceptance_length": 2.2,
         }
     ]
+
+
+def test_what_the_worker_counts_fits(segment: Segment) -> None:
+    control = ControlBlock.attach(segment)
+    counts = list(range(CountsLayout(POSITIONS).size))
+    control.worker.copy_counts = counts
+    assert control.worker.copy_counts[: len(counts)] == counts
+    with pytest.raises(ValueError, match="513 integers"):
+        control.worker.copy_counts = [0] * 513
 
 
 def test_unknown_names_are_mistakes(segment: Segment) -> None:

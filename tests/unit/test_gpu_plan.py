@@ -7,7 +7,7 @@ import gc
 import json
 import os
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -34,7 +34,7 @@ SIZES = DraftSizes(400_000_000, 4096, 4096, 1024, 12288, 32000, 3 * 4096, 4096)
 
 
 def gpu(total: int = 80 * GIB, asked: float = 0.9, takes: int = 8 * GIB, **rest: Any) -> GpuPlan:
-    return GpuPlan(total, asked, GpuMemory(takes, 0, 0, 0, 0, 0, 0, 0), **rest)
+    return GpuPlan(total, asked, GpuMemory(takes, *[0] * (len(fields(GpuMemory)) - 1)), **rest)
 
 
 def test_every_term_counts_what_it_names() -> None:
@@ -45,6 +45,7 @@ def test_every_term_counts_what_it_names() -> None:
     assert base["target"] == 100 and base["context"] == CONTEXT_BYTES
     assert base["ring"] == 256 * MIB and base["bank"] == base["swap"] == 2400 * MIB
     assert of(ring=256 * MIB - 1)["ring"] == 256 * MIB and of(ring=254 * MIB + 1)["ring"] == 256 * MIB  # 2 MiB each
+    assert base["copies"] == 0 and predict_gpu(SIZES, 100, 2048, 3, MIB, MIB, copies_bytes=77).copies == 77
     on_host = [predict(SIZES, 100, 0, 2048, 3, bfloat16) for bfloat16 in (False, True)]
     assert base["weights"] == on_host[0].weights and base["rows"] == on_host[0].rows
     assert base["step"] == max(one.step for one in on_host)  # a target this wide has no lesson there either

@@ -24,6 +24,7 @@ from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, loa
 from aurora_vllm.semantics import aurora_yaml
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
+from aurora_vllm.spec_decode.scheduler import _lengths
 from aurora_vllm.transport.bank import bank_bytes
 from aurora_vllm.transport.ring import ring_bytes
 
@@ -304,12 +305,19 @@ def test_cached_blocks_are_kept_where_vllm_can(serve_plan: plan.ServePlan) -> No
 
 
 def test_v2_captures_graphs_for_every_draft_length(serve_plan: plan.ServePlan) -> None:
-    """The table says K = 3, 2, 1 and 0 somewhere; one of the user's stays."""
+    """The table says K = 3, 2, 1 and 0 somewhere, and how long copies are; one of the user's stays."""
     args = Namespace(worker_cls="auto", scheduler_cls=None, speculative_config=None)
     for_v2 = replace(serve_plan, model_runner=ModelRunner("V2", "vLLM's default"))
     plan.apply(for_v2, args)
+    table = [[1, 1, 8], [2, 2, 3], [3, 3, 2], [4, 4, 1], [5, 5, 0]]
+    assert args.speculative_config["num_speculative_tokens_per_batch_size"] == table
+    assert args.speculative_config["num_speculative_tokens"] == 8
+    assert _lengths(Namespace(**args.speculative_config)) == (1, 2, 3, 8)  # what our scheduler makes of it
+    args.speculative_config = {"draft_sample_method": "probabilistic"}
+    plan.apply(for_v2, args)
     table = [[1, 1, 3], [2, 2, 2], [3, 3, 1], [4, 4, 0]]
     assert args.speculative_config["num_speculative_tokens_per_batch_size"] == table
+    assert args.speculative_config["num_speculative_tokens"] == 3
     args.speculative_config = {"num-speculative-tokens-per-batch-size": [[1, 8, 2]]}
     plan.apply(for_v2, args)
     assert args.speculative_config["num_speculative_tokens_per_batch_size"] == [[1, 8, 2]]

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from aurora_vllm.control.acceptance import AcceptanceEstimate
 from aurora_vllm.control.copying import Copies
-from aurora_vllm.control.profit import PATIENCE, PLAN_EVERY, PROBE_EVERY, PROBE_STEPS, DraftLengthController, _Plan
+from aurora_vllm.control.profit import (
+    KEEP_MARGIN,
+    PATIENCE,
+    PLAN_EVERY,
+    PROBE_EVERY,
+    PROBE_STEPS,
+    WORTHWHILE,
+    Decision,
+    DraftLengthController,
+    _Plan,
+)
 from aurora_vllm.control.step_costs import STEPS_TO_KNOW
 
 
@@ -161,17 +171,19 @@ def test_a_draft_the_user_gave_sees_prompts_from_the_start() -> None:
     assert not DraftLengthController(3, prior=0.6).decide(1).sits_out
 
 
-def copying(controller: DraftLengthController, share: float, chance: float, rows: int = 400, seed: int = 0) -> None:
+def copying(
+    controller: DraftLengthController, share: float, chance: float, rows: int = 400, seed: int = 0, kind: int = 4
+) -> None:
     """What is known of copies: there for ``share`` of the rows, right with ``chance``; drafts never are."""
     assert controller.copies is not None
     rng = random.Random(seed)
     for _ in range(rows):
-        match_length = 4 if rng.random() < share else 0
-        controller.copies.seen(match_length)
-        if match_length:
+        met = kind if rng.random() < share else 0
+        controller.copies.seen(met)
+        if met:
             accepted = next((i for i in range(3) if rng.random() >= chance), 3)
-            controller.copies.simulate(match_length, 3, accepted)
-            controller.copies.compare(match_length, accepted > 0, False)
+            controller.copies.simulate(met, 3, accepted)
+            controller.copies.compare(met, accepted > 0, False)
 
 
 def plain_steps(controller: DraftLengthController, batch: int = 4, token: float = 0.05, draft: float = 0.1) -> None:
@@ -269,10 +281,148 @@ def test_a_length_that_promises_hardly_more_is_no_reason_to_change(
         controller.decide(1)
         controller.costs.observe(1, 0, 0, 1.0)
     gains = {0: 1.0, 1: 1.5, 2: 1.4}
-    monkeypatch.setattr(controller, "_plan", lambda bucket, k, *_: _Plan(gains[k], gains[k], float(k)))
+    monkeypatch.setattr(controller, "_plan", lambda bucket, k, *_: _Plan(k, k, gains[k], gains[k], float(k)))
     assert controller.decide(1).draft_length == 1
     gains[2] = 1.5 * (1 + better_by)
     assert {controller.decide(1).draft_length for _ in range(PLAN_EVERY)} == ({1, 2} if changes else {1})
+
+
+def uniform(
+    share: float,
+    chance: float,
+    token: float = 0.02,
+    draft: float = 0.1,
+    drafts: float = 0.0,
+    lengths: tuple[int, ...] = (1, 2, 3),
+) -> DraftLengthController:
+    """Proposals all have one length; copies are there for ``share`` of the requests, drafts are right with
+    ``drafts``."""
+    controller = DraftLengthController(3, copies=Copies(3, 10), lengths=lengths)
+    plain_steps(controller, token=token, draft=draft)
+    if share:
+        copying(controller, share, chance)
+    rng = random.Random(2)
+    for _ in range(300 if drafts else 0):
+        controller.acceptance.observe(3, next((i for i in range(3) if rng.random() >= drafts), 3))
+    return controller
+
+
+def uniform_gain(controller: DraftLengthController, drafted: int, proposed: int) -> float:
+    """By the book: every request verifies ``proposed`` tokens, whatever they are."""
+    assert controller.copies is not None
+    tokens = 1.0
+    for kind, share in controller.copies.shares():
+        copied = controller.copies.preferred(kind) if drafted else kind > 0
+        if copied or drafted:
+            chain = controller.copies.chain(kind) if copied else controller.acceptance.chain()
+            tokens += share * sum(chain[:proposed])
+    return tokens * controller.costs.predict(4) / controller.costs.predict(4, drafted, proposed * 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0, 1),
+    st.floats(0, 0.95),
+    st.floats(0.002, 0.3),
+    st.floats(0, 0.5),
+    st.floats(0, 0.9),
+    st.sampled_from([(1, 2, 3), (1, 3), (2,)]),
+)
+def test_of_uniform_proposals_the_best_length_and_maker_wins(
+    share: float, chance: float, token: float, draft: float, drafts: float, lengths: tuple[int, ...]
+) -> None:
+    controller = uniform(share, chance, token, draft, drafts, lengths)
+    copying(controller, share, chance / 4, kind=7)  # what is seldom right is verified with the rest, and counts
+    decision = controller.decide(4)
+    chosen = uniform_gain(controller, decision.draft_length, decision.proposed)
+    alone = max(uniform_gain(controller, 0, k) for k in (0, *lengths))
+    beside = max(uniform_gain(controller, k, k) for k in range(1, 4))
+    assert decision.draft_length == decision.proposed or (not decision.draft_length and decision.proposed in lengths)
+    assert chosen >= 1.0 and (decision.proposed == 0 or chosen > 1.0 + KEEP_MARGIN)
+    assert chosen * (1.0 + KEEP_MARGIN) >= max(alone if alone >= WORTHWHILE else 1.0, beside) * (1.0 - 1e-9)
+    assert decision.draft_length or not decision.proposed or chosen >= WORTHWHILE
+    assert controller.gain(4, 0) == pytest.approx(alone if alone >= WORTHWHILE else 1.0)
+    assert decision.proposals == ("whole" if decision.proposed else "none")
+
+
+@pytest.mark.parametrize(
+    ("machine", "drafted", "proposed", "reason"),
+    [
+        ({"share": 0.0, "chance": 0.0}, 0, 0, "drafting does not pay at batch 4"),
+        ({"share": 0.9, "chance": 0.97}, 0, 3, "copying alone pays at batch 4: it gives"),
+        ({"share": 0.9, "chance": 0.97, "draft": 0.5, "drafts": 0.8}, 0, 3, "copying alone pays at batch 4: it gives"),
+        ({"share": 0.1, "chance": 0.9, "draft": 0.03, "drafts": 0.8}, 3, 3, "drafting pays at batch 4: K=3 gives"),
+        ({"share": 0.9, "chance": 0.97, "token": 1.0}, 0, 0, "drafting does not pay at batch 4"),  # compute-bound
+        ({"share": 0.9, "chance": 0.02}, 0, 0, "drafting does not pay at batch 4"),
+    ],
+)
+def test_uniform_proposals_on_machines_whose_answer_is_plain(
+    machine: dict[str, float], drafted: int, proposed: int, reason: str
+) -> None:
+    decision = uniform(**machine).decide(4)
+    assert (decision.draft_length, decision.proposed) == (drafted, proposed)
+    assert reason in decision.reason
+    assert decision.sits_out == (not drafted)
+
+
+def test_fillers_are_paid_for() -> None:
+    """Where copies are rare all other requests verify tokens that are wrong; cut by themselves, they would not."""
+    rare, usual = uniform(0.1, 0.9, token=0.03), uniform(0.8, 0.9, token=0.03)
+    assert rare.decide(4).proposed == 0 and usual.decide(4).proposed == 3
+    rare.lengths = ()
+    assert rare.gain(4, 0) > WORTHWHILE
+
+
+def test_uniform_proposals_are_given_up_when_tokens_become_dear_and_come_back() -> None:
+    controller = uniform(0.9, 0.9)
+    assert controller.decide(4).proposed == 3
+    plain_steps(controller, token=1.0)
+    plain_steps(controller, token=1.0)
+    assert {controller.decide(4).proposed for _ in range(2 * PLAN_EVERY)} == {0, 3}  # it stood for some steps more
+    assert controller.decide(4).reason.startswith("drafting does not pay")
+    for _ in range(5):
+        plain_steps(controller)
+    assert {controller.decide(4).proposed for _ in range(2 * PLAN_EVERY)} == {0, 3}
+    assert controller.decide(4).proposed == 3
+
+
+def test_beside_copies_alone_plain_decoding_and_a_hopeful_draft_are_probed() -> None:
+    controller = uniform(0.5, 0.9, draft=0.2, drafts=0.9)
+    decisions = [controller.decide(4) for _ in range(3 * PATIENCE * PROBE_EVERY)]
+    probes = [decision for decision in decisions if decision.reason.startswith("probing")]
+    alone = [decision for decision in decisions if decision not in probes]
+    assert {(decision.draft_length, decision.proposed) for decision in alone} == {(0, 3)}
+    drafting = {decision.draft_length for decision in probes} - {0}
+    assert drafting and len(drafting) == 1 and len(probes) < 0.1 * len(decisions)
+    assert all(decision.proposed == decision.draft_length for decision in probes)
+    assert any(decision.proposed == 0 for decision in probes)
+
+
+@pytest.mark.parametrize(("mode", "length"), [("always", 3), ("never", 0)])
+def test_fixed_modes_fix_uniform_proposals_too(mode: str, length: int) -> None:
+    decision = DraftLengthController(3, mode=mode, copies=Copies(5, 10), lengths=(1, 5)).decide(2)
+    assert decision.draft_length == decision.proposed == length
+
+
+def test_without_copies_proposals_are_the_drafts_and_as_long() -> None:
+    one, other = DraftLengthController(3, prior=0.8, lengths=(1, 5)), DraftLengthController(3, prior=0.8)
+    for controller in (one, other):
+        plain_steps(controller, draft=0.02, token=0.01)
+    for _ in range(2 * PROBE_EVERY):
+        decision, theirs = one.decide(4), other.decide(4)
+        assert decision.draft_length == decision.proposed == theirs.draft_length
+        assert decision.proposals == theirs.proposals
+    assert Decision(2, "").proposed == 2
+
+
+def test_copies_that_are_made_elsewhere_may_come_and_go() -> None:
+    """It is the worker who makes them: some time after the controller was there, and no more if it fails."""
+    controller = uniform(0.9, 0.97)
+    copies, controller.copies = controller.copies, None
+    for there, proposed in ((None, 0), (copies, 3), (None, 0), (copies, 3)):
+        controller.copies = there
+        decisions = [controller.decide(4) for _ in range(PLAN_EVERY + 1)]
+        assert decisions[-1].proposed == proposed and decisions[-1].draft_length == 0
 
 
 @pytest.mark.parametrize("prior", [0.0, 0.6])

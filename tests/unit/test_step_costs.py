@@ -51,6 +51,18 @@ def test_before_any_experience_proposals_are_cheap_but_not_free() -> None:
     assert costs.per_token(1) > 0
 
 
+@pytest.mark.parametrize("batch", [1, 16, 128])
+def test_a_token_more_of_each_request_is_tried_on_any_batch(batch: int) -> None:
+    """And where it is dear, a few steps tell."""
+    costs = StepCosts(uniform=True)
+    for _ in range(STEPS_TO_KNOW):
+        costs.observe(batch, 0, 0, 0.05)
+    assert 0.05 < costs.predict(batch, 0, batch) < 0.05 * 1.1
+    for _ in range(5):
+        costs.observe(batch, 0, batch, 0.065)
+    assert costs.predict(batch, 0, batch) == pytest.approx(0.065, rel=0.1)
+
+
 def test_a_machine_that_became_slower_is_noticed() -> None:
     costs = StepCosts()
     for step in range(1000):

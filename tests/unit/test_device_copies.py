@@ -1,0 +1,437 @@
+"""Copies on the device: the kernels, in Triton's interpreter, against a model of dictionaries."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora_vllm.control.copy_counts import COPIED, KINDS, ORDERS, CountsLayout
+from aurora_vllm.spec_decode import device_copies
+from aurora_vllm.spec_decode.consent import LEARN_KEY, note_salt
+from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS, answers_entries, device_bytes
+from aurora_vllm.spec_decode.device_copies import DeviceCopies
+
+SLOTS, LONGEST_TEXT, ALL = 4, 400, (1 << KINDS) - 1
+DRAFT = 90  # the first of the tokens that the draft proposes; no text has them
+
+
+@dataclass
+class Request:
+    name: str
+    slot: int
+    prompt: list[int]
+    params: Any
+    text: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+class Straw:
+    """vLLM's V2 runner as far as copies see it: slots, texts, and a batch for each step."""
+
+    def __init__(self, positions: int = 3, answers: int = 1024) -> None:
+        self.positions = positions
+        self.tokens = torch.zeros(SLOTS, LONGEST_TEXT, dtype=torch.int32)
+        self.total = torch.zeros(SLOTS, dtype=torch.int32)
+        self.prompts = np.zeros(SLOTS, dtype=np.int32)
+        states = SimpleNamespace(
+            max_num_reqs=SLOTS, all_token_ids=SimpleNamespace(gpu=self.tokens),
+            total_len=SimpleNamespace(gpu=self.total), prompt_len=SimpleNamespace(np=self.prompts),
+        )  # fmt: skip
+        self.copies = DeviceCopies(states, positions, answers, torch.device("cpu"))
+        self.layout = CountsLayout(positions)
+        self.running: dict[str, Request] = {}
+        self.length = 0  # tokens of each proposal that the next step verifies
+
+    def arrive(
+        self, name: str, prompt: list[int], salt: str | None = None, learn: bool = True, temperature: float = 0.0
+    ) -> None:
+        params = SimpleNamespace(extra_args=None if learn else {LEARN_KEY: False}, temperature=temperature)
+        note_salt(SimpleNamespace(sampling_params=params, cache_salt=salt))
+        used = {request.slot for request in self.running.values()}
+        slot = next(slot for slot in range(SLOTS) if slot not in used)
+        self.running[name] = Request(name, slot, prompt, params)
+        self._come(self.running[name])
+
+    def _come(self, request: Request) -> None:
+        self.copies.begin(request.name, request.params)
+        request.text = request.text or list(request.prompt)
+        request.computed = 0
+        self.tokens[request.slot].fill_(-7)  # whatever stood there before
+        self.tokens[request.slot, : len(request.text)] = torch.tensor(request.text)
+        self.total[request.slot], self.prompts[request.slot] = len(request.text), len(request.prompt)
+
+    def preempt(self, name: str) -> None:
+        """It comes back at once, with what it has said as part of what is to be computed."""
+        self._come(self.running[name])
+
+    def leave(self, name: str) -> None:
+        del self.running[name]
+        self.copies.end(name)
+
+    def step(
+        self, emitted: dict[str, list[int]], length: int = 3, drafted_by: int | None = 1, preferred: int = ALL
+    ) -> dict[str, list[int]]:
+        """One step; a request that emits nothing is inside its prompt. Returns what is proposed next, by name."""
+        requests = [self.running[name] for name in emitted]
+        scheduled, prefill, sampled, rejected = [], [], [], []
+        for request in requests:
+            tokens = emitted[request.name]
+            new = not request.computed and bool(tokens)
+            length_before = len(request.text)
+            scheduled.append(length_before - request.computed if tokens else 0)
+            prefill.append(length_before if new or not tokens else 1)
+            sampled.append(len(tokens))
+            rejected.append(self.length + 1 - len(tokens) if tokens and not new else 0)
+            self.tokens[request.slot, length_before : length_before + len(tokens)] = torch.tensor(tokens)
+            request.text += tokens
+            self.total[request.slot] = len(request.text)
+        batch = SimpleNamespace(
+            num_reqs=len(requests), req_ids=[request.name for request in requests],
+            idx_mapping=torch.tensor([request.slot for request in requests]),
+            idx_mapping_np=np.array([request.slot for request in requests]),
+            num_computed_tokens_np=np.array([request.computed for request in requests]),
+            num_scheduled_tokens=np.array(scheduled), prefill_len_np=np.array(prefill),
+        )  # fmt: skip
+        for request in requests:
+            request.computed = len(request.text) - 1 if emitted[request.name] else 0
+        drafts = torch.arange(DRAFT, DRAFT + self.positions).repeat(len(requests), 1)
+        counts = torch.tensor(sampled, dtype=torch.int32), torch.tensor(rejected, dtype=torch.int32)
+        self.copies.replace(batch, *counts, drafts, length, drafted_by, preferred)
+        self.length = length
+        return dict(zip(batch.req_ids, drafts.tolist(), strict=True))
+
+    def counts(self) -> dict[str, Any]:
+        """What is counted, by table."""
+        all_, layout, width = self.copies._counts, self.layout, self.positions + 1
+        return {
+            "seen": all_[: layout.compared],
+            "compared": all_[layout.compared : layout.simulated].view(KINDS, 2, 2),
+            "simulated": all_[layout.simulated : layout.verdicts].view(KINDS, width),
+            "verdicts": all_[layout.verdicts : layout.versions].view(3, width, width),
+        }
+
+
+class Naive:
+    """The same by dictionaries from contexts to the token after them."""
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+        self.own: dict[tuple[object, ...], int] = {}
+        self.others: dict[tuple[int, ...], int] = {}
+        self.known: dict[int, int] = {}
+
+    def learn(self, request: Request) -> None:
+        text, key = request.text, id(request)
+        for at in range(self.known.get(key, 0), len(text)):
+            for order in ORDERS:
+                if at >= order:
+                    self.own[key, *text[at - order : at]] = text[at]
+                if at >= order + len(request.prompt) and leaves(request):
+                    self.others[tuple(text[at - order : at])] = text[at]
+        self.known[key] = len(text)
+
+    def propose(self, request: Request) -> tuple[list[int], int]:
+        """The copy, and its kind."""
+        text, copy, first = list(request.text), list[int](), 0
+        for _ in range(self.positions):
+            found, kind = None, 0
+            for i, order in enumerate(ORDERS, start=1):
+                context = tuple(text[-order:]) if len(text) >= order else None
+                if context in self.others and takes(request):
+                    found, kind = self.others[context], len(ORDERS) + i
+                if context is not None and (id(request), *context) in self.own:
+                    found, kind = self.own[id(request), *context], i
+            if found is None:
+                break
+            first = first or kind
+            copy.append(found)
+            text.append(found)
+        return copy, first + 2 * len(ORDERS) * (first > 0 and request.params.temperature > 0)
+
+
+def leaves(request: Request) -> bool:
+    return takes(request) and (request.params.extra_args or {}).get(LEARN_KEY, True)
+
+
+def takes(request: Request) -> bool:
+    return "aurora_private" not in (request.params.extra_args or {})
+
+
+def expected(copy: list[int], length: int = 3) -> list[int]:
+    """Of a preferred copy beside the draft; without a copy the draft's."""
+    drafts = list(range(DRAFT, DRAFT + 3))
+    return [*copy[:length], *drafts[len(copy[:length]) :]] if copy else drafts
+
+
+TOKENS = st.integers(0, 2)
+EMIT = st.tuples(st.just("emit"), st.integers(0, 3), st.lists(TOKENS, min_size=1, max_size=4))
+EVENTS = st.lists(
+    st.one_of(
+        EMIT,
+        st.tuples(st.just("arrive"), st.lists(TOKENS, min_size=1, max_size=12), st.booleans(), st.booleans()),
+        EMIT,
+        st.tuples(st.just("leave"), st.integers(0, 3)),
+        st.tuples(st.just("preempt"), st.integers(0, 3)),
+        st.tuples(st.just("wait"), st.integers(0, 3)),
+    ),
+    min_size=8,
+    max_size=24,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=EVENTS)
+def test_proposes_what_dictionaries_would(events: list[Any]) -> None:
+    """Whoever comes, emits, is preempted, ends, and comes into the place of another."""
+    straw, naive = Straw(), Naive(3)
+    for number, (what, *rest) in enumerate(events):
+        names = list(straw.running)
+        if what == "arrive":
+            if len(names) < SLOTS:
+                prompt, salted, learn = rest
+                straw.arrive(f"r{number}", prompt, "mine" if salted else None, learn)
+            continue
+        if not names:
+            continue
+        name = names[rest[0] % len(names)]
+        if what == "leave":
+            straw.leave(name)
+        elif what == "preempt":
+            straw.preempt(name)
+        elif what == "wait":
+            assert straw.step({name: []})[name] == expected([])  # nothing is proposed inside a prompt
+        else:
+            proposed = straw.step({name: rest[1]})
+            request = straw.running[name]
+            naive.learn(request)
+            assert proposed[name] == expected(naive.propose(request)[0])
+
+
+@settings(max_examples=8, deadline=None)
+@given(texts=st.lists(st.lists(TOKENS, min_size=14, max_size=14), min_size=2, max_size=3), positions=st.integers(1, 8))
+def test_requests_side_by_side(texts: list[list[int]], positions: int) -> None:
+    """In one batch, each with a copy as long as a proposal may be."""
+    straw, naive = Straw(positions), Naive(positions)
+    for i, text in enumerate(texts):
+        straw.arrive(str(i), text[:8], temperature=float(i % 2))
+    for at in range(8, 14):
+        proposed = straw.step({str(i): [text[at]] for i, text in enumerate(texts)}, length=positions)
+        for request in straw.running.values():
+            naive.learn(request)
+        for name, request in straw.running.items():
+            copy, _ = naive.propose(request)
+            assert proposed[name][: len(copy)] == copy
+            assert proposed[name][len(copy) :] == list(range(DRAFT + len(copy), DRAFT + positions))
+
+
+def test_a_prompt_longer_than_what_one_program_learns() -> None:
+    text = list(range(10, 80)) * 4
+    straw = Straw()
+    straw.arrive("long", text)
+    assert straw.step({"long": [10]})["long"] == [11, 12, 13]
+
+
+def test_of_a_very_long_prompt_the_end_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_copies, "WINDOW", 20)
+    straw = Straw()
+    straw.arrive("long", [1, 2, 3, 4, *range(10, 40), 5, 6, 7, 5])
+    assert straw.step({"long": [6]})["long"][0] == 7
+    assert straw.step({"long": [1]})["long"] == expected([])
+    assert straw.step({"long": [2]})["long"] == expected([])  # 1 2 3 stood before the window
+
+
+ANSWER = [11, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "copies"),
+    [
+        ({}, {}, True),
+        ({"learn": False}, {}, False),
+        ({"salt": "a"}, {}, False),
+        ({}, {"learn": False}, True),  # taking is no learning
+        ({}, {"salt": "a"}, False),
+        ({"salt": "a"}, {"salt": "a"}, False),
+    ],
+)
+def test_who_leaves_an_answer_and_who_takes_it(first: dict[str, Any], second: dict[str, Any], copies: bool) -> None:
+    straw = Straw()
+    straw.arrive("first", [1, 2, 3], **first)
+    for token in ANSWER:
+        straw.step({"first": [token]})
+    straw.leave("first")
+    straw.arrive("second", [7, 8, 9], **second)
+    straw.step({"second": [11]})
+    assert straw.step({"second": [12]})["second"] == expected(ANSWER[2:] if copies else [])
+
+
+def test_prompts_are_nobody_elses() -> None:
+    straw = Straw()
+    straw.arrive("first", ANSWER)
+    straw.step({"first": [99]})
+    straw.arrive("second", [7, 8, 11, 12])
+    assert straw.step({"second": [13]})["second"] == expected([])
+
+
+def test_what_stands_before_a_text_is_no_context() -> None:
+    """Nothing stands there; a token 0 does not either."""
+    straw = Straw()
+    straw.arrive("first", [9, 9, 9])
+    for token in (0, 5, 6, 7, 8):
+        straw.step({"first": [token]})
+    straw.arrive("second", [])
+    assert straw.step({"second": [5]})["second"] == expected([])
+    assert straw.step({"second": [6]})["second"] == [7, 8, DRAFT + 2]
+
+
+def test_without_earlier_answers_only_the_own_text_is_copied() -> None:
+    straw = Straw(answers=0)
+    straw.arrive("first", [1, 2, 3])
+    for token in [*ANSWER, *ANSWER[:2]]:
+        proposed = straw.step({"first": [token]})
+    assert proposed["first"] == ANSWER[2:]
+    straw.arrive("second", [7, 8, 9, 11])
+    assert straw.step({"second": [12]})["second"] == expected([])
+
+
+def test_the_draft_s_tokens_stay_where_they_are_preferred_and_behind_a_short_copy() -> None:
+    straw = Straw()
+    straw.arrive("a", [1, 2, 3, 4, 1])
+    assert straw.step({"a": [2]}, preferred=0)["a"] == expected([])
+    assert straw.step({"a": [3]})["a"] == [4, 1, 2]
+    straw.arrive("b", [5, 6, 7, 5])
+    assert straw.step({"b": [6]}, length=2)["b"] == [7, 5, DRAFT + 2]  # what is not verified is left alone
+
+
+def test_without_the_draft_a_proposal_is_filled_up_with_a_token() -> None:
+    """vLLM verifies as many tokens of each request: -1 among them would be read as one."""
+    straw = Straw()
+    straw.arrive("a", [1, 2, 3, 4])
+    assert straw.step({"a": [9]}, drafted_by=None, preferred=0)["a"] == [9, 9, 9]
+    straw.arrive("b", [1, 2, 3, 1])
+    assert straw.step({"b": [2]}, drafted_by=None, preferred=0)["b"] == [3, 1, 2]
+
+
+def test_verdicts_are_counted_for_who_proposed() -> None:
+    straw = Straw()
+    straw.arrive("a", [1, 2, 3, 4, 1])
+    straw.step({"a": [2]}, preferred=0, drafted_by=7)  # the draft's
+    straw.step({"a": [DRAFT, 5]}, preferred=0, drafted_by=8)  # one of them is right; another version drafts
+    straw.step({"a": [1]}, preferred=0, drafted_by=8)  # of its, none
+    straw.step({"a": [2]}, drafted_by=8)  # again; and now there is a copy
+    straw.step({"a": [3, 4, 8]}, drafted_by=None, length=0)  # two of three copied ones are right; nobody proposes
+    straw.step({"a": [1]}, drafted_by=8)
+    verdicts = straw.counts()["verdicts"]
+    even, odd = (verdicts[straw.copies._versions.index(version)] for version in (7, 8))
+    assert even[3].tolist() == [0, 1, 0, 0] and odd[3].tolist() == [2, 0, 0, 0]
+    assert verdicts[COPIED, 3].tolist() == [0, 0, 1, 0]
+    assert verdicts.sum() == 4
+
+
+def test_copies_are_tried_whether_or_not_they_are_verified() -> None:
+    straw = Straw()
+    straw.arrive("a", [1, 2, 3, 4, 5, 6, 1])
+    straw.step({"a": [2]}, length=0, drafted_by=None)
+    for token in (3, 4, 5):
+        straw.step({"a": [token]}, length=0, drafted_by=None)
+    kind = 1 + ORDERS.index(2)
+    counts = straw.counts()
+    assert counts["simulated"][kind].tolist() == [0, 0, 0, 1]  # all three came true
+    straw.step({"a": [1]}, length=0, drafted_by=None)  # the next copy, of a longer context, said 6
+    assert counts["simulated"].sum() == 2 and counts["simulated"][:, 0].sum() == 1
+    assert counts["compared"].sum() == 0  # there was no rival
+
+
+def test_copy_and_draft_are_compared_by_their_first_token() -> None:
+    straw = Straw()
+    straw.arrive("a", [1, 2, 3, 4, 1])
+    straw.step({"a": [2]}, preferred=0)
+    straw.step({"a": [3]}, preferred=0)  # as the copy said
+    straw.step({"a": [DRAFT]}, preferred=0)  # as the draft said
+    straw.step({"a": [5]}, preferred=0)
+    compared = straw.counts()["compared"]
+    assert compared[1].tolist() == [[0, 0], [1, 0]]
+    assert compared[2].tolist() == [[0, 1], [0, 0]]
+    assert compared.sum() == 2 and straw.counts()["seen"].sum() == 4
+
+
+def test_sampled_requests_are_kinds_of_their_own() -> None:
+    straw = Straw()
+    straw.arrive("a", [1, 2, 3, 1], temperature=0.7)
+    straw.step({"a": [2]})
+    assert straw.counts()["seen"].nonzero().flatten().tolist() == [1 + 2 * len(ORDERS)]
+
+
+def test_counts_are_fetched_every_few_steps_with_the_versions() -> None:
+    straw = Straw()
+    straw.arrive("a", [1, 2, 3, 1])
+    fetched = []
+    for i in range(2 * device_copies.FETCH_EVERY):
+        straw.step({"a": [i % 3]}, drafted_by=5 + i // 20)
+        fetched.append(straw.copies.fetch())
+    found = [counts for counts in fetched if counts is not None]
+    assert len(found) == 2 and sum(found[1][: straw.layout.compared]) == 2 * device_copies.FETCH_EVERY
+    assert sorted(found[1][straw.layout.versions :]) == [5, 6]
+
+
+def test_it_can_be_rehearsed_without_a_trace() -> None:
+    straw = Straw()
+    straw.copies.rehearse()
+    assert not straw.copies._counts.any() and not straw.copies._own.any()
+
+
+def test_longer_proposals_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 to 8"):
+        Straw(positions=MOST_TOKENS + 1)
+
+
+@given(st.integers(0, 100_000))
+def test_the_plan_knows_what_the_tables_take(answers: int) -> None:
+    entries = answers_entries(answers)
+    assert entries & (entries - 1) == 0 and entries >= 2 * answers * len(ORDERS)
+    assert entries <= max(1, 4 * answers * len(ORDERS))
+    if answers < 2000:
+        copies = Straw(MOST_TOKENS, answers).copies
+        tensors = [copies._own, copies._others, copies._requests]
+        assert sum(t.nbytes for t in tensors) <= device_bytes(SLOTS, answers)
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from aurora_vllm.control.copy_counts import COPIED, ORDERS, CountsLayout
+from aurora_vllm.spec_decode import copy_kernels
+
+layout = CountsLayout(8)
+constants = {"ORDERS": (0, *ORDERS), "NUM_ORDERS": len(ORDERS), "OWN_MASK": 1023, "OTHERS_MASK": 0, "POSITIONS": 8,
+             "COMPARED": layout.compared, "RIGHT": layout.simulated, "VERDICTS": layout.verdicts, "COPIED": COPIED}
+types = {"tokens_ptr": "*i32", "slots_ptr": "*i64", "total_len_ptr": "*i32", "num_sampled_ptr": "*i32",
+         "num_rejected_ptr": "*i32"}
+for kernel in (copy_kernels.learn_kernel, copy_kernels.propose_kernel):
+    used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: types.get(name, "*i64" if name.endswith("_ptr") else "i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(used, "constexpr")
+    for capability in (80, 90, 100):
+        target = GPUTarget("cuda", capability, 32)
+        made = compile(ASTSource(kernel, signature, used), target=target, options={"num_warps": 1})
+        print(kernel.__name__, capability, len(made.asm["cubin"]))
+"""
+
+
+def test_kernels_compile_for_gpus() -> None:
+    """Ampere, Hopper and Blackwell, with the assembler that Triton brings along; no GPU is needed for that."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert len([line for line in found.stdout.splitlines() if int(line.split()[2]) > 1000]) == 6
