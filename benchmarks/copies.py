@@ -54,7 +54,7 @@ class Walk:
             lookup.extend(tokens[len(lookup) : first + position])
             gained = 0 if self._always else drafted[position]
             both = lookup.propose(length), self._answers.propose(lookup.end(), length)
-            found = [(copy, _right(copy.tokens, tokens[first + position :])) for copy in both if copy is not None]
+            found = [(copy, count_right(copy.tokens, tokens[first + position :])) for copy in both if copy is not None]
             if found:
                 best, right = max(found, key=lambda pair: copies.expected(pair[0].kind))
                 if self._always or copies.preferred(best.kind):
@@ -69,7 +69,7 @@ class Walk:
         self.score += Score(steps, tuple(accepted))
 
 
-def _right(proposed: Sequence[int], truth: Sequence[int]) -> int:
+def count_right(proposed: Sequence[int], truth: Sequence[int]) -> int:
     """How many of the proposed tokens come true."""
     pairs = zip(proposed, truth, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(proposed), len(truth)))
