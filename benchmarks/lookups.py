@@ -109,14 +109,16 @@ class OnDevice:
             for i in range(gained - 1):
                 accepted[i] += 1
             steps, known = steps + 1, known + gained
+        self._total.fill_(len(tokens))
+        self._propose(name, prompt, len(tokens), gained)  # vLLM's worker learns of an end after its last step
         self._copies.end(name)
         return Score(steps, tuple(accepted))
 
     def _propose(self, name: str, prompt: int, known: int, gained: int) -> list[int]:
-        first = known == prompt + 1
+        first, slot = known == prompt + 1, np.zeros(1, dtype=np.int64)
         batch = SimpleNamespace(
-            num_reqs=1, req_ids=[name], idx_mapping=torch.zeros(1, dtype=torch.int64, device=self._device),
-            idx_mapping_np=np.zeros(1, dtype=np.int64), num_computed_tokens_np=np.array([0 if first else known - gained]),
+            num_reqs=1, req_ids=[name], idx_mapping=torch.from_numpy(slot).to(self._device), idx_mapping_np=slot,
+            num_computed_tokens_np=np.array([0 if first else known - gained]),
             num_scheduled_tokens=np.array([prompt if first else gained]), prefill_len_np=np.array([prompt]),
         )  # fmt: skip
         drafts = torch.zeros(1, self._length, dtype=torch.int64, device=self._device)
