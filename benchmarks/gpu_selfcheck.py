@@ -1,9 +1,10 @@
 """Does the transport do on this GPU what it promises? ``python -m benchmarks.gpu_selfcheck [--json FILE]``.
 
-Needs torch only, not vLLM. Two processes over CUDA IPC run the product's own ring, bank, trace writer and swap:
-integrity under load, bandwidth, weights swapped under a CUDA graph, what capture costs a step, kill -9 of either side,
-and the learner's training step beside a decode load. Without a CUDA device it says so, writes ``"skipped": true`` and
-ends with 0; where a target is missed, with 1. WRITTEN AND NEVER RUN on a GPU.
+Needs torch only, not vLLM; the copies also need the Triton that torch brings. Two processes over CUDA IPC run the
+product's own ring, bank, trace writer and swap: integrity under load, bandwidth, weights swapped under a CUDA graph,
+what capture costs a step, kill -9 of either side, and the learner's training step beside a decode load. Copies are
+looked up in this one: are they right, and what do they cost a step? Without a CUDA device it says so, writes
+``"skipped": true`` and ends with 0; where a target is missed, with 1. WRITTEN AND NEVER RUN on a GPU.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from aurora_vllm.transport.bank import TensorSpec
 from aurora_vllm.transport.rows import RowLayout
 from benchmarks import gpu_processes as processes
 from benchmarks.gpu_capture import capture_cost, capture_waits
+from benchmarks.gpu_copies import copies_agree, copies_cost, copies_wait
 from benchmarks.gpu_learner import QWEN3_8B, decode_load, learner_beside_a_load
 from benchmarks.gpu_ring import kill_recovery, ring_bandwidth, ring_integrity
 from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
 
-RING_RATIO, SWAP_P99_MS, CAPTURE_SHARE, STEP_US = 0.8, 2.0, 0.01, 10_000.0  # the targets
+RING_RATIO, SWAP_P99_MS, STEP_SHARE, STEP_US = 0.8, 2.0, 0.01, 10_000.0  # the targets
 HIDDEN = 4096  # Qwen3-8B
 BANDWIDTH_ROWS = 2048  # of a commit that is judged; of a smaller one the event alone takes as long as the copy
 LEARNER_ROWS, LOAD_SECONDS = 512, 15.0  # rows of a training step (batch_tokens' default), and of each measurement
@@ -39,14 +41,27 @@ TARGETS: dict[str, tuple[str, Callable[[Section], bool]]] = {
     "swap_outputs": ("swap", lambda swap: swap["wrong_outputs"] == 0 and swap["addresses_unchanged"]),
     "swap_latency": ("swap", lambda swap: swap["p99_ms"] < SWAP_P99_MS),
     "swap_never_waits": ("swap", lambda swap: not swap["host_waits"]),
-    "capture_cost": ("capture", lambda found: max(_costs(found["32"])) <= CAPTURE_SHARE * STEP_US),
+    "capture_cost": ("capture", lambda found: max(_costs(found["32"])) <= STEP_SHARE * STEP_US),
     "capture_never_waits": ("capture_waits", lambda found: not found["host_waits"]),
+    "copies_right": ("copies", lambda found: not _faults(found) and found["copied_tokens"] > 0),
+    "copies_cost": ("copies_cost", lambda found: _most_us(found["32"]) <= STEP_SHARE * STEP_US),
+    "copies_cost_pinned": ("copies_cost_pinned", lambda found: _most_us(found["32"]) <= STEP_SHARE * STEP_US),
+    "copies_never_wait": ("copies_wait", lambda found: not found["host_waits"] and found["counts_arrive"]),
     "kill_recovery": ("kill", lambda kill: all(kill.values())),
 }
 
 
 def _costs(batch: Section) -> tuple[float, float]:
     return batch["host_us"], batch["device_us"]
+
+
+def _faults(copies: Section) -> int:
+    return copies["wrong_proposals"] + copies["wrong_counts"]
+
+
+def _most_us(batch: Section) -> float:
+    """Of the device, by tokens of a proposal. The host's come on top only where it is not ahead of its GPU."""
+    return max(found["device_us"] for found in batch.values())
 
 
 def verdicts(found: dict[str, Section]) -> dict[str, bool]:
@@ -135,6 +150,10 @@ def sections(device: str) -> dict[str, Callable[[], Section]]:
         "bandwidth": lambda: ring_bandwidth(device, row_bytes, (128, BANDWIDTH_ROWS)),
         "capture": lambda: capture_cost(device, HIDDEN, (1, 8, 32, 64)),
         "capture_waits": lambda: capture_waits(device, HIDDEN),
+        "copies": lambda: copies_agree(device, 32, 2000, 8, 48),
+        "copies_cost": lambda: copies_cost(device, (1, 8, 32, 64)),
+        "copies_cost_pinned": lambda: copies_cost(device, (1, 8, 32, 64), pinned=True),
+        "copies_wait": lambda: copies_wait(device),
         "swap": lambda: swap_under_a_graph(device, head, 1000),
         "kill": lambda: kill_recovery(device, row_bytes, 64),
         "learner": lambda: learner_beside_a_load(

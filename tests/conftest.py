@@ -11,4 +11,5 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch, and fo
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Our Triton kernels run in its interpreter, which Triton decides on when it is imported. Nothing else here has kernels.
+# tests/gpu have theirs compiled, in processes of their own.
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,13 +26,6 @@ from aurora_vllm.spec_decode.upload import upload
 
 WINDOW = 8192  # tokens at the end of a prompt that are looked at
 FETCH_EVERY = 16  # steps between two looks at the counts
-
-
-@dataclass(eq=False)
-class _Guest:
-    """A request between its coming, or coming back, and its end."""
-
-    abilities: int
 
 
 class DeviceCopies:
@@ -62,8 +54,7 @@ class DeviceCopies:
         self._salt = 0
         self._versions, self._newest = [0, 0], 0
         self._takes = answers > 0
-        self._guests: dict[str, _Guest] = {}
-        self._in_slot: list[_Guest | None] = [None] * slots  # as the device knows it
+        self._untold: dict[str, int] = {}  # ABILITIES of requests that the device does not know
         self._lookup = {
             "ORDERS": (0, *ORDERS),
             "NUM_ORDERS": len(ORDERS),
@@ -76,14 +67,16 @@ class DeviceCopies:
         """A request comes, or comes back. params: vLLM's SamplingParams."""
         shares = self._takes and not is_private(params)
         abilities = kernels.TAKES.value * shares + kernels.LEAVES.value * (shares and may_learn(params))
-        self._guests[name] = _Guest(abilities + kernels.IS_SAMPLED.value * (params.temperature > 0))
+        self._untold[name] = abilities + kernels.IS_SAMPLED.value * (params.temperature > 0)
 
     def end(self, name: str) -> None:
         """A request has ended. What it left stays for others."""
-        self._guests.pop(name, None)
+        self._untold.pop(name, None)
 
     def rehearse(self) -> None:
-        """Have the kernels compiled and loaded, which takes a second, before anybody waits for it."""
+        """Have all kernels compiled and loaded, which takes a second, before anybody waits for it."""
+        told = upload(array("q", [0] * (1 + kernels.COLUMNS.value)), self._device)
+        self._requests[told[:1]] = told[1:].view(1, -1)
         none = np.zeros(1, dtype=np.int64)
         batch = SimpleNamespace(
             num_reqs=1, idx_mapping=torch.zeros(1, dtype=torch.int64, device=self._device),
@@ -143,20 +136,21 @@ class DeviceCopies:
     def _take_in(self, batch: Any) -> int:
         """Tell the device of requests that it does not know. Returns how many tokens a request may have gained."""
         states, newest = self._states, 1 + self._positions
+        if not self._untold:
+            return newest
         emits = batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
         slots, rows = array("q"), array("q")
         for i in np.flatnonzero(emits):
-            guest = self._guests.setdefault(batch.req_ids[i], _Guest(0))
-            slot = int(batch.idx_mapping_np[i])
-            if self._in_slot[slot] is guest:
+            abilities = self._untold.pop(batch.req_ids[i], None)
+            if abilities is None:
                 continue
-            self._in_slot[slot] = guest
             self._salt += 1
+            slot = int(batch.idx_mapping_np[i])
             prefill = int(batch.prefill_len_np[i])
             learned = max(0, prefill - WINDOW)
             newest = max(newest, prefill - learned + 1 + self._positions)
             slots.append(slot)
-            begins = self._salt, learned, guest.abilities, int(states.prompt_len.np[slot])
+            begins = self._salt, learned, abilities, int(states.prompt_len.np[slot])
             rows.extend(begins + (0,) * (kernels.COLUMNS.value - len(begins)))
         if slots:
             told = upload(slots + rows, self._device)

@@ -249,7 +249,7 @@ def test_a_server_s_worker_begins_by_itself(current: Session) -> None:
     )
     step = SimpleNamespace(finished_req_ids=[], scheduled_new_reqs=[new], total_num_scheduled_tokens=2)
     attachment.step_starts(step)  # type: ignore[arg-type]
-    assert set(attachment._copying._copies._guests) == {"a"}  # type: ignore[union-attr]
+    assert set(attachment._copying._copies._untold) == {"a"}  # type: ignore[union-attr]
 
 
 def test_the_block_has_room(current: Session) -> None:

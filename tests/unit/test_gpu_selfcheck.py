@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_capture, gpu_learner, gpu_ring, gpu_timing
+from aurora_vllm.spec_decode.device_copies import DeviceCopies
+from benchmarks import gpu_capture, gpu_copies, gpu_learner, gpu_ring, gpu_timing
 from benchmarks import gpu_processes as processes
 from benchmarks import gpu_selfcheck as selfcheck
 
@@ -30,6 +31,10 @@ GOOD: dict[str, Any] = {
     "swap": {"wrong_outputs": 0, "addresses_unchanged": True, "p99_ms": 1.9, "host_waits": False},
     "capture": {"32": {"host_us": 90.0, "device_us": 100.0}},
     "capture_waits": {"host_waits": False},
+    "copies": {"wrong_proposals": 0, "wrong_counts": 0, "copied_tokens": 1},
+    "copies_cost": {"32": {"3": {"host_us": 300.0, "device_us": 9.0}, "8": {"host_us": 9.0, "device_us": 100.0}}},
+    "copies_cost_pinned": {"32": {"3": {"device_us": 9.0}}},
+    "copies_wait": {"host_waits": False, "counts_arrive": True},
     "kill": {"a": True, "b": True},
 }
 
@@ -48,6 +53,13 @@ GOOD: dict[str, Any] = {
         ("swap", {"host_waits": True}, "swap_never_waits"),
         ("capture_waits", {"host_waits": True}, "capture_never_waits"),
         ("capture", {"32": {"host_us": 101.0, "device_us": 1.0}}, "capture_cost"),
+        ("copies", {"wrong_proposals": 1}, "copies_right"),
+        ("copies", {"wrong_counts": 1}, "copies_right"),
+        ("copies", {"copied_tokens": 0}, "copies_right"),
+        ("copies_cost", {"32": {"3": {"device_us": 101.0}, "8": {"device_us": 1.0}}}, "copies_cost"),
+        ("copies_cost_pinned", {"32": {"3": {"device_us": 101.0}}}, "copies_cost_pinned"),
+        ("copies_wait", {"host_waits": True}, "copies_never_wait"),
+        ("copies_wait", {"counts_arrive": False}, "copies_never_wait"),
         ("kill", {"b": False}, "kill_recovery"),
     ],
 )
@@ -59,7 +71,8 @@ def test_verdicts(section: str, change: dict[str, Any], missed: str | None) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_needs_no_vllm(tmp_path: Path) -> None:
     program = (
-        "import sys; from benchmarks import gpu_selfcheck; code = gpu_selfcheck.main(sys.argv[1:]);"
+        "import sys; from benchmarks import gpu_copies, gpu_selfcheck; code = gpu_selfcheck.main(sys.argv[1:]);"
+        "gpu_copies.copies_cost('cpu', [1], positions=[1], prompt=8, steps=1);"
         "print([m for m in ('vllm', 'pydantic', 'transformers', 'typer') if m in sys.modules], code, file=sys.stderr)"
     )
     command = [sys.executable, "-c", program, "--json", str(tmp_path / "out.json")]
@@ -138,6 +151,33 @@ def test_bandwidth_and_capture_are_of_what_was_written() -> None:
 def test_a_large_step_is_captured_but_for_who_does_not_want_it() -> None:
     found = gpu_capture.capture_waits("cpu", 16, batch=9)
     assert found == {"host_waits": False, "rows_written": 8 * 4 + (1 + 7 * 4) + (1 + 6 * 4)}
+
+
+def copies() -> dict[str, Any]:
+    return gpu_copies.copies_agree("cpu", requests=2, prompt=200, positions=3, steps=48)
+
+
+def test_copies_are_those_of_the_model() -> None:
+    found = copies()
+    assert (found["proposals"], found["wrong_proposals"], found["wrong_counts"]) == (96, 0, 0)
+    assert 3 * 96 >= found["compared_tokens"] >= found["copied_tokens"] > 96
+    assert found["versions"] == [4, 5] and json.dumps(found)
+
+
+def test_a_copy_that_is_not_the_model_s_and_a_count_too_many_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch = DeviceCopies.fetch
+    monkeypatch.setattr(DeviceCopies, "fetch", lambda self: [count + 1 for count in fetch(self) or ()])
+    monkeypatch.setattr(gpu_copies, "ALL", 0)  # the draft's are proposed
+    found = copies()
+    assert 0 < found["wrong_proposals"] < 96 and found["wrong_counts"] > 0
+
+
+def test_what_copies_cost_and_whether_they_wait() -> None:
+    found = gpu_copies.copies_cost("cpu", (1, 2), positions=(1, 3), prompt=20, steps=2)
+    assert [list(batch) for batch in found.values()] == [["1", "3"]] * 2
+    assert all(cost["host_p99_us"] >= cost["host_us"] > 0 for batch in found.values() for cost in batch.values())
+    waits = gpu_copies.copies_wait("cpu", batch=3, positions=1, prompt=20)
+    assert waits == {"host_waits": False, "counts_arrive": True}
 
 
 def test_kill_of_either_side() -> None:

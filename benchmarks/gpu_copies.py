@@ -1,0 +1,333 @@
+"""The self-check's copies: what DeviceCopies proposes on this GPU against a model of it, what it costs, if it waits.
+
+Needs Triton and numpy beside torch. Where Triton was told to interpret (``TRITON_INTERPRET``) "cpu" is a device, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from aurora_vllm.control.copy_counts import KINDS, ORDERS, ORIGINS, CountsLayout
+from aurora_vllm.spec_decode.copy_tables import OWN_ENTRIES, answers_entries
+from aurora_vllm.transport.cuda import tensor_over
+from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
+
+ANSWERS = 50_000  # tokens of answers that are remembered for others
+WORDS, WORD_TOKENS, PHRASES, PHRASE_WORDS = 20, 3, 24, 5  # texts are phrases, and those share their words
+TOKENS = 150_000  # a vocabulary
+DRAFT = TOKENS  # the first of the tokens that the draft proposes; no text has them
+EACH_VERSION = 10  # steps that a version of the draft proposes for
+ALL = (1 << KINDS) - 1  # kinds of copies that are preferred to the draft
+WARM = 5  # steps that are not measured
+NOTHING = -1
+
+
+class Decoding:
+    """Requests that decode in vLLM's V2 runner, as far as copies see it; what they will say is known beforehand.
+
+    Args:
+        device: "cpu", or a CUDA device.
+        requests: R of them; request i has vLLM's slot R - 1 - i.
+        prompt: tokens of each prompt, at least as many as the longest context.
+        positions: tokens of each proposal.
+        steps: that can be made.
+        arrives: in which step each prompt is through, ascending; before, a request is inside its prompt. [R]
+        pinned: texts lie in page-locked host memory, as in vLLM, else in the device's.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        requests: int,
+        prompt: int,
+        positions: int,
+        steps: int,
+        arrives: Sequence[int] | None = None,
+        pinned: bool = False,
+    ) -> None:
+        from aurora_vllm.spec_decode.device_copies import DeviceCopies  # a machine without Triton has other sections
+
+        self.device, self.positions, self.prompt, self.now = device, positions, prompt, -1
+        self.counts: Sequence[int] | None = None  # as they were fetched last
+        come, step = np.array(arrives or [0] * requests), np.arange(steps)[:, None]
+        going_on = 1 + (step + np.arange(requests)) % (positions + 1)
+        self.sampled = np.where(step > come, going_on, step == come)  # [steps, R]
+        self.judged = step > come  # a proposal was verified
+        self.totals = prompt + np.cumsum(self.sampled, axis=0)  # tokens of each text behind a step
+        self.salts = 1 + np.arange(requests)  # as DeviceCopies hands them out
+        self.texts = _texts(requests, prompt + steps * (positions + 1))
+
+        slots = np.arange(requests)[::-1].copy()
+        tokens = torch.from_numpy(self.texts[slots].astype(np.int32))
+        self._pinned = tokens.pin_memory() if pinned and device != "cpu" else None  # kept: the view does not own it
+        if self._pinned is not None:
+            flat = tensor_over(self._pinned.data_ptr(), self._pinned.nbytes, torch.device(device))
+            tokens = flat.view(torch.int32).view(self._pinned.shape)
+        self._total = torch.full((requests,), prompt, dtype=torch.int32, device=device)
+        states = SimpleNamespace(
+            max_num_reqs=requests, all_token_ids=SimpleNamespace(gpu=tokens.to(device)),
+            total_len=SimpleNamespace(gpu=self._total), prompt_len=SimpleNamespace(np=np.full(requests, prompt)),
+        )  # fmt: skip
+        self.copies = DeviceCopies(states, positions, ANSWERS, torch.device(device))
+        names = [str(i) for i in range(requests)]
+        for name in names:
+            self.copies.begin(name, SimpleNamespace(extra_args=None, temperature=0.0))
+        self.drafts = torch.zeros(requests, positions, dtype=torch.int64, device=device)
+        self._drafted = torch.arange(DRAFT, DRAFT + positions, device=device).repeat(requests, 1)
+        # A tensor for each step, as in vLLM: Triton compiles once more for one that does not begin at 16 bytes.
+        self._totals = _rows(self.totals[:, slots], device)
+        self._sampled = _rows(self.sampled, device)
+        self._rejected = _rows(np.where(self.judged, positions + 1 - self.sampled, 0), device)
+        scheduled = np.where(self.sampled > 0, 1, 0)
+        prefill, on_device = np.full(requests, prompt), torch.from_numpy(slots).to(device)
+        self._batches = [
+            SimpleNamespace(
+                num_reqs=requests, req_ids=names, idx_mapping=on_device, idx_mapping_np=slots,
+                num_computed_tokens_np=self.totals[i] - self.sampled[i] - 1, num_scheduled_tokens=scheduled[i],
+                prefill_len_np=prefill,
+            )
+            for i in range(steps)
+        ]  # fmt: skip
+        self.copies.rehearse()
+
+    @property
+    def version(self) -> int:
+        """Of the draft, which is another one every few steps."""
+        return 1 + self.now // EACH_VERSION
+
+    def advance(self) -> None:
+        """Into the next step, as far as the draft's proposals."""
+        self.now += 1
+        self._total.copy_(self._totals[self.now])
+        self.drafts.copy_(self._drafted)
+
+    def copy(self) -> None:
+        """What copies add to a step."""
+        now = self.now
+        judged = self._sampled[now], self._rejected[now]
+        self.copies.replace(self._batches[now], *judged, self.drafts, self.positions, self.version, ALL)
+        self.counts = self.copies.fetch() or self.counts
+
+    def settle(self) -> None:
+        """See to it that a fetch under way is done, and take it."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+            self.counts = self.copies.fetch() or self.counts
+
+
+class Model:
+    """The tables as dictionaries: what each entry may hold. Of several words that one launch writes, any may stay.
+
+    Args:
+        decoding: whose steps :meth:`learn` and :meth:`copy` follow.
+    """
+
+    def __init__(self, decoding: Decoding) -> None:
+        self._decoding = decoding
+        self._own: dict[int, set[int]] = {}
+        self._others: dict[int, set[int]] = {}
+        self._masks = OWN_ENTRIES - 1, answers_entries(ANSWERS) - 1
+        self._known = [0] * len(decoding.texts)
+
+    def learn(self) -> None:
+        """What the step's tokens leave."""
+        decoding, (own_mask, others_mask) = self._decoding, self._masks
+        own: defaultdict[int, set[int]] = defaultdict(set)
+        others: defaultdict[int, set[int]] = defaultdict(set)
+        for row in np.flatnonzero(decoding.sampled[decoding.now]).tolist():
+            text, salt = decoding.texts[row], decoding.salts[row]
+            at = np.arange(self._known[row], decoding.totals[decoding.now, row])
+            contexts = _contexts(text, at)
+            for i, order in enumerate(ORDERS):
+                _note(own, *_entry(contexts[:, i], salt, own_mask), text[at], at >= order)
+                _note(others, *_entry(contexts[:, i], 0, others_mask), text[at], at >= decoding.prompt + order)
+            self._known[row] += len(at)
+        self._own.update(own)
+        self._others.update(others)
+
+    def copy(self, row: int) -> tuple[list[int], bool]:
+        """What must be proposed first, and whether what comes behind it depends on which word of several stayed."""
+        decoding, (own_mask, others_mask) = self._decoding, self._masks
+        if not decoding.sampled[decoding.now, row]:
+            return [], False
+        total, salt = decoding.totals[decoding.now, row], decoding.salts[row]
+        text = decoding.texts[row, total - max(ORDERS) : total].tolist()
+        copied: list[int] = []
+        while len(copied) < decoding.positions:
+            contexts = _contexts(np.array(text), np.array([len(text)]))
+            may = {NOTHING}
+            for i in range(len(ORDERS)):
+                may = _look_up(self._others, *_entry(contexts[:, i], 0, others_mask), may)
+                may = _look_up(self._own, *_entry(contexts[:, i], salt, own_mask), may)
+            token = may.pop()
+            if may or token == NOTHING:
+                return copied, bool(may)
+            copied.append(token)
+            text.append(token)
+        return copied, False
+
+
+def copies_agree(device: str, requests: int, prompt: int, positions: int, steps: int) -> dict[str, Any]:
+    """Whether each proposal is the model's, and what is counted what happened; no step may synchronise.
+
+    Args:
+        steps: a multiple of FETCH_EVERY, so that the last fetch has all counts.
+    """
+    decoding = Decoding(device, requests, prompt, positions, steps)
+    model, drafted = Model(decoding), list(range(DRAFT, DRAFT + positions))
+    wrong = compared = copied = 0
+    for _ in range(steps):
+        with _no_synchronisation(device):
+            decoding.advance()
+            decoding.copy()
+        model.learn()
+        for row, proposal in enumerate(decoding.drafts.tolist()):
+            tokens, undecided = model.copy(row)
+            expected = tokens if undecided else tokens + drafted[len(tokens) :]
+            wrong += proposal[: len(expected)] != expected
+            compared += len(expected)
+            copied += len(tokens)
+    decoding.settle()
+    layout, counts = CountsLayout(positions), np.array(decoding.counts)
+    seen = counts[: layout.compared].sum()
+    verdicts = (
+        counts[layout.verdicts : layout.versions].reshape(ORIGINS, positions + 1, positions + 1).sum(0)[positions]
+    )
+    accepted = np.bincount(decoding.sampled[decoding.judged] - 1, minlength=positions + 1)
+    return {
+        "proposals": steps * requests,
+        "wrong_proposals": wrong,
+        "compared_tokens": compared,
+        "copied_tokens": copied,
+        "wrong_counts": int(abs(seen - np.count_nonzero(decoding.sampled)) + np.abs(verdicts - accepted).sum()),
+        "versions": sorted(counts[layout.versions :].tolist()),
+    }
+
+
+def copies_cost(
+    device: str,
+    batches: Sequence[int],
+    positions: Sequence[int] = (3, 8),
+    prompt: int = 2000,
+    steps: int = 50,
+    pinned: bool = False,
+) -> dict[str, Any]:
+    """Microseconds that DeviceCopies.replace and fetch add to a step, by requests in it and tokens of a proposal.
+
+    "first" is the step that learns the prompts. With ``pinned`` the GPU reads texts from host memory, where vLLM has
+    them unless it is told otherwise; the view of it is made by what makes tensors over IPC memory, not by vLLM's
+    ``get_accelerator_view_from_cpu_tensor``. A "cpu" has but one memory.
+    """
+    found: dict[str, Any] = {}
+    for batch in batches:
+        found[str(batch)] = {}
+        for most in positions:
+            decoding = Decoding(device, batch, prompt, most, 1 + WARM + steps, pinned=pinned)
+            taken = []
+            for _ in range(1 + WARM + steps):
+                decoding.advance()
+                taken.append(elapsed_us(device, decoding.copy))
+            host_us, device_us = zip(*taken[1 + WARM :], strict=True)
+            found[str(batch)][str(most)] = {
+                "host_us": percentile(host_us, 0.5),
+                "device_us": percentile(device_us, 0.5),
+                "host_p99_us": percentile(host_us, 0.99),
+                "device_p99_us": percentile(device_us, 0.99),
+                "first_host_us": taken[0][0],
+                "first_device_us": taken[0][1],
+            }
+    return found
+
+
+def copies_wait(device: str, batch: int = 32, positions: int = 8, prompt: int = 2000) -> dict[str, Any]:
+    """Whether the host waits in a few steps: a request comes in the first of them, and counts are fetched.
+
+    As many steps go before, with requests that come and a fetch: they load kernels and allocate pinned memory, for
+    which the host may wait.
+    """
+    from aurora_vllm.spec_decode.device_copies import FETCH_EVERY
+
+    before = FETCH_EVERY + 2
+    decoding = Decoding(device, batch, prompt, positions, 2 * before, [0] * (batch - 2) + [1, before])
+
+    def steps() -> None:
+        with _no_synchronisation(device):
+            for _ in range(before):
+                decoding.advance()
+                decoding.copy()
+
+    steps()
+    decoding.settle()
+    decoding.counts = None
+    waits = host_waits(device, steps)
+    decoding.settle()
+    return {"host_waits": waits, "counts_arrive": decoding.counts is not None}
+
+
+def _texts(requests: int, length: int) -> np.ndarray:
+    """What follows a few tokens depends on more of them, and most was said before. int64 [R, length or more]"""
+    random = np.random.default_rng(0)
+    words = random.integers(TOKENS, size=(WORDS, WORD_TOKENS))
+    phrases = words[random.integers(WORDS, size=(PHRASES, PHRASE_WORDS))].reshape(PHRASES, -1)
+    return phrases[random.integers(PHRASES, size=(requests, -(-length // phrases.shape[1])))].reshape(requests, -1)
+
+
+def _rows(array: np.ndarray, device: str) -> list[torch.Tensor]:
+    return [torch.from_numpy(row.astype(np.int32)).to(device) for row in array]
+
+
+@contextlib.contextmanager
+def _no_synchronisation(device: str) -> Iterator[None]:
+    """Torch raises where it would have the host wait for the device."""
+    if device == "cpu":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+# The kernels' hash (copy_kernels._mix, _entry) once more, for arrays: which contexts meet in an entry is up to it.
+
+
+def _contexts(text: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Hashes of the contexts before some places of a text. at: int64 [n] -> int64 [n, orders]"""
+    back = np.arange(1, max(ORDERS) + 1)
+    before = np.where(at[:, None] >= back, text[at[:, None] - back], 0)
+    x = (before + (back << 32)) * 0x2545F4914F6CDD1D
+    x ^= x >> 29
+    return np.cumsum(x * 0x369DEA0F31A53F85, axis=1)[:, np.array(ORDERS) - 1]
+
+
+def _entry(contexts: np.ndarray, salt: int, mask: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where words of these contexts lie, and their checks. int64 [n] each"""
+    x = contexts ^ (np.array([salt]) * 0x1CE4E5B9BF58476D)
+    x ^= x >> 32
+    x *= 0x2545F4914F6CDD1D
+    x ^= x >> 30
+    return x & mask, ((x >> 33) & 0x3FFFFFFF) | 0x40000000
+
+
+def _note(
+    table: defaultdict[int, set[int]], places: np.ndarray, checks: np.ndarray, tokens: np.ndarray, which: np.ndarray
+) -> None:
+    words = checks << 32 | tokens
+    for place, word in zip(places[which].tolist(), words[which].tolist(), strict=True):
+        table[place].add(word)
+
+
+def _look_up(table: dict[int, set[int]], place: np.ndarray, check: np.ndarray, before: set[int]) -> set[int]:
+    """The tokens that may be found here, or else before. place, check: int64 [1]"""
+    words = table.get(int(place[0]), {0})
+    found = {word & 0x7FFFFFFF if word >> 32 == check[0] else NOTHING for word in words}
+    return found if NOTHING not in found else before | (found - {NOTHING})
