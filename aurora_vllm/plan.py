@@ -248,6 +248,8 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
     most, copied = plan.config.num_speculative_tokens, plan.copied_tokens
     if given.get("draft_sample_method", "greedy") != "greedy":
         copied = 0  # spec_decode/scheduler.py says why
+    if getattr(args, "enable_lora", False):
+        copied = min(copied, most)  # vLLM then wants room in a step for as many tokens of every request
     args.speculative_config = given | {
         "method": "eagle3",
         "model": str(plan.draft.directory),

@@ -72,7 +72,7 @@ class Decoding:
             tokens = flat.view(torch.int32).view(self._pinned.shape)
         self._total = torch.full((requests,), prompt, dtype=torch.int32, device=device)
         states = SimpleNamespace(
-            max_num_reqs=requests, all_token_ids=SimpleNamespace(gpu=tokens.to(device)),
+            max_num_reqs=requests, vocab_size=2 * TOKENS, all_token_ids=SimpleNamespace(gpu=tokens.to(device)),
             total_len=SimpleNamespace(gpu=self._total), prompt_len=SimpleNamespace(np=np.full(requests, prompt)),
         )  # fmt: skip
         self.copies = DeviceCopies(states, positions, ANSWERS, torch.device(device))

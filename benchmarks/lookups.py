@@ -88,8 +88,8 @@ class OnDevice:
         self._total = torch.zeros(1, dtype=torch.int32, device=device)
         self._prompt = np.zeros(1, dtype=np.int32)
         states = SimpleNamespace(
-            max_num_reqs=1, all_token_ids=SimpleNamespace(gpu=self._text), total_len=SimpleNamespace(gpu=self._total),
-            prompt_len=SimpleNamespace(np=self._prompt),
+            max_num_reqs=1, vocab_size=1 << 20, all_token_ids=SimpleNamespace(gpu=self._text),
+            total_len=SimpleNamespace(gpu=self._total), prompt_len=SimpleNamespace(np=self._prompt),
         )  # fmt: skip
         self._copies = DeviceCopies(states, length, AuroraConfig().prompt_lookup_answers, device)
         self._length, self._device, self._requests = length, device, 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 WINDOW = 600.0  # verified drafts remembered: the newest say most about the traffic of now
@@ -12,8 +12,12 @@ WEIGHT_OF_OLDER_VERSION = 0.25
 WEIGHT_AFTER_A_REST = 0.5
 
 
+# How often of so many verified tokens so many were accepted.
+Verdicts = Mapping[tuple[int, int], int]
+
+
 def faded_sum(total: float, item: float, count: int, memory: float) -> float:
-    """A sum whose older items count for less, after ``count`` more items that are alike.
+    """A sum whose older items count for less, after ``count`` more items of this value each, or on average.
 
     Args:
         memory: items after which one has lost 1 - 1/e of its weight.
@@ -37,11 +41,19 @@ class Acceptance:
     def __post_init__(self) -> None:
         self.trials, self.hits = [0.0] * self.positions, [0.0] * self.positions
 
-    def observe(self, num_drafts: int, num_accepted: int, count: int = 1) -> None:
-        """One request's verdict in one step, or ``count`` of them that are alike."""
-        for i in range(min(num_drafts, num_accepted + 1, self.positions)):
-            self.trials[i] = faded_sum(self.trials[i], 1.0, count, WINDOW)
-            self.hits[i] = faded_sum(self.hits[i], float(num_accepted > i), count, WINDOW)
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """One request's verdict in one step."""
+        self.take({(num_drafts, num_accepted): 1})
+
+    def take(self, verdicts: Verdicts) -> None:
+        """Verdicts whose order is not known: all are of the same age."""
+        for i in range(self.positions):
+            trials = sum(count for (drafts, right), count in verdicts.items() if drafts > i and right >= i)
+            if not trials:
+                continue
+            hits = sum(count for (drafts, right), count in verdicts.items() if drafts > i and right > i)
+            self.trials[i] = faded_sum(self.trials[i], 1.0, trials, WINDOW)
+            self.hits[i] = faded_sum(self.hits[i], hits / trials, trials, WINDOW)
 
     def fade(self, weight: float) -> None:
         """What was counted so far says less now."""
@@ -93,9 +105,13 @@ class AcceptanceEstimate:
         self._live = Acceptance(self.positions)
         self._shadow = [self.prior] * self.positions
 
-    def observe(self, num_drafts: int, num_accepted: int, count: int = 1) -> None:
-        """One verified request of one step, or ``count`` that are alike."""
-        self._live.observe(num_drafts, num_accepted, count)
+    def observe(self, num_drafts: int, num_accepted: int) -> None:
+        """One verified request of one step."""
+        self._live.observe(num_drafts, num_accepted)
+
+    def take(self, verdicts: Verdicts) -> None:
+        """Some, whose order is not known."""
+        self._live.take(verdicts)
 
     def forget(self) -> None:
         """Time went by without a verdict: more and more it is the shadow that counts."""

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from aurora_vllm.control.acceptance import Verdicts
 from aurora_vllm.control.copying import Copies
 
 ORDERS = (2, 3, 5, 8)  # tokens of context that a copy may rest on
@@ -59,15 +62,17 @@ class CountsLayout:
         return self.versions + 2
 
 
-class Verdict(Protocol):
-    """Takes in that ``count`` times, of ``num_drafts`` tokens proposed by a version of the draft, or copied (None),
-    ``num_accepted`` were accepted."""
+class TakeVerdicts(Protocol):
+    """Takes in verdicts on what a version of the draft proposed, or on what was copied (None)."""
 
-    def __call__(self, version: int | None, num_drafts: int, num_accepted: int, count: int) -> None: ...
+    def __call__(self, version: int | None, verdicts: Verdicts) -> None: ...
 
 
 class CountsReader:
-    """Turns sums into what was added since the last look.
+    """Turns sums into what was added since the last look: the work of a few steps, in an order that is not known.
+
+    Nothing may depend on how it is gone through here: of large batches it is thousands of verdicts, and in ascending
+    order all that failed would come first.
 
     Args:
         positions: of the proposals.
@@ -75,32 +80,34 @@ class CountsReader:
 
     def __init__(self, positions: int) -> None:
         self._layout = CountsLayout(positions)
-        self._before = [0] * self._layout.versions
+        self._before = np.zeros(self._layout.versions, dtype=np.int64)
 
-    def read(self, sums: Sequence[int], copies: Copies, verdict: Verdict) -> None:
-        """Take in the work of a few steps; in what order it was done is not known.
+    def read(self, sums: Sequence[int], copies: Copies, take_verdicts: TakeVerdicts) -> None:
+        """Take it in.
 
         Args:
             sums: int [layout.size], or more.
             copies: what is known of copies; fed with what was seen, compared and simulated.
-            verdict: called for each outcome.
+            take_verdicts: called once for each version with verdicts, and once for copies.
         """
         layout, width = self._layout, self._layout.positions + 1
-        versions = (*sums[layout.versions : layout.size], None)
-        for at, (now, before) in enumerate(zip(sums, self._before, strict=False)):
-            count = now - before
-            if not count:
-                continue
-            if at < layout.compared:
-                copies.seen(at, count)
-            elif at < layout.simulated:
-                kind, right = divmod(at - layout.compared, 4)
-                copies.compare(kind, right >= 2, right % 2 == 1, count)
-            elif at < layout.verdicts:
-                kind, right = divmod(at - layout.simulated, width)
-                copies.simulate(kind, layout.positions, right, count)
-            else:
-                rest, accepted = divmod(at - layout.verdicts, width)
-                origin, verified = divmod(rest, width)
-                verdict(versions[origin], verified, accepted, count)
-        self._before = list(sums[: layout.versions])
+        now = np.array(sums[: layout.size])
+        added, self._before = now[: layout.versions] - self._before, now[: layout.versions]
+        outcomes = added[layout.compared : layout.simulated].reshape(KINDS, 2, 2)  # copy right, draft right
+        gains = zip((outcomes[:, 1, 0] - outcomes[:, 0, 1]).tolist(), outcomes.sum((1, 2)).tolist(), strict=True)
+        right = added[layout.simulated : layout.verdicts].reshape(KINDS, width)
+        copies.take(
+            added[: layout.compared].tolist(),
+            {kind: (gain, count) for kind, (gain, count) in enumerate(gains) if count},
+            {kind: _verdicts(right[kind], layout.positions) for kind in np.flatnonzero(right.sum(1)).tolist()},
+        )
+        verdicts = added[layout.verdicts :].reshape(ORIGINS, width, width)
+        for version, table in zip((*now[layout.versions :].tolist(), None), verdicts, strict=True):
+            if table.any():
+                take_verdicts(version, _verdicts(table))
+
+
+def _verdicts(counts: np.ndarray, verified: int | None = None) -> Verdicts:
+    """counts: int64 [tokens verified, tokens accepted], or [tokens accepted] where all verified so many."""
+    found = ((tuple(at), int(counts[tuple(at)])) for at in np.argwhere(counts).tolist())
+    return {(at[0], at[1]) if verified is None else (verified, at[0]): count for at, count in found}

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aurora_vllm.control.acceptance import AcceptanceEstimate
+from aurora_vllm.control.balance import Balance
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.control.step_costs import StepCosts, batch_bucket
 
@@ -28,6 +29,7 @@ HOPEFUL = 0.95  # of the rate without drafting; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
 WORTHWHILE = 1.03  # of plain decoding's rate, that copying alone must promise: below it is a gamble for nothing
+STRIDE = 3  # times the longest proposal there was: as long may the next one be
 PLAN_EVERY = 8  # steps a decision stands: what it rests on moves slowly, and deciding takes 0.1 to 0.2 ms
 
 _Offer = tuple[float, bool, list[float]]  # how often, whether it is a copy, chance that its tokens 0..i are right
@@ -67,6 +69,7 @@ class _Plan:
 @dataclass
 class _BucketState:
     choice: tuple[int, int] = (0, 0)  # tokens drafted, and proposed
+    longest: int = 0  # proposal there was
     gain: float = 1.0
     since_plain: int = 0
     since_drafts: int = 0
@@ -97,6 +100,7 @@ class DraftLengthController:
     lengths: tuple[int, ...] = ()
     wants_verdicts: bool = False  # probe even a draft that seems hopeless: somebody has to know
     costs: StepCosts = field(init=False)
+    _balance: Balance = field(default_factory=Balance)
     acceptance: AcceptanceEstimate = field(init=False)
     _buckets: dict[int, _BucketState] = field(default_factory=dict)
     _last: tuple[int, Decision] = field(init=False)
@@ -135,6 +139,8 @@ class DraftLengthController:
     def saved(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
         """Seconds by which a step that is over was better than plain decoding; negative where it was worse.
 
+        Call once for each step: where they go on losing, what was expected of them is doubted.
+
         An accepted token is worth its part of a plain step of decoding, whatever else was in this step: it spares a
         later one. What proposing and verifying cost comes off.
 
@@ -147,7 +153,14 @@ class DraftLengthController:
         if not self.costs.known(bucket):
             return 0.0
         plain = self.costs.predict(bucket)
-        return plain * accepted / batch_size - (self.costs.predict(bucket, drafted, verified) - plain)
+        saved = plain * accepted / batch_size - (self.costs.predict(bucket, drafted, verified) - plain)
+        if self.copies is not None and self.lengths and verified and self._balance.loses(saved / plain):
+            self.copies.doubt()
+            if drafted:
+                self.acceptance.forget()
+            for state in self._buckets.values():
+                state.stands = None
+        return saved
 
     def _decide(self, bucket: int) -> Decision:
         if self.mode == "never":
@@ -178,6 +191,7 @@ class DraftLengthController:
         margin = 0.0 if now.drafted and not best.drafted else KEEP_MARGIN  # to stop drafting is no risk
         chosen = best if best.gain > now.gain * (1.0 + margin) else now
         state.choice = chosen.drafted, chosen.proposed
+        state.longest = max(state.longest, chosen.proposed)
         state.gain = max(chosen.gain, 1.0)
         self._maybe_probe(state, chosen, plans)
         state.stands, state.stands_for = self._in_words(bucket, chosen, plans), PLAN_EVERY - 1
@@ -191,8 +205,15 @@ class DraftLengthController:
     def _plans(self, bucket: int) -> list[_Plan]:
         """All there is to choose from, plain decoding first; or copies alone where they are cut one by one."""
         price, copies, drafts = self._price(bucket), self._offers(drafting=False), self._offers(drafting=True)
-        alone = [self._plan(bucket, 0, k, copies, price) for k in (0, *(self.lengths if self._uniform else ()))]
-        return alone + [self._plan(bucket, k, k, drafts, price) for k in range(1, self.max_draft_length + 1)]
+        plans, most = [self._plan(bucket, 0, 0, copies, price)], self.max_draft_length
+        longest = self._buckets[bucket].longest if bucket in self._buckets else 0
+        for before, k in itertools.pairwise((0, *self.lengths) if self._uniform else ()):
+            # What a longer proposal costs at this batch size is found out step by step, unless shorter ones do not pay.
+            if before and k > STRIDE * longest and max(plan.gain for plan in plans) > 1.0:
+                most = min(most, before)
+                break
+            plans.append(self._plan(bucket, 0, k, copies, price))
+        return plans + [self._plan(bucket, k, k, drafts, price) for k in range(1, most + 1)]
 
     def _offers(self, drafting: bool) -> list[_Offer]:
         """What there is to propose."""

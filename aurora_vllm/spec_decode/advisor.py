@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from aurora_vllm.control.acceptance import Verdicts
 from aurora_vllm.control.profit import Decision, DraftLengthController
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
@@ -66,7 +67,7 @@ class DraftLengthAdvisor:
         self._cached_prompts: CachedPrompts | None = None
         if kv_cache_manager is not None and config.speculate != "never":
             self._cached_prompts = CachedPrompts(self._control.worker, kv_cache_manager)
-        self._evidence = CopyEvidence(self._control, most_verified, self._take_verdict) if lengths else None
+        self._evidence = CopyEvidence(self._control, most_verified, self._take_verdicts) if lengths else None
         self._controller = DraftLengthController(
             max_draft_length=max_draft_length,
             mode=config.speculate,
@@ -81,6 +82,7 @@ class DraftLengthAdvisor:
         self._learner_share = LearnerShare(config, self._control)
         self._rollback_watch = RollbackWatch(self._control, max_draft_length, config.rollback_confidence)
         self._max_draft_length = max_draft_length
+        self._budget, self._lengths = budget, lengths
         self._version = 0
         self._proposed_by = 0
         self._started: deque[_Step] = deque()  # those in flight; two where steps overlap
@@ -100,9 +102,18 @@ class DraftLengthAdvisor:
         """K for the step being scheduled, drafted or copied; 0 if choosing fails, or no request takes drafts."""
         if not self._choosing.run(lambda: self._decide(batch_size)) or self._proposals.for_nobody:
             return 0
+        proposed = self._fitting(self._last.proposed, batch_size)
         if self._started:
-            self._started[-1].drafted = self._last.draft_length
-        return self._last.proposed
+            self._started[-1].drafted = min(self._last.draft_length, proposed)
+        return proposed
+
+    def _fitting(self, proposed: int, batch_size: int) -> int:
+        """Where proposals cannot be cut one by one: as many tokens as leave half a step to those who wait. vLLM fills a
+        step in the order of requests, so the last ones would not run until the first have ended."""
+        if not self._lengths or not self._budget:
+            return proposed
+        room = self._budget // (2 * batch_size) - 1
+        return proposed if proposed <= room else max((n for n in self._lengths if n <= room), default=0)
 
     def step_ends(self, scheduler_output: Any, sampled: list[list[int]]) -> None:
         """A step's results are in.
@@ -142,7 +153,7 @@ class DraftLengthAdvisor:
         if self._evidence is not None and self._evidence.copies is not None:
             return  # the worker says the same, and who proposed
         version = None if self._proposals.copied(request_id) else self._proposed_by
-        self._counting.run(lambda: self._take_verdict(version, num_drafts, num_accepted))
+        self._take_verdicts(version, {(num_drafts, num_accepted): 1})
 
     def _learner_works(self) -> bool:
         """Whether the learner is in a burst of work; one that was killed in a burst still says so."""
@@ -202,19 +213,23 @@ class DraftLengthAdvisor:
             self._controller.costs.observe(len(counts), drafted, verified, seconds)
         self._learner_share.decoded(len(counts), verified, seconds, beside_learner)
 
-    def _take_verdict(self, version: int | None, num_drafts: int, num_accepted: int, count: int = 1) -> None:
-        """``count`` times, of so many tokens proposed by a version of the draft, or copied (None), so many were
-        accepted."""
+    def _take_verdicts(self, version: int | None, verdicts: Verdicts) -> None:
+        """What became of proposals by a version of the draft, or of copies (None)."""
+        self._counting.run(lambda: self._count(version, verdicts))
+        if version is not None:
+            self._rollback_watch.take(version, verdicts)
+            self._controller.wants_verdicts = self._rollback_watch.wants_verdicts
+
+    def _count(self, version: int | None, verdicts: Verdicts) -> None:
+        count = sum(verdicts.values())
+        tokens, accepted = (sum(pair[i] * n for pair, n in verdicts.items()) for i in (0, 1))
         scheduler = self._control.scheduler
         if version is None:  # says nothing of any version
             scheduler.copied_drafts += count
-            scheduler.copied_tokens += count * num_drafts
-            scheduler.copied_accepted += count * num_accepted
+            scheduler.copied_tokens += tokens
+            scheduler.copied_accepted += accepted
             return
         if version == self._control.worker.live_version:
-            self._controller.acceptance.observe(num_drafts, num_accepted, count)
-        per_position = [count * (num_accepted > i) for i in range(self._max_draft_length)]
-        scheduler.record(version, count, count * num_drafts, count * num_accepted, per_position)
-        for _ in range(count):
-            self._rollback_watch.verified(version, num_drafts, num_accepted)
-        self._controller.wants_verdicts = self._rollback_watch.wants_verdicts
+            self._controller.acceptance.take(verdicts)
+        per_position = [sum(n for (_, a), n in verdicts.items() if a > i) for i in range(self._max_draft_length)]
+        scheduler.record(version, count, tokens, accepted, per_position)

@@ -18,10 +18,15 @@ def may_learn(params: Any) -> bool:
     return str(wish).lower() not in ("false", "0", "no")
 
 
-def note_salt(request: Any) -> None:
-    """Where a vLLM Request has a ``cache_salt``, say so in its SamplingParams, which the worker is given."""
+def note_salt(request: Any, before: Any = None) -> None:
+    """Where a vLLM Request has a ``cache_salt``, say so in its SamplingParams, which the worker is given.
+
+    Args:
+        request: that comes.
+        before: of the same id, where it goes on with one (streaming input): its salt is the session's.
+    """
     params = getattr(request, "sampling_params", None)
-    if params is not None and getattr(request, "cache_salt", None):
+    if params is not None and any(getattr(one, "cache_salt", None) for one in (request, before)):
         params.extra_args = {**(params.extra_args or {}), _PRIVATE_KEY: True}
 
 

@@ -6,9 +6,11 @@ taken from the counts, which know it, and come a few steps late.
 
 from __future__ import annotations
 
-from aurora_vllm.control.copy_counts import KINDS, CountsReader, Verdict
+from aurora_vllm.control.copy_counts import KINDS, CountsReader, TakeVerdicts
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.transport.control import ControlBlock
+
+ROWS = 250.0  # proposals after which how often there was a copy counts half: here those without one cost, too
 
 
 class CopyEvidence:
@@ -17,13 +19,13 @@ class CopyEvidence:
     Args:
         control: read from its ``worker`` part; its ``scheduler`` part is written.
         positions: of the proposals.
-        verdict: takes in what became of what was proposed.
+        take_verdicts: what became of what was proposed.
     """
 
-    def __init__(self, control: ControlBlock, positions: int, verdict: Verdict) -> None:
-        self._control, self._verdict = control, verdict
+    def __init__(self, control: ControlBlock, positions: int, take_verdicts: TakeVerdicts) -> None:
+        self._control, self._take_verdicts = control, take_verdicts
         self._reader = CountsReader(positions)
-        self._copies = Copies(positions, KINDS)
+        self._copies = Copies(positions, KINDS, ROWS)
         self._taken = 0
         self._on = False
         self._say_preferred()
@@ -41,7 +43,7 @@ class CopyEvidence:
             self._control.scheduler.copying = "on" if on else "failed in the worker: its log says how"
         if (taken := worker.copy_counts_taken) != self._taken:
             self._taken = taken
-            self._reader.read(worker.copy_counts, self._copies, self._verdict)
+            self._reader.read(worker.copy_counts, self._copies, self._take_verdicts)
             self._say_preferred()
 
     def _say_preferred(self) -> None:

@@ -74,6 +74,7 @@ def learn_kernel(
     NUM_ORDERS: tl.constexpr,
     OWN_MASK: tl.constexpr,
     OTHERS_MASK: tl.constexpr,
+    VOCABULARY: tl.constexpr,
 ):
     """Grid [R, blocks]: put what each request gained since it was last looked at into the tables."""
     row = tl.program_id(0)
@@ -89,6 +90,7 @@ def learn_kernel(
     position = tl.load(request + LEARNED) + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = position < total
     token = tl.load(text + position, mask=there, other=0).to(tl.int64)
+    there = there & (token >= 0) & (token < VOCABULARY)  # what stands for an image may be no token
     mixed = tl.zeros([BLOCK], tl.int64)
     for i in tl.static_range(NUM_ORDERS):
         for back in tl.static_range(ORDERS[i] + 1, ORDERS[i + 1] + 1):

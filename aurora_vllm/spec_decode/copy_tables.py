@@ -5,7 +5,7 @@ from __future__ import annotations
 from aurora_vllm.control.copy_counts import ORDERS
 
 MOST_TOKENS = 8  # of a copied proposal
-OWN_ENTRIES = 1 << 20  # of 8 bytes: the own text of all running requests, an entry for each token and order
+OWN_ENTRIES = 1 << 21  # of 8 bytes: the own text of all running requests, an entry for each token and order
 REQUEST_BYTES = 256  # at least what is kept of a request and of its counts
 
 

@@ -113,7 +113,8 @@ class DeviceCopies:
         text = (states.all_token_ids.gpu, states.all_token_ids.gpu.stride(0), batch.idx_mapping, states.total_len.gpu)
         tables = (self._requests, self._own, self._others)
         blocks = -(-newest // kernels.BLOCK.value)
-        kernels.learn_kernel[(rows, blocks)](*text, num_sampled, *tables, **self._lookup)
+        vocabulary = int(states.vocab_size)
+        kernels.learn_kernel[(rows, blocks)](*text, num_sampled, *tables, VOCABULARY=vocabulary, **self._lookup)
         kernels.propose_kernel[(rows,)](
             *text,
             num_sampled,

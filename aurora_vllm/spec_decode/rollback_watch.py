@@ -5,11 +5,15 @@ The test itself is :mod:`aurora_vllm.control.rollout`.
 
 from __future__ import annotations
 
+import random
+
+from aurora_vllm.control.acceptance import Verdicts
 from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.transport.control import ControlBlock
 
 ACCOUNT_EVERY = 20  # verified drafts between two accounts of a probation
+MOST_AT_ONCE = 64  # about 1 ms
 
 
 class RollbackWatch:
@@ -26,6 +30,7 @@ class RollbackWatch:
         self._rollout = Rollout(max_draft_length, confidence)
         self._breaker = CircuitBreaker("watching a new version")
         self._accounted: tuple[int, str] = (0, "")
+        self._random = random.Random(0)
 
     @property
     def wants_verdicts(self) -> bool:
@@ -35,6 +40,13 @@ class RollbackWatch:
     def verified(self, version: int, num_drafts: int, num_accepted: int) -> None:
         """Of ``num_drafts`` tokens that a version proposed for one request, the target accepted ``num_accepted``."""
         self._breaker.run(lambda: self._judge(version, num_drafts, num_accepted))
+
+    def take(self, version: int, verdicts: Verdicts) -> None:
+        """Verdicts whose order is not known. Some of them, drawn at random: the test looks at one after the other, and
+        a few hundred decide it."""
+        each = [verdict for verdict, count in verdicts.items() for _ in range(count)]
+        for num_drafts, num_accepted in self._random.sample(each, min(len(each), MOST_AT_ONCE)):
+            self.verified(version, num_drafts, num_accepted)
 
     def _judge(self, version: int, num_drafts: int, num_accepted: int) -> None:
         rollout, scheduler = self._rollout, self._control.scheduler

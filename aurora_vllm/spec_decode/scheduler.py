@@ -97,7 +97,7 @@ class AuroraScheduler(Scheduler):
         self._withdrawal = Withdrawal()
 
     def add_request(self, request: Any) -> None:
-        note_salt(request)
+        note_salt(request, self.requests.get(getattr(request, "request_id", None)))
         super().add_request(request)
         self._withdrawal.arrived(request)
 

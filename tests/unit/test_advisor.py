@@ -13,6 +13,7 @@ from aurora_vllm.control.profit import Decision
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.spec_decode import advisor as advisor_module
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.consent import is_private
 from aurora_vllm.spec_decode.rollback_watch import ACCOUNT_EVERY
 from aurora_vllm.spec_decode.scheduler import AsyncAuroraScheduler, AuroraScheduler, advise
 from tests.unit.tiny_world import World, session
@@ -305,9 +306,13 @@ def test_the_scheduler_tells_its_adviser_in_time(
     names = ("step_starts", "step_ends", "drafts_arrived", "verified")
     scheduler._advisor = SimpleNamespace(**{name: noting(name) for name in names})
     scheduler._withdrawal = SimpleNamespace(arrived=noting("arrived"), withdraw=noting("withdraw"))
-    scheduler.requests = {}
+    scheduler.requests = {"a": SimpleNamespace(cache_salt="mine")}
     scheduler.add_request("r")
     assert told == [("add_request",), ("arrived", "r")]
+    more = SimpleNamespace(request_id="a", cache_salt=None, sampling_params=SimpleNamespace(extra_args=None))
+    scheduler.add_request(more)  # input that goes on
+    assert is_private(more.sampling_params)
+    scheduler.requests = {}
     told.clear()
     scheduler.schedule()
     assert told == [("step_starts",), *([("withdraw", {})] if passes_drafts else []), ("schedule",)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -22,17 +23,16 @@ class Noted:
     def __init__(self) -> None:
         self.told: Counter[tuple[Any, ...]] = Counter()
 
-    def seen(self, kind: int, count: int) -> None:
-        self.told["seen", kind] += count
+    def take(self, seen: list[int], compared: Any, simulated: Any) -> None:
+        self.told.update({("seen", kind): count for kind, count in enumerate(seen) if count})
+        for kind, (gain, count) in compared.items():
+            self.told["compared", kind] += count
+            self.told["gained", kind] += gain
+        for kind, those in simulated.items():
+            self.told.update({("simulated", kind, *pair): count for pair, count in those.items()})
 
-    def compare(self, kind: int, copy: bool, draft: bool, count: int) -> None:
-        self.told["compared", kind, copy, draft] += count
-
-    def simulate(self, kind: int, drafts: int, accepted: int, count: int) -> None:
-        self.told["simulated", kind, drafts, accepted] += count
-
-    def verdict(self, version: int | None, drafts: int, accepted: int, count: int) -> None:
-        self.told["verdict", version, drafts, accepted] += count
+    def verdicts(self, version: int | None, those: Any) -> None:
+        self.told.update({("verdict", version, *pair): count for pair, count in those.items()})
 
 
 KIND, TOKENS = st.integers(0, KINDS - 1), st.integers(0, POSITIONS)
@@ -66,8 +66,10 @@ def test_each_look_takes_in_what_was_added(looks: list[list[Any]]) -> None:
         for event in events:
             sums[place(event)] += 1
             who = (versions[event[1]],) if event[0] == "verdict" else (event[1],)
-            expected[event[0], *who, *event[2:]] += 1
-        reader.read(sums, noted, noted.verdict)  # type: ignore[arg-type]
+            expected[event[0], *who, *(() if event[0] == "compared" else event[2:])] += 1
+            if event[0] == "compared":
+                expected["gained", event[1]] += event[2] - event[3]
+        reader.read(sums, noted, noted.verdicts)  # type: ignore[arg-type]
         assert noted.told == expected
 
 
@@ -84,7 +86,7 @@ def test_verdicts_that_are_alike_may_come_together(verdicts: list[tuple[int, int
     one, together = Acceptance(POSITIONS), Acceptance(POSITIONS)
     for drafts, accepted, count in verdicts:
         accepted = min(accepted, drafts)
-        together.observe(drafts, accepted, count)
+        together.take({(drafts, accepted): count})
         for _ in range(count):
             one.observe(drafts, accepted)
     assert together.trials == pytest.approx(one.trials) and together.hits == pytest.approx(one.hits)
@@ -92,6 +94,33 @@ def test_verdicts_that_are_alike_may_come_together(verdicts: list[tuple[int, int
 
 def test_what_is_known_of_copies_does_not_grow_for_ever() -> None:
     copies = Copies(POSITIONS, KINDS)
-    copies.seen(3, 1_000_000)
-    copies.seen(0, 1000)
+    copies.take([0, 0, 0, 1_000_000, *[0] * (KINDS - 4)], {}, {})
+    copies.take([1000, *[0] * (KINDS - 1)], {}, {})
     assert dict(copies.shares())[0] > 0.2  # what is new counts
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64, 256])
+def test_many_verdicts_at_once_say_what_few_do(batch: int) -> None:
+    """A fetch of a large batch holds more than estimators remember: by outcome, all that failed would come first."""
+    rng, layout, copies, drafts = random.Random(0), CountsLayout(POSITIONS), Copies(POSITIONS, KINDS), []
+    reader, sums, estimate = CountsReader(POSITIONS), [0] * layout.size, Acceptance(POSITIONS)
+
+    def right() -> int:
+        return next((i for i in range(POSITIONS) if rng.random() >= 0.6), POSITIONS)
+
+    def take(version: int | None, verdicts: Any) -> None:
+        drafts.append(version)
+        estimate.take(verdicts)
+
+    for _ in range(max(10, 1000 // (16 * batch))):
+        for _ in range(16 * batch):
+            sums[layout.simulated + 4 * 2 + right()] += 1
+            sums[layout.verdicts + 4 * 3 + right()] += 1
+            sums[layout.compared + 4 * 2 + 2 * (rng.random() < 0.4) + (rng.random() < 0.6)] += 1
+            sums[layout.seen + rng.choice([0, 0, 0, 2])] += 1
+        reader.read(list(sums), copies, take)
+    assert copies.chain(2) == pytest.approx([0.6, 0.36, 0.22], abs=0.06)
+
+    assert estimate.accepted()[3] == pytest.approx(0.6 + 0.36 + 0.22, abs=0.15)
+    assert not copies.preferred(2)
+    assert dict(copies.shares())[2] == pytest.approx(0.25, abs=0.06)

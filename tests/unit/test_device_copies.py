@@ -21,7 +21,7 @@ from aurora_vllm.spec_decode.consent import LEARN_KEY, note_salt
 from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS, answers_entries, device_bytes
 from aurora_vllm.spec_decode.device_copies import DeviceCopies
 
-SLOTS, LONGEST_TEXT, ALL = 4, 400, (1 << KINDS) - 1
+SLOTS, LONGEST_TEXT, VOCABULARY, ALL = 4, 400, 1000, (1 << KINDS) - 1
 DRAFT = 90  # the first of the tokens that the draft proposes; no text has them
 
 
@@ -44,7 +44,7 @@ class Straw:
         self.total = torch.zeros(SLOTS, dtype=torch.int32)
         self.prompts = np.zeros(SLOTS, dtype=np.int32)
         states = SimpleNamespace(
-            max_num_reqs=SLOTS, all_token_ids=SimpleNamespace(gpu=self.tokens),
+            max_num_reqs=SLOTS, vocab_size=VOCABULARY, all_token_ids=SimpleNamespace(gpu=self.tokens),
             total_len=SimpleNamespace(gpu=self.total), prompt_len=SimpleNamespace(np=self.prompts),
         )  # fmt: skip
         self.copies = DeviceCopies(states, positions, answers, torch.device("cpu"))
@@ -128,10 +128,10 @@ class Naive:
         self.positions = positions
         self.own: dict[tuple[object, ...], int] = {}
         self.others: dict[tuple[int, ...], int] = {}
-        self.known: dict[int, int] = {}
+        self.known: dict[str, int] = {}
 
     def learn(self, request: Request) -> None:
-        text, key = request.text, id(request)
+        text, key = request.text, request.name
         for at in range(self.known.get(key, 0), len(text)):
             for order in ORDERS:
                 if at >= order:
@@ -149,8 +149,8 @@ class Naive:
                 context = tuple(text[-order:]) if len(text) >= order else None
                 if context in self.others and takes(request):
                     found, kind = self.others[context], len(ORDERS) + i
-                if context is not None and (id(request), *context) in self.own:
-                    found, kind = self.own[id(request), *context], i
+                if context is not None and (request.name, *context) in self.own:
+                    found, kind = self.own[request.name, *context], i
             if found is None:
                 break
             first = first or kind
@@ -292,6 +292,17 @@ def test_what_stands_before_a_text_is_no_context() -> None:
     straw.arrive("second", [])
     assert straw.step({"second": [5]})["second"] == expected([])
     assert straw.step({"second": [6]})["second"] == [7, 8, DRAFT + 2]
+
+
+def test_what_is_no_token_of_the_vocabulary_is_not_proposed() -> None:
+    """A multimodal prompt has something else in its places."""
+    straw = Straw()
+    straw.arrive("a", [1, 2, VOCABULARY, 4, 1, 2, -1, 4, VOCABULARY - 1, 1])
+    assert straw.step({"a": [2]})["a"] == expected([])
+    straw.step({"a": [VOCABULARY - 2]})
+    assert straw.step({"a": [4]})["a"] == expected([])
+    straw.step({"a": [4]})
+    assert straw.step({"a": [VOCABULARY - 1]})["a"][0] == 1
 
 
 def test_without_earlier_answers_only_the_own_text_is_copied() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from aurora_vllm.control.copy_counts import KINDS, CountsLayout
+from aurora_vllm.control.profit import Decision
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode import device_copies
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
@@ -34,8 +37,8 @@ class Straw:
     def __init__(self) -> None:
         self.tokens, self.total = torch.zeros(2, 64, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
         self.req_states = SimpleNamespace(
-            max_num_reqs=2, all_token_ids=SimpleNamespace(gpu=self.tokens), total_len=SimpleNamespace(gpu=self.total),
-            prompt_len=SimpleNamespace(np=np.zeros(2, dtype=np.int32)),
+            max_num_reqs=2, vocab_size=100, all_token_ids=SimpleNamespace(gpu=self.tokens),
+            total_len=SimpleNamespace(gpu=self.total), prompt_len=SimpleNamespace(np=np.zeros(2, dtype=np.int32)),
         )  # fmt: skip
         self.speculator: Any = SimpleNamespace(
             draft_logits=None, num_speculative_steps=POSITIONS, propose=self._propose,
@@ -208,11 +211,62 @@ def test_the_scheduler_s_side_learns_what_was_counted(current: Session, monkeypa
     assert sum(row.num_drafts for row in scheduler.acceptance()) == 3
 
 
+@pytest.mark.parametrize(("right", "decision"), [(0.7, "keep"), (0.6, "keep"), (0.3, "rollback")])
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_a_version_is_judged_by_verdicts_that_come_together(
+    current: Session, batch: int, right: float, decision: str
+) -> None:
+    """As a device delivers them, those of 16 steps at once, of which 64 are looked at; the version before had 0.6."""
+    advisor, control = DraftLengthAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3)), control_of(current)
+    rng = random.Random(batch)
+    for version, chance in ((1, 0.6), (2, right)):
+        control.worker.previous_version, control.worker.live_version = version - 1, version
+        for _ in range(max(-(-1000 // (16 * batch)), 12)):
+            accepted = (next((i for i in range(3) if rng.random() >= chance), 3) for _ in range(16 * batch))
+            advisor._take_verdicts(version, Counter((3, count) for count in accepted))
+    assert advisor._rollback_watch._rollout.decision == decision
+
+
+@pytest.mark.parametrize(
+    ("batch", "asked", "fits"),
+    [(1, 8, 8), (3, 8, 8), (4, 8, 3), (8, 8, 3), (9, 3, 2), (16, 8, 1), (17, 8, 0), (4, 0, 0)],
+)
+def test_half_a_step_is_left_to_those_who_wait(current: Session, batch: int, asked: int, fits: int) -> None:
+    """Of 64 tokens. All proposals have one length, and vLLM goes through the requests in their order."""
+    advisor = DraftLengthAdvisor(current, 8, "off", budget=64, lengths=(1, 2, 3, 8))
+    advisor._controller.decide = lambda _: Decision(min(asked, 3), "test", "whole", False, asked)  # type: ignore[method-assign]
+    advisor.step_starts()
+    assert advisor.draft_length(batch) == fits
+    assert advisor._started[-1].drafted == min(asked, 3, fits)
+    alone = DraftLengthAdvisor(current, 8, "", budget=64)  # proposals are cut one by one where they pass the scheduler
+    alone._controller.decide = advisor._controller.decide  # type: ignore[method-assign]
+    assert alone.draft_length(batch) == asked
+
+
+def test_a_choice_that_fails_proposes_nothing(current: Session) -> None:
+    advisor = DraftLengthAdvisor(current, 8, "off", lengths=(1, 2, 3, 8))
+    advisor._last = Decision(3, "before", "whole", False, 8)
+
+    def fail(_: int) -> Decision:
+        raise RuntimeError("broken on purpose")
+
+    advisor._controller.decide = fail  # type: ignore[method-assign]
+    assert advisor.draft_length(1) == 0 and (advisor._last.draft_length, advisor._last.proposed) == (0, 0)
+    assert control_of(current).scheduler.draft_length == 0
+
+
+def test_requests_that_end_before_they_speak_are_forgotten(current: Session) -> None:
+    _, copying, _ = hooked(current)
+    assert set(copying._copies._untold) == {"a"}
+    copying.requests_change(SimpleNamespace(finished_req_ids=["a"], scheduled_new_reqs=[]))  # type: ignore[arg-type]
+    assert not copying._copies._untold
+
+
 def test_verdicts_on_an_older_version_say_nothing_of_the_live_one(current: Session) -> None:
     advisor, control = DraftLengthAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3)), control_of(current)
     control.worker.live_version = 5
     for version in (4, 5):
-        advisor._take_verdict(version, 3, 3, 10)
+        advisor._take_verdicts(version, {(3, 3): 10})
     assert advisor._controller.acceptance._live.trials[0] == pytest.approx(10, rel=0.02)
     counted = [(row.version, row.num_drafts, row.accepted_per_position[:4]) for row in control.scheduler.acceptance()]
     assert counted == [(4, 10, (10, 10, 10, 0)), (5, 10, (10, 10, 10, 0))]
@@ -225,18 +279,17 @@ def test_copies_come_and_go_with_the_worker_s_word(current: Session) -> None:
     control.worker.copies_on_device = True
     advisor = DraftLengthAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3))
     controller, asked = advisor._controller, []
-    for number in range(60):
+    for number in range(80):
         controller.costs.observe(1, 0, 0, 0.01)
         advisor.step_starts()
         asked.append(advisor.draft_length(1))
         assert advisor._started.pop().drafted == control.scheduler.draft_length == 0
         if number == 20:
             assert controller.copies is not None
-            controller.copies.seen(1, 100)
-            controller.copies.simulate(1, 3, 3, 100)
-        if number == 40:
+            controller.copies.take([0, 100, *[0] * (KINDS - 2)], {}, {1: {(3, 3): 100}})
+        if number == 60:
             control.worker.copies_on_device = False
-    assert set(asked[:20]) == {0} and set(asked[30:40]) == {3} and set(asked[50:]) == {0}
+    assert set(asked[:20]) == {0} and set(asked[50:60]) == {3} and set(asked[70:]) == {0}
 
 
 def test_a_server_s_worker_begins_by_itself(current: Session) -> None:

@@ -318,6 +318,9 @@ def test_v2_captures_graphs_for_every_draft_length(serve_plan: plan.ServePlan) -
     table = [[1, 1, 3], [2, 2, 2], [3, 3, 1], [4, 4, 0]]
     assert args.speculative_config["num_speculative_tokens_per_batch_size"] == table
     assert args.speculative_config["num_speculative_tokens"] == 3
+    with_lora = Namespace(worker_cls="auto", scheduler_cls=None, speculative_config=None, enable_lora=True)
+    plan.apply(for_v2, with_lora)  # vLLM then wants num_speculative_tokens + 1 of each request to fit into a step
+    assert with_lora.speculative_config["num_speculative_tokens"] == 3
     args.speculative_config = {"num-speculative-tokens-per-batch-size": [[1, 8, 2]]}
     plan.apply(for_v2, args)
     assert args.speculative_config["num_speculative_tokens_per_batch_size"] == [[1, 8, 2]]
