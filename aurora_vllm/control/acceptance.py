@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 WINDOW = 600.0  # verified drafts remembered: the newest say most about the traffic of now
+KEEP = 1.0 - 1.0 / WINDOW
 SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
 WEIGHT_OF_OLDER_VERSION = 0.25
 WEIGHT_AFTER_A_REST = 0.5
@@ -43,7 +44,9 @@ class Acceptance:
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
         """One request's verdict in one step."""
-        self.take({(num_drafts, num_accepted): 1})
+        for i in range(min(num_drafts, num_accepted + 1, self.positions)):
+            self.trials[i] = self.trials[i] * KEEP + 1.0
+            self.hits[i] = self.hits[i] * KEEP + (num_accepted > i)
 
     def take(self, verdicts: Verdicts) -> None:
         """Verdicts whose order is not known: all are of the same age."""

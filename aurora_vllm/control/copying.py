@@ -45,8 +45,8 @@ class Copies:
 
     def compare(self, kind: int, copy_was_right: bool, draft_was_right: bool) -> None:
         """The target emitted the token both had proposed for."""
-        gain = float(copy_was_right) - float(draft_was_right)
-        self._lead[kind] = faded_sum(self._lead[kind], gain, 1, MEMORY)
+        gain = int(copy_was_right) - int(draft_was_right)
+        self._lead[kind] = self._lead[kind] * (1.0 - 1.0 / MEMORY) + gain
 
     def preferred(self, kind: int) -> bool:
         """Whether copies of this kind were right at least as often as drafts; unheard of, they are tried."""

@@ -2,12 +2,10 @@
 
 Acceptance alone is the wrong signal: a draft that is often right can still cost more than it saves once the batch is
 compute-bound. So every draft length K, 0 included, is rated by the tokens a step is expected to gain over the seconds
-it is expected to take at the present batch size, and the best rate wins. Where proposals can be cut, request by
-request, only tokens that are likely enough to pay for being verified count, copied ones too: those cost nothing to
-propose. Where all proposals of a batch have one length, copies alone are rated at each length they may have, and all
-of it is verified, right or wrong. Numbers in, decisions out: this file knows neither vLLM nor torch::
+it is expected to take at the present batch size (:mod:`.rating`), and the best rate wins. Copies cost nothing to
+propose, so they count at each K, and where all proposals of a batch have one length, alone at each length they may
+have. Numbers in, decisions out: this file knows neither vLLM nor torch::
 
-    gain(K)  = tokens a request is expected to gain with K * t(0) / t(K)     t: predicted seconds of a step
     price    = seconds to verify one more token * batch * gain / t(0)       as a chance of acceptance
 """
 
@@ -20,6 +18,7 @@ from dataclasses import dataclass, field
 from aurora_vllm.control.acceptance import AcceptanceEstimate
 from aurora_vllm.control.balance import Balance
 from aurora_vllm.control.copying import Copies
+from aurora_vllm.control.rating import Offer, Plan, Rating
 from aurora_vllm.control.step_costs import StepCosts, batch_bucket
 
 PROBE_STEPS = 8
@@ -28,11 +27,8 @@ PATIENCE = 4  # times as many where the alternative looks bad: the look that sai
 HOPEFUL = 0.95  # of the rate without drafting; a K that promises less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # a change must promise this much
-WORTHWHILE = 1.03  # of plain decoding's rate, that copying alone must promise: below it is a gamble for nothing
 STRIDE = 3  # times the longest proposal there was: as long may the next one be
 PLAN_EVERY = 8  # steps a decision stands: what it rests on moves slowly, and deciding takes 0.1 to 0.2 ms
-
-_Offer = tuple[float, bool, list[float]]  # how often, whether it is a copy, chance that its tokens 0..i are right
 
 
 @dataclass(frozen=True)
@@ -53,17 +49,6 @@ class Decision:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "proposed", max(self.proposed, self.draft_length))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A choice and what it would give: its rate over plain decoding's, and what a request gains and verifies a step."""
-
-    drafted: int
-    proposed: int
-    gain: float
-    tokens: float
-    verified: float
 
 
 @dataclass
@@ -128,7 +113,7 @@ class DraftLengthController:
         if decision.proposals != "worthwhile":
             return decision.proposed if decision.proposals == "whole" else 0
         chain = self._chain(kind, copied)
-        return len(self._likely(copied, chain, decision.draft_length, self._price(bucket)))
+        return len(self._rating(bucket).worthwhile(copied, chain, decision.draft_length))
 
     def gain(self, bucket: int, draft_length: int) -> float:
         """Tokens per second with K drafts (0: copies alone, at their best length) over those of plain decoding."""
@@ -202,61 +187,43 @@ class DraftLengthController:
         """Whether all proposals of a batch are verified alike, and copies are there. They may come and go."""
         return self.copies is not None and bool(self.lengths)
 
-    def _plans(self, bucket: int) -> list[_Plan]:
+    def _plans(self, bucket: int) -> list[Plan]:
         """All there is to choose from, plain decoding first; or copies alone where they are cut one by one."""
-        price, copies, drafts = self._price(bucket), self._offers(drafting=False), self._offers(drafting=True)
-        plans, most = [self._plan(bucket, 0, 0, copies, price)], self.max_draft_length
+        rating, copies, drafts = self._rating(bucket), self._offers(drafting=False), self._offers(drafting=True)
+        plans, most = [rating.plan(0, 0, copies)], self.max_draft_length
         longest = self._buckets[bucket].longest if bucket in self._buckets else 0
         for before, k in itertools.pairwise((0, *self.lengths) if self._uniform else ()):
             # What a longer proposal costs at this batch size is found out step by step, unless shorter ones do not pay.
             if before and k > STRIDE * longest and max(plan.gain for plan in plans) > 1.0:
                 most = min(most, before)
                 break
-            plans.append(self._plan(bucket, 0, k, copies, price))
-        return plans + [self._plan(bucket, k, k, drafts, price) for k in range(1, most + 1)]
+            plans.append(rating.plan(0, k, copies))
+        return plans + [rating.plan(k, k, drafts) for k in range(1, most + 1)]
 
-    def _offers(self, drafting: bool) -> list[_Offer]:
+    def _offers(self, drafting: bool) -> list[Offer]:
         """What there is to propose."""
         if self.copies is None:
-            return [(1.0, False, self._chain(0, copied=False))]
+            return [Offer(1.0, False, self._chain(0, copied=False))]
         offers = []
         for kind, share in self.copies.shares():
             copied = self.copies.preferred(kind) if drafting else kind > 0  # without a draft it has no rival
-            offers.append((share, copied, self._chain(kind, copied)))
+            offers.append(Offer(share, copied, self._chain(kind, copied)))
         return offers
 
     def _chain(self, kind: int, copied: bool) -> list[float]:
         """Chance that tokens 0..i of such a proposal are all accepted, for each i."""
         return self.copies.chain(kind) if copied and self.copies else self.acceptance.chain()
 
-    def _plan(self, bucket: int, drafted: int, proposed: int, offers: Sequence[_Offer], price: float) -> _Plan:
-        tokens, verified = 1.0, 0.0
-        for share, copied, chain in offers:
-            likely = self._likely(copied, chain, drafted, price)
-            if self._uniform:
-                likely = likely[:proposed]
-            tokens += share * sum(likely)
-            verified += share * len(likely)
-        if self._uniform:
-            verified = float(proposed)  # of requests without a copy, too: theirs is filled up with anything
-        gain = tokens * self.costs.predict(bucket) / self.costs.predict(bucket, drafted, verified * bucket)
-        if drafted == 0 and gain < WORTHWHILE:
-            return _Plan(0, 0, 1.0, 1.0, 0.0)
-        return _Plan(drafted, proposed, gain, tokens, verified)
-
-    def _likely(self, copied: bool, chain: Sequence[float], draft_length: int, price: float) -> list[float]:
-        """Chances of those tokens of a proposal that are worth being verified: all that are there, if it is not cut."""
-        there = chain if copied else chain[:draft_length]
-        if self.copies is None or self._uniform:
-            return list(there)
-        return list(itertools.takewhile(lambda chance: chance > price, there))
+    def _rating(self, bucket: int) -> Rating:
+        cut = self.copies is not None and not self._uniform
+        return Rating(self.costs, bucket, self._price(bucket), cut, self._uniform)
 
     def _price(self, bucket: int) -> float:
         """Chance of acceptance below which the time to verify one more token gains more elsewhere."""
         gain = self._buckets[bucket].gain if bucket in self._buckets else 1.0
         return self.costs.per_token(bucket) / self.costs.predict(bucket) * bucket * gain
 
-    def _maybe_probe(self, state: _BucketState, chosen: _Plan, plans: Sequence[_Plan]) -> None:
+    def _maybe_probe(self, state: _BucketState, chosen: Plan, plans: Sequence[Plan]) -> None:
         """Plain decoding is looked at again while anything is proposed; drafting while it is off, seldom where it looks
         bad."""
         if chosen.verified > 0.0 and state.since_plain >= PROBE_EVERY:
@@ -278,11 +245,11 @@ class DraftLengthController:
     def _worth_a_probe(self, draft_length: int) -> bool:
         return self.wants_verdicts or self.acceptance.expected_length(draft_length) >= WORTH_A_PROBE
 
-    def _hopeful(self, plans: Sequence[_Plan]) -> bool:
+    def _hopeful(self, plans: Sequence[Plan]) -> bool:
         without = max(plan.gain for plan in plans if not plan.drafted)
         return self.wants_verdicts or _best_of_drafting(plans).gain >= HOPEFUL * without
 
-    def _in_words(self, bucket: int, chosen: _Plan, plans: Sequence[_Plan]) -> Decision:
+    def _in_words(self, bucket: int, chosen: Plan, plans: Sequence[Plan]) -> Decision:
         shown = chosen if chosen.drafted else _best_of_drafting(plans)
         promise = f"K={shown.drafted} gives {shown.gain:.2f}x of plain decoding"
         if chosen.drafted:
@@ -297,6 +264,6 @@ class DraftLengthController:
         return Decision(chosen.drafted, reason, proposals, sits_out, chosen.proposed)
 
 
-def _best_of_drafting(plans: Sequence[_Plan]) -> _Plan:
+def _best_of_drafting(plans: Sequence[Plan]) -> Plan:
     """K >= 1 that promises most."""
     return max((plan for plan in plans if plan.drafted), key=lambda plan: plan.gain)

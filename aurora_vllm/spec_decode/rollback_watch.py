@@ -45,7 +45,9 @@ class RollbackWatch:
         """Verdicts whose order is not known. Some of them, drawn at random: the test looks at one after the other, and
         a few hundred decide it."""
         each = [verdict for verdict, count in verdicts.items() for _ in range(count)]
-        for num_drafts, num_accepted in self._random.sample(each, min(len(each), MOST_AT_ONCE)):
+        if len(each) > 1:
+            each = self._random.sample(each, min(len(each), MOST_AT_ONCE))
+        for num_drafts, num_accepted in each:
             self.verified(version, num_drafts, num_accepted)
 
     def _judge(self, version: int, num_drafts: int, num_accepted: int) -> None:

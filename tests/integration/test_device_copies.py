@@ -45,7 +45,7 @@ def begin_copying(engine: Engine) -> None:
     copies = DeviceCopying.begin(session, engine.worker.model_runner, attachment.control, attachment.device)
     assert copies is not None
     attachment._copying = attachment._adapter.copying = copies
-    advisor._evidence = CopyEvidence(advisor._control, 3, advisor._take_verdict)
+    advisor._evidence = CopyEvidence(advisor._control, 3, advisor._take_verdicts)
     advisor._controller.lengths = (1, 2, 3)
 
 

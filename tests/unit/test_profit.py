@@ -20,11 +20,10 @@ from aurora_vllm.control.profit import (
     PLAN_EVERY,
     PROBE_EVERY,
     PROBE_STEPS,
-    WORTHWHILE,
     Decision,
     DraftLengthController,
-    _Plan,
 )
+from aurora_vllm.control.rating import WORTHWHILE, Plan, Rating
 from aurora_vllm.control.step_costs import STEPS_TO_KNOW
 
 
@@ -284,7 +283,7 @@ def test_a_length_that_promises_hardly_more_is_no_reason_to_change(
         controller.decide(1)
         controller.costs.observe(1, 0, 0, 1.0)
     gains = {0: 1.0, 1: 1.5, 2: 1.4}
-    monkeypatch.setattr(controller, "_plan", lambda bucket, k, *_: _Plan(k, k, gains[k], gains[k], float(k)))
+    monkeypatch.setattr(Rating, "plan", lambda self, k, *_: Plan(k, k, gains[k], gains[k], float(k)))
     assert controller.decide(1).draft_length == 1
     gains[2] = 1.5 * (1 + better_by)
     assert {controller.decide(1).draft_length for _ in range(PLAN_EVERY)} == ({1, 2} if changes else {1})
