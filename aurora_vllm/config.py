@@ -27,7 +27,9 @@ class AuroraConfig(BaseModel):
         description="where a text repeats itself, propose what followed the last time, as long as that is right "
         "at least as often as the draft",
     )
-    prompt_lookup_tokens: int = Field(8, ge=1, le=16, description="largest number of tokens proposed that way")
+    prompt_lookup_tokens: int = Field(
+        8, ge=1, le=16, description="largest number of tokens proposed that way; at most 8 in vLLM's V2 runner"
+    )
     prompt_lookup_answers: int = Field(
         65_536,
         ge=0,

@@ -11,7 +11,8 @@ import math
 
 MEMORY = 24.0  # steps after which one has lost 1 - 1/e of its weight
 FEWEST = 12.0  # steps, by their weights, before a word is said
-SURE = 2.0  # standard errors that the mean has to lie below nothing
+SURE = 2.0  # standard errors that the mean has to lie below that
+LEAST = 0.1  # plain steps that one has to lose: what loses less costs little until it is noticed anyway
 
 
 class Balance:
@@ -32,7 +33,7 @@ class Balance:
         self._squares = self._squares * keep + gain * gain
         mean = self._sum / self._steps
         error = math.sqrt(max(self._squares / self._steps - mean * mean, 0.0) / self._steps)
-        if self._steps < FEWEST or mean + SURE * error >= 0.0:
+        if self._steps < FEWEST or mean + SURE * error >= -LEAST:
             return False
         self._steps = self._sum = self._squares = 0.0
         return True

@@ -6,7 +6,7 @@ it is expected to take at the present batch size (:mod:`.rating`), and the best 
 propose, so they count at each K, and where all proposals of a batch have one length, alone at each length they may
 have. Numbers in, decisions out: this file knows neither vLLM nor torch::
 
-    price    = seconds to verify one more token * batch * gain / t(0)       as a chance of acceptance
+    price   = seconds to verify one more token * batch * gain of what is chosen / t(plain)   (a chance of acceptance)
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class DraftLengthController:
         """Tokens per second with K drafts (0: copies alone, at their best length) over those of plain decoding."""
         if not self.costs.known(bucket):
             return 1.0 if draft_length == 0 else 0.0
-        return max(plan.gain for plan in self._plans(bucket) if plan.drafted == draft_length)
+        return max((plan.gain for plan in self._plans(bucket) if plan.drafted == draft_length), default=0.0)
 
     def saved(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
         """Seconds by which a step that is over was better than plain decoding; negative where it was worse.
@@ -141,8 +141,6 @@ class DraftLengthController:
         saved = plain * accepted / batch_size - (self.costs.predict(bucket, drafted, verified) - plain)
         if self.copies is not None and self.lengths and verified and self._balance.loses(saved / plain):
             self.copies.doubt()
-            if drafted:
-                self.acceptance.forget()
             for state in self._buckets.values():
                 state.stands = None
         return saved

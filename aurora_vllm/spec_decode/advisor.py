@@ -79,6 +79,7 @@ class DraftLengthAdvisor:
         self._choosing = CircuitBreaker("choosing the draft length", on_failure=self._say_no_choice)
         self._measuring = CircuitBreaker("measuring steps")
         self._counting = CircuitBreaker("counting verdicts")
+        self._reading = CircuitBreaker("reading the worker's counts")
         self._learner_share = LearnerShare(config, self._control)
         self._rollback_watch = RollbackWatch(self._control, max_draft_length, config.rollback_confidence)
         self._max_draft_length = max_draft_length
@@ -99,7 +100,7 @@ class DraftLengthAdvisor:
             self._cached_prompts.look()
 
     def draft_length(self, batch_size: int) -> int:
-        """K for the step being scheduled, drafted or copied; 0 if choosing fails, or no request takes drafts."""
+        """Tokens of each proposal of the step being scheduled; 0 if choosing fails, or no request takes drafts."""
         if not self._choosing.run(lambda: self._decide(batch_size)) or self._proposals.for_nobody:
             return 0
         proposed = self._fitting(self._last.proposed, batch_size)
@@ -135,7 +136,7 @@ class DraftLengthAdvisor:
             lambda: self._observe_step(scheduler_output, sampled, step.drafted, seconds, beside_learner)
         )
         if (evidence := self._evidence) is not None:
-            self._counting.run(evidence.look)
+            self._reading.run(evidence.look)
 
     def drafts_arrived(self, proposals: Any = None, requests: Mapping[str, Any] | None = None) -> None:
         """The drafts just taken from the worker were proposed by the version that is live now.

@@ -57,7 +57,11 @@ class DeviceCopying:
 
     @property
     def beside_drafts(self) -> bool:
-        """Whether the draft is to run; else copies are all that is proposed."""
+        """Whether the draft is to run; else copies are all that is proposed.
+
+        In another process than the scheduler's this may be what was decided for the next of two overlapping steps: that
+        costs a step some draft passes, or its drafts.
+        """
         return not self._control.worker.copies_on_device or self._control.scheduler.draft_length > 0
 
     def requests_change(self, step: SchedulerOutput) -> None:

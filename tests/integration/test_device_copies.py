@@ -127,8 +127,9 @@ def test_copies_alone_do_without_the_draft(served: Served) -> None:
     assert after["accepted_tokens"] - before["accepted_tokens"] > 10
 
 
-def test_an_answer_of_before_is_copied_unless_it_is_somebody_s_own(served: Served) -> None:
+def test_an_answer_of_before_is_copied_unless_it_is_somebody_s_own(served_by_v2_overlapping: Served) -> None:
     """A request whose answer was given before, told apart by what the day-0 draft and its own text make of it."""
+    served = served_by_v2_overlapping
     engine, prompt = served.engine, served.text(25, 3)
     expected = plain(served, [prompt], max_tokens=40)
 
@@ -176,8 +177,9 @@ def test_a_fault_costs_copies_and_no_token(served: Served, drafted: int) -> None
         assert engine.control.scheduler.copying.startswith("failed in the worker")
 
 
-def test_sampled_requests_take_copies_too(served: Served) -> None:
+def test_sampled_requests_take_copies_too(served_by_v2_overlapping: Served) -> None:
     """Nearly greedy ones: what is emitted is one of the most likely tokens, not always the most likely."""
+    served = served_by_v2_overlapping
     engine, booked = served.engine, served.engine.control.scheduler
     with copying(served):
         engine.run(decide, 0, 3)

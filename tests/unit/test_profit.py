@@ -503,3 +503,25 @@ def test_verdicts_of_long_ago_do_not_keep_a_draft_out(prior: float) -> None:
         if chosen[-1]:
             return
     pytest.fail("it never drafted again")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_draft_that_promises_too_much_is_found_out_beside_copies_too(batch: int) -> None:
+    """What says that it does not pay are the verdicts on it; none of them may be forgotten because of that."""
+    rng, rates, verified = random.Random(0), list[float](), 0
+    controller = DraftLengthController(3, prior=0.6, copies=Copies(8, 10, 250.0), lengths=(1, 2, 3, 8))
+    verdicts = Counter[tuple[int, int]]()
+    for step in range(2000):
+        decision = controller.decide(batch)
+        accepted = [next((i for i in range(verified) if rng.random() >= 0.02), verified) for _ in range(batch)]
+        seconds = 1.0 + 0.04 * decision.draft_length + 0.002 * verified * batch
+        controller.costs.observe(batch, decision.draft_length, verified * batch, seconds)
+        controller.saved(batch, decision.draft_length, verified * batch, sum(accepted))
+        rates.append((1.0 + mean(accepted)) / seconds)
+        verdicts.update((verified, count) for count in accepted if verified)
+        if step % 16 == 15:
+            controller.copies.take([16 * batch, *[0] * 9], {}, {})
+            controller.acceptance.take(verdicts)
+            verdicts.clear()
+        verified = decision.proposed
+    assert mean(rates[1000:]) > 0.95
