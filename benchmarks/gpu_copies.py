@@ -6,7 +6,6 @@ Needs Triton and numpy beside torch. Where Triton was told to interpret (``TRITO
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from aurora_vllm.control.copy_counts import KINDS, ORDERS, ORIGINS, CountsLayout
-from aurora_vllm.spec_decode.copy_tables import OWN_ENTRIES, answers_entries
+from aurora_vllm.control.copy_counts import KINDS, ORIGINS, CountsLayout
 from aurora_vllm.transport.cuda import tensor_over
+from benchmarks.gpu_copies_model import Model
 from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
+from benchmarks.v2_states import request_states
 
 ANSWERS = 50_000  # tokens of answers that are remembered for others
 WORDS, WORD_TOKENS, PHRASES, PHRASE_WORDS = 20, 3, 24, 5  # texts are phrases, and those share their words
@@ -26,7 +26,6 @@ DRAFT = TOKENS  # the first of the tokens that the draft proposes; no text has t
 EACH_VERSION = 10  # steps that a version of the draft proposes for
 ALL = (1 << KINDS) - 1  # kinds of copies that are preferred to the draft
 WARM = 5  # steps that are not measured
-NOTHING = -1
 
 
 class Decoding:
@@ -71,10 +70,7 @@ class Decoding:
             flat = tensor_over(self._pinned.data_ptr(), self._pinned.nbytes, torch.device(device))
             tokens = flat.view(torch.int32).view(self._pinned.shape)
         self._total = torch.full((requests,), prompt, dtype=torch.int32, device=device)
-        states = SimpleNamespace(
-            max_num_reqs=requests, vocab_size=2 * TOKENS, all_token_ids=SimpleNamespace(gpu=tokens.to(device)),
-            total_len=SimpleNamespace(gpu=self._total), prompt_len=SimpleNamespace(np=np.full(requests, prompt)),
-        )  # fmt: skip
+        states = request_states(tokens.to(device), self._total, np.full(requests, prompt), 2 * TOKENS)
         self.copies = DeviceCopies(states, positions, ANSWERS, torch.device(device))
         names = [str(i) for i in range(requests)]
         for name in names:
@@ -122,58 +118,6 @@ class Decoding:
             self.counts = self.copies.fetch() or self.counts
 
 
-class Model:
-    """The tables as dictionaries: what each entry may hold. Of several words that one launch writes, any may stay.
-
-    Args:
-        decoding: whose steps :meth:`learn` and :meth:`copy` follow.
-    """
-
-    def __init__(self, decoding: Decoding) -> None:
-        self._decoding = decoding
-        self._own: dict[int, set[int]] = {}
-        self._others: dict[int, set[int]] = {}
-        self._masks = OWN_ENTRIES - 1, answers_entries(ANSWERS) - 1
-        self._known = [0] * len(decoding.texts)
-
-    def learn(self) -> None:
-        """What the step's tokens leave."""
-        decoding, (own_mask, others_mask) = self._decoding, self._masks
-        own: defaultdict[int, set[int]] = defaultdict(set)
-        others: defaultdict[int, set[int]] = defaultdict(set)
-        for row in np.flatnonzero(decoding.sampled[decoding.now]).tolist():
-            text, salt = decoding.texts[row], decoding.salts[row]
-            at = np.arange(self._known[row], decoding.totals[decoding.now, row])
-            contexts = _contexts(text, at)
-            for i, order in enumerate(ORDERS):
-                _note(own, *_entry(contexts[:, i], salt, own_mask), text[at], at >= order)
-                _note(others, *_entry(contexts[:, i], 0, others_mask), text[at], at >= decoding.prompt + order)
-            self._known[row] += len(at)
-        self._own.update(own)
-        self._others.update(others)
-
-    def copy(self, row: int) -> tuple[list[int], bool]:
-        """What must be proposed first, and whether what comes behind it depends on which word of several stayed."""
-        decoding, (own_mask, others_mask) = self._decoding, self._masks
-        if not decoding.sampled[decoding.now, row]:
-            return [], False
-        total, salt = decoding.totals[decoding.now, row], decoding.salts[row]
-        text = decoding.texts[row, total - max(ORDERS) : total].tolist()
-        copied: list[int] = []
-        while len(copied) < decoding.positions:
-            contexts = _contexts(np.array(text), np.array([len(text)]))
-            may = {NOTHING}
-            for i in range(len(ORDERS)):
-                may = _look_up(self._others, *_entry(contexts[:, i], 0, others_mask), may)
-                may = _look_up(self._own, *_entry(contexts[:, i], salt, own_mask), may)
-            token = may.pop()
-            if may or token == NOTHING:
-                return copied, bool(may)
-            copied.append(token)
-            text.append(token)
-        return copied, False
-
-
 def copies_agree(device: str, requests: int, prompt: int, positions: int, steps: int) -> dict[str, Any]:
     """Whether each proposal is the model's, and what is counted what happened; no step may synchronise.
 
@@ -181,7 +125,7 @@ def copies_agree(device: str, requests: int, prompt: int, positions: int, steps:
         steps: a multiple of FETCH_EVERY, so that the last fetch has all counts.
     """
     decoding = Decoding(device, requests, prompt, positions, steps)
-    model, drafted = Model(decoding), list(range(DRAFT, DRAFT + positions))
+    model, drafted = Model(decoding, ANSWERS), list(range(DRAFT, DRAFT + positions))
     wrong = compared = copied = 0
     for _ in range(steps):
         with _no_synchronisation(device):
@@ -295,39 +239,3 @@ def _no_synchronisation(device: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-# The kernels' hash (copy_kernels._mix, _entry) once more, for arrays: which contexts meet in an entry is up to it.
-
-
-def _contexts(text: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Hashes of the contexts before some places of a text. at: int64 [n] -> int64 [n, orders]"""
-    back = np.arange(1, max(ORDERS) + 1)
-    before = np.where(at[:, None] >= back, text[at[:, None] - back], 0)
-    x = (before + (back << 32)) * 0x2545F4914F6CDD1D
-    x ^= x >> 29
-    return np.cumsum(x * 0x369DEA0F31A53F85, axis=1)[:, np.array(ORDERS) - 1]
-
-
-def _entry(contexts: np.ndarray, salt: int, mask: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where words of these contexts lie, and their checks. int64 [n] each"""
-    x = contexts ^ (np.array([salt]) * 0x1CE4E5B9BF58476D)
-    x ^= x >> 32
-    x *= 0x2545F4914F6CDD1D
-    x ^= x >> 30
-    return x & mask, ((x >> 33) & 0x3FFFFFFF) | 0x40000000
-
-
-def _note(
-    table: defaultdict[int, set[int]], places: np.ndarray, checks: np.ndarray, tokens: np.ndarray, which: np.ndarray
-) -> None:
-    words = checks << 32 | tokens
-    for place, word in zip(places[which].tolist(), words[which].tolist(), strict=True):
-        table[place].add(word)
-
-
-def _look_up(table: dict[int, set[int]], place: np.ndarray, check: np.ndarray, before: set[int]) -> set[int]:
-    """The tokens that may be found here, or else before. place, check: int64 [1]"""
-    words = table.get(int(place[0]), {0})
-    found = {word & 0x7FFFFFFF if word >> 32 == check[0] else NOTHING for word in words}
-    return found if NOTHING not in found else before | (found - {NOTHING})

@@ -31,6 +31,7 @@ from aurora_vllm.learner.evaluate import Score
 from aurora_vllm.spec_decode.prompt_lookup import EarlierAnswers
 from benchmarks.copies import Walk, count_right
 from benchmarks.report import median_and_spread, write_report
+from benchmarks.v2_states import request_states
 
 LENGTHS = (3, 8)  # tokens of a proposal
 RESAMPLES = 500
@@ -87,10 +88,7 @@ class OnDevice:
         self._text = torch.zeros(1, 4096, dtype=torch.int32, device=device)
         self._total = torch.zeros(1, dtype=torch.int32, device=device)
         self._prompt = np.zeros(1, dtype=np.int32)
-        states = SimpleNamespace(
-            max_num_reqs=1, vocab_size=1 << 20, all_token_ids=SimpleNamespace(gpu=self._text),
-            total_len=SimpleNamespace(gpu=self._total), prompt_len=SimpleNamespace(np=self._prompt),
-        )  # fmt: skip
+        states = request_states(self._text, self._total, self._prompt, 1 << 20)
         self._copies = DeviceCopies(states, length, AuroraConfig().prompt_lookup_answers, device)
         self._length, self._device, self._requests = length, device, 0
 

@@ -108,12 +108,8 @@ class AcceptanceEstimate:
         self._live = Acceptance(self.positions)
         self._shadow = [self.prior] * self.positions
 
-    def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """One verified request of one step."""
-        self._live.observe(num_drafts, num_accepted)
-
     def take(self, verdicts: Verdicts) -> None:
-        """Some, whose order is not known."""
+        """Verdicts whose order is not known."""
         self._live.take(verdicts)
 
     def forget(self) -> None:

@@ -18,8 +18,7 @@ from aurora_vllm.control.copying import Copies
 ORDERS = (2, 3, 5, 8)  # tokens of context that a copy may rest on
 SOURCES = 2  # the request's own text, and the answers of others
 KINDS = 1 + 2 * SOURCES * len(ORDERS)  # 0: no copy; by order, then by source, then greedy and sampled requests
-DRAFTED_EVEN, DRAFTED_ODD, COPIED = 0, 1, 2  # who proposed; versions of the draft take turns
-ORIGINS = 3
+COPIED, ORIGINS = 2, 3  # who proposed: 0 and 1 are the newest two versions of the draft, which take turns
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class CountsLayout:
     compared   [KINDS, 4]                                   2 * (copy's first token right) + (draft's right)
     simulated  [KINDS, positions + 1]                       copies by how many of their tokens came true
     verdicts   [ORIGINS, positions + 1, positions + 1]      by tokens verified, then tokens accepted
-    versions   [2]                                          no counts: which versions DRAFTED_EVEN and _ODD are
+    versions   [2]                                          no counts: which versions origins 0 and 1 are
     ========== ============================================ ==================================================
     """
 

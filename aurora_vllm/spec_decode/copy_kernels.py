@@ -15,7 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LONGEST = tl.constexpr(8)  # tokens of context at most, and tokens proposed at most
+from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS
+
+LONGEST = tl.constexpr(MOST_TOKENS)  # of a proposal, and of context
 BLOCK = tl.constexpr(128)  # tokens that one program learns
 
 # Columns of the table of requests, int64, one row for each of vLLM's slots. The host sets the first four when a request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aurora_vllm.control.copy_counts import ORDERS
 
-MOST_TOKENS = 8  # of a copied proposal
+MOST_TOKENS = 8  # of a copied proposal, and as many of context: ORDERS holds none longer
 OWN_ENTRIES = 1 << 21  # of 8 bytes: the own text of all running requests, an entry for each token and order
 REQUEST_BYTES = 256  # at least what is kept of a request and of its counts
 

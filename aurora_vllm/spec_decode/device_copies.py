@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from aurora_vllm.control.copy_counts import COPIED, DRAFTED_EVEN, DRAFTED_ODD, ORDERS, CountsLayout
+from aurora_vllm.control.copy_counts import COPIED, ORDERS, CountsLayout
 from aurora_vllm.spec_decode import copy_kernels as kernels
 from aurora_vllm.spec_decode.consent import is_private, may_learn
-from aurora_vllm.spec_decode.copy_tables import OWN_ENTRIES, answers_entries
+from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS, OWN_ENTRIES, answers_entries
+from aurora_vllm.spec_decode.runner_v2 import emitting
 from aurora_vllm.spec_decode.upload import upload
 
 WINDOW = 8192  # tokens at the end of a prompt that are looked at
@@ -39,8 +40,8 @@ class DeviceCopies:
     """
 
     def __init__(self, states: Any, positions: int, answers: int, device: torch.device) -> None:
-        if not 1 <= positions <= kernels.LONGEST.value:
-            raise ValueError(f"proposals of {positions} tokens; 1 to {kernels.LONGEST.value} can be copied")
+        if not 1 <= positions <= MOST_TOKENS:
+            raise ValueError(f"proposals of {positions} tokens; 1 to {MOST_TOKENS} can be copied")
         self._states, self._positions, self._device = states, positions, device
         self._layout = CountsLayout(positions)
         slots, entries = int(states.max_num_reqs), answers_entries(answers)
@@ -139,9 +140,8 @@ class DeviceCopies:
         states, newest = self._states, 1 + self._positions
         if not self._untold:
             return newest
-        emits = batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
         slots, rows = array("q"), array("q")
-        for i in np.flatnonzero(emits):
+        for i in np.flatnonzero(emitting(batch)):
             abilities = self._untold.pop(batch.req_ids[i], None)
             if abilities is None:
                 continue
@@ -159,11 +159,11 @@ class DeviceCopies:
         return newest
 
     def _origin(self, version: int) -> int:
-        """The newest two versions take turns: verdicts on the older one are still to come when the newer one drafts."""
+        """0 or 1: the newest two versions take turns, since verdicts on the older are to come when the newer drafts."""
         if self._versions[self._newest] != version:
             self._newest = 1 - self._newest
             self._versions[self._newest] = version
-        return DRAFTED_EVEN if self._newest == 0 else DRAFTED_ODD
+        return self._newest
 
     def fetch(self) -> Sequence[int] | None:
         """The counts as they stood a few steps ago, where a fetch is done; never waits. Call once a step."""

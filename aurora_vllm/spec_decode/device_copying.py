@@ -7,7 +7,7 @@ alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aurora_vllm.session import Session
@@ -33,7 +33,7 @@ class DeviceCopying:
 
     def __init__(self, copies: DeviceCopies, control: ControlBlock) -> None:
         self._copies, self._control = copies, control
-        self._breaker = CircuitBreaker("copying drafts", limit=1)
+        self._breaker = CircuitBreaker("copying drafts", limit=1, on_failure=self._stop)
         control.worker.copies_on_device = True
 
     @classmethod
@@ -66,7 +66,7 @@ class DeviceCopying:
 
     def requests_change(self, step: SchedulerOutput) -> None:
         """Before a step: requests come, come back and end."""
-        self._run(lambda: self._follow(step))
+        self._breaker.run(lambda: self._follow(step))
 
     def _follow(self, step: SchedulerOutput) -> None:
         for name in step.finished_req_ids:
@@ -89,8 +89,8 @@ class DeviceCopying:
             proposed.fill_(0)  # it will be verified, whatever fails below: any token will do, but -1
         preferred = self._control.scheduler.preferred_copies
         judged = given["num_sampled"], given["num_rejected"]
-        if self._run(lambda: self._copies.replace(batch, *judged, proposed, length, drafted_by, preferred)):
-            self._run(self._report)
+        if self._breaker.run(lambda: self._copies.replace(batch, *judged, proposed, length, drafted_by, preferred)):
+            self._breaker.run(self._report)
 
     def _report(self) -> None:
         counts, worker = self._copies.fetch(), self._control.worker
@@ -98,8 +98,5 @@ class DeviceCopying:
             worker.copy_counts = counts
             worker.copy_counts_taken += 1
 
-    def _run(self, work: Callable[[], object]) -> bool:
-        done = self._breaker.run(work)
-        if not done and self._control.worker.copies_on_device:
-            self._control.worker.copies_on_device = False
-        return done
+    def _stop(self, _: str) -> None:
+        self._control.worker.copies_on_device = False

@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from aurora_vllm.spec_decode.trace import StepTrace
@@ -82,14 +83,11 @@ class V2Adapter:
     def _trace(self, last_hidden_states: torch.Tensor, batch: Any, output: Any, aux_hidden_states: Any) -> StepTrace:
         drafts = batch.num_draft_tokens_per_req
         lengths = batch.num_scheduled_tokens
-        # vLLM samples in every request and throws away what comes out inside a prompt, by this same comparison
-        # (input_batch.py, _get_num_sampled_and_rejected_kernel, there on the device).
-        emits = batch.num_computed_tokens_np + lengths >= batch.prefill_len_np
         return StepTrace(
             request_ids=batch.req_ids,
             lengths=lengths.tolist(),
             num_drafts=[0] * batch.num_reqs if drafts is None else drafts.tolist(),
-            emits=emits.tolist(),
+            emits=emitting(batch).tolist(),
             token_ids=batch.input_ids[: batch.num_tokens],
             positions=batch.positions[: batch.num_tokens],
             aux_hidden_states=aux_hidden_states or (),
@@ -97,6 +95,16 @@ class V2Adapter:
             sampled=emitted_tokens(output.sampled_token_ids, output.num_sampled),
             draft_version=self._proposed_by,
         )
+
+
+def emitting(batch: Any) -> np.ndarray:
+    """Which requests of a vLLM ``InputBatch`` emit something in its step, and are not inside their prompts. bool [R]
+
+    vLLM samples in every request and throws away what comes out inside a prompt, by this same comparison
+    (input_batch.py, _get_num_sampled_and_rejected_kernel, there on the device).
+    """
+    emits: np.ndarray = batch.num_computed_tokens_np + batch.num_scheduled_tokens >= batch.prefill_len_np
+    return emits
 
 
 def emitted_tokens(sampled: torch.Tensor, num_sampled: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_vllm.control.acceptance import Acceptance, faded_sum
-from aurora_vllm.control.copy_counts import COPIED, DRAFTED_EVEN, DRAFTED_ODD, KINDS, CountsLayout, CountsReader
+from aurora_vllm.control.copy_counts import COPIED, KINDS, CountsLayout, CountsReader
 from aurora_vllm.control.copying import Copies
 
 POSITIONS = 3
@@ -40,7 +40,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("seen"), KIND),
     st.tuples(st.just("compared"), KIND, st.booleans(), st.booleans()),
     st.tuples(st.just("simulated"), KIND, st.just(POSITIONS), TOKENS),
-    st.tuples(st.just("verdict"), st.sampled_from([DRAFTED_EVEN, DRAFTED_ODD, COPIED]), TOKENS, TOKENS),
+    st.tuples(st.just("verdict"), st.sampled_from([0, 1, COPIED]), TOKENS, TOKENS),
 )
 
 
@@ -61,7 +61,7 @@ def test_each_look_takes_in_what_was_added(looks: list[list[Any]]) -> None:
     layout, reader, noted, expected = CountsLayout(POSITIONS), CountsReader(POSITIONS), Noted(), Counter[Any]()
     sums = [0] * (layout.size + 29)  # shared memory holds more than that
     for number, events in enumerate(looks):
-        versions = (10 + number, 20 + number, None)  # DRAFTED_EVEN, DRAFTED_ODD, COPIED
+        versions = (10 + number, 20 + number, None)  # of origins 0 and 1; COPIED
         sums[layout.versions : layout.size] = versions[:2]
         for event in events:
             sums[place(event)] += 1

@@ -25,6 +25,7 @@ from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.swap import SwapRefused
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
+from benchmarks.v2_states import request_states
 from tests.unit.tiny_world import World, session
 
 POSITIONS = 3
@@ -36,10 +37,7 @@ class Straw:
 
     def __init__(self) -> None:
         self.tokens, self.total = torch.zeros(2, 64, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-        self.req_states = SimpleNamespace(
-            max_num_reqs=2, vocab_size=100, all_token_ids=SimpleNamespace(gpu=self.tokens),
-            total_len=SimpleNamespace(gpu=self.total), prompt_len=SimpleNamespace(np=np.zeros(2, dtype=np.int32)),
-        )  # fmt: skip
+        self.req_states = request_states(self.tokens, self.total, np.zeros(2, dtype=np.int32), 100)
         self.speculator: Any = SimpleNamespace(
             draft_logits=None, num_speculative_steps=POSITIONS, propose=self._propose,
             draft_tokens=torch.zeros(2, POSITIONS, dtype=torch.int64),
