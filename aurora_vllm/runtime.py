@@ -14,7 +14,7 @@ from aurora_vllm.errors import AuroraError
 from aurora_vllm.plan import ServePlan
 from aurora_vllm.provenance import without_secrets
 from aurora_vllm.session import Session
-from aurora_vllm.supervisor import SAVE_S, STOP_S, Supervisor
+from aurora_vllm.supervisor import HANG_S, SAVE_S, STOP_S, Supervisor
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer
@@ -75,7 +75,13 @@ class Runtime:
             ready = engine_is_up.is_set if told_when_up else (lambda: bool(control.worker.attached))
             stop_s = SAVE_S if plan.config.checkpoint_dir else STOP_S
             self._supervisor = Supervisor(
-                control.server, ready, plan.config.learner_threads, plan.config.learner_nice, stop_s=stop_s
+                control.server,
+                ready,
+                plan.config.learner_threads,
+                plan.config.learner_nice,
+                stop_s=stop_s,
+                heartbeat=lambda: int(control.learner.heartbeat_ns),
+                hang_s=HANG_S,
             )
             self._supervisor.start()
             # With the signal, not after vLLM: the learner reads memory of the target's that goes with its engine.

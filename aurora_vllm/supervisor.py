@@ -9,6 +9,7 @@ had no chance (it may die at any point of a publish). Run as a program, this is 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,10 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 STABLE_S = 60.0  # a learner that lived this long starts over at the first wait
 STOP_S = 3.0  # from SIGTERM to SIGKILL
 SAVE_S = 15.0  # the same for a learner that writes a last checkpoint
+LOOK_S = 0.2  # between two looks at a learner that runs
+# A learner that shows no sign of life for longer hangs. Far more than a piece of work takes, beside a full load too: to
+# end one that works would cost what it learned since its last checkpoint.
+HANG_S = 1800.0
 
 
 class ServerBlock(Protocol):
@@ -52,6 +57,8 @@ class Supervisor(threading.Thread):
         waits: tuple[float, float] = (FIRST_WAIT_S, LONGEST_WAIT_S),
         stable_s: float = STABLE_S,
         stop_s: float = STOP_S,
+        heartbeat: Callable[[], int] = lambda: 0,
+        hang_s: float = math.inf,
     ) -> None:
         """
         Args:
@@ -64,6 +71,8 @@ class Supervisor(threading.Thread):
             waits: first and longest wait before a restart, seconds.
             stable_s: a learner that lived this long starts over at the first wait.
             stop_s: from SIGTERM to SIGKILL.
+            heartbeat: a number that changes as long as the learner lives.
+            hang_s: a learner whose heartbeat stays the same for longer is ended, and another one started.
         """
         super().__init__(name="aurora-learner-supervisor", daemon=True)
         self._block = block
@@ -72,6 +81,7 @@ class Supervisor(threading.Thread):
         self._command = (str(nice), *command)
         self._first_wait, self._longest_wait = waits
         self._stable_s, self._stop_s = stable_s, stop_s
+        self._heartbeat, self._hang_looks = heartbeat, hang_s / LOOK_S
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -109,15 +119,24 @@ class Supervisor(threading.Thread):
         except OSError as error:
             return 0.0, f"could not be started ({error.strerror})"
         self._block.learner_pid = process.pid
+        # Looks, not seconds: while the container is paused the clock goes on, and nobody's heart beats.
+        beat, looks, hangs = self._heartbeat(), 0, False
         try:
             while process.poll() is None:
-                if self._stopping.wait(0.2):
+                if self._stopping.wait(LOOK_S):
                     end_process(process, self._stop_s)
+                    break
+                beat, before = self._heartbeat(), beat
+                looks = looks + 1 if beat == before else 0
+                if hangs := looks > self._hang_looks:
+                    end_process(process, STOP_S)
                     break
         finally:
             self._block.learner_pid = 0
         code = process.returncode
-        if code is None:
+        if hangs:
+            end = f"showed no sign of life for {looks * LOOK_S:.0f} s and was ended"
+        elif code is None:
             end = "does not end"
         else:
             end = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"

@@ -107,6 +107,30 @@ def test_stop_gives_a_learner_the_time_to_save(keep: Any, tmp_path: Path) -> Non
     assert saved.exists() and time.monotonic() - started < 15  # no longer than it took
 
 
+def test_a_learner_that_hangs_is_ended_and_another_one_started(keep: Any, tmp_path: Path, capfd: Any) -> None:
+    log, began = tmp_path / "starts", time.monotonic()
+    script = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, file=open({str(log)!r}, 'a')); time.sleep(60)"
+
+    def heartbeat() -> int:  # for the first two seconds
+        return min(int(10 * (time.monotonic() - began)), 20)
+
+    _, block = keep(script, waits=(0.1, 0.1), heartbeat=heartbeat, hang_s=0.5)
+    wait_for(log.exists)
+    first = block.learner_pid
+    wait_for(lambda: block.learner_pid not in (0, first))
+    assert time.monotonic() - began > 2.5  # not while its heart beat
+    assert not is_alive(first)
+    assert block.learner_restarts == 1
+    assert "the learner showed no sign of life for 1 s and was ended" in capfd.readouterr().err
+
+
+def test_one_that_works_for_long_is_left_alone(keep: Any) -> None:
+    beats = itertools.count()
+    _, block = keep("import time; time.sleep(60)", heartbeat=lambda: next(beats) // 2, hang_s=0.5)
+    time.sleep(1.5)
+    assert block.learner_restarts == 0
+
+
 def test_stop_during_a_wait_is_quick(keep: Any) -> None:
     supervisor, block = keep("raise SystemExit(1)", waits=(60.0, 60.0))
     wait_for(lambda: block.learner_restarts == 1)
