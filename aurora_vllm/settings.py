@@ -1,8 +1,8 @@
-"""From flags, environment and a YAML file to one AuroraConfig, before anything heavy is imported.
+"""From flags, environment and YAML files to one AuroraConfig, before anything heavy is imported.
 
-Precedence: ``--aurora-*`` flags, then ``AURORA_*`` environment, then the YAML file of ``--aurora-config``, then the
-defaults. The keys are AuroraConfig's field names everywhere, but the file may also be one of Aurora's own
-(aurora_vllm.semantics). What is not ours is left alone, in order, for vLLM.
+Precedence: ``--aurora-*`` flags, then ``AURORA_*`` environment, then the YAML file of ``--aurora-config``, then keys
+``aurora-*`` in that of vLLM's ``--config``, then the defaults. The keys are AuroraConfig's field names everywhere. What
+is not ours is left alone, in order, for vLLM.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from aurora_vllm import settings_file
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.errors import AuroraError, SettingsError, notice, unknown
-from aurora_vllm.semantics import aurora_yaml
+from aurora_vllm.errors import SettingsError, notice, unknown
 from aurora_vllm.semantics.aurora_yaml import AuroraFile
+from aurora_vllm.settings_file import Settings
 
 ENVIRONMENT_PREFIX = "AURORA_"
 # Ours, but no settings: the session (aurora_vllm.session), the YAML file, and the switch.
@@ -63,10 +63,10 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     layers = [{key: (f"{FLAG_PREFIX}{_dashed(key)}", value) for key, value in flags.items()}]
     if not off:  # then nobody asked for settings; a stray variable must not stop plain vLLM
         file = switches.get("config") or environment.get("AURORA_CONFIG")
-        from_file, aurora_file = _from_yaml(Path(file).expanduser()) if file else ({}, None)
-        layers += [_from_environment(environment), from_file]
+        from_file, aurora_file = settings_file.read(Path(file).expanduser()) if file else ({}, None)
+        layers += [_from_environment(environment), from_file, settings_file.in_vllms(vllm_argv)]
 
-    settings: dict[str, tuple[str, Any]] = {}  # field -> (where it was said, value)
+    settings: Settings = {}
     for layer in reversed(layers):
         settings |= layer
     vllm_argv = vllm_argv[1:] if vllm_argv[:1] == ["serve"] else vllm_argv
@@ -141,10 +141,10 @@ def _normalise(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+def _from_environment(environment: Mapping[str, str]) -> Settings:
     """An empty one counts as not set. One that is like no setting is not ours: Kubernetes makes AURORA_PORT_80_TCP of a
     service called aurora, and AWS has an Aurora, too."""
-    found: dict[str, tuple[str, Any]] = {}
+    found: Settings = {}
     wrong = []
     for variable in sorted(set(environment) - RESERVED_ENVIRONMENT):
         if not variable.startswith(ENVIRONMENT_PREFIX) or not environment[variable]:
@@ -162,35 +162,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, An
     return found
 
 
-def _from_yaml(file: Path) -> tuple[dict[str, tuple[str, Any]], AuroraFile | None]:
-    """The settings in a file, and an account of it where it is Aurora's."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AuroraError(f"cannot read settings file {file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise AuroraError(
-            f"settings file {file} is not YAML{place}: {getattr(error, 'problem', None) or error}"
-        ) from None
-    if content is None:  # an empty file
-        return {}, None
-    if not isinstance(content, dict):
-        raise AuroraError(f"settings file {file} is no mapping of keys to values", "write lines like 'ring_mb: 128'")
-    if aurora_yaml.is_aurora(content):
-        found = aurora_yaml.read(content, file)
-        return found.settings, found
-    keys = {str(key).replace("-", "_"): value for key, value in content.items()}
-    strange = [key for key in keys if key not in AuroraConfig.model_fields]
-    if strange:
-        raise SettingsError(
-            [unknown(f"unknown key {key} in {file}", key, AuroraConfig.model_fields) for key in strange]
-        )
-    return {key: (f"{key} in {file}", value) for key, value in keys.items()}, None
-
-
-def _validate(settings: dict[str, tuple[str, Any]]) -> AuroraConfig:
+def _validate(settings: Settings) -> AuroraConfig:
     try:
         config = AuroraConfig(**{field: value for field, (_, value) in settings.items()})
     except ValidationError as error:

@@ -5,6 +5,7 @@ The ``vllm`` console script is run only where nothing of it is known (:func:`run
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -14,9 +15,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
+from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import GET_VLLM, AuroraError
 
 PLUGIN = "aurora"
+READ = "aurora_settings"  # where vLLM's parser puts what is ours
 # vLLM's console script, which in the CPU wheel asks for the version of a distribution "vllm", and ends: there is none.
 CONSOLE_SCRIPT = """
 from importlib import metadata
@@ -62,7 +65,10 @@ class VllmServer:
             self._configure_logging = _first("vllm.logger:configure_logging_from_args", optional=True)
             self.version = str(_first("vllm.version:__version__"))
             self._parser = parser_class(prog="vllm")
-            self._command.subparser_init(self._parser.add_subparsers(dest="subparser"))
+            serve = self._command.subparser_init(self._parser.add_subparsers(dest="subparser"))
+            for name in AuroraConfig.model_fields:  # in a file of vLLM's: settings_file.in_vllms has read them
+                flag = f"--aurora-{name.replace('_', '-')}"
+                serve.add_argument(flag, nargs="*", dest=READ, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         except (ImportError, AttributeError, TypeError, StopIteration) as error:
             raise UnknownLayout(f"{type(error).__name__}: {error}") from error
         (prepare or _spawn_workers)()
@@ -70,6 +76,7 @@ class VllmServer:
     def parse(self, argv: Sequence[str]) -> Namespace:
         """vLLM's reading of its arguments. Errors (exit code 2) and --help are vLLM's own."""
         args = self._parser.parse_args(["serve", *hoist_model(argv)])
+        vars(args).pop(READ, None)
         if self._configure_logging is not None:
             self._configure_logging(args)
         self._command.validate(args)

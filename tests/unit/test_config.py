@@ -154,6 +154,41 @@ def test_wrong_yaml_is_one_clear_line(text: str, line: str, tmp_path: Path) -> N
     assert str(caught.value).startswith(line.format(file=file))
 
 
+def test_keys_in_vllms_own_file_come_last(tmp_path: Path) -> None:
+    vllms, ours = tmp_path / "vllm.yaml", tmp_path / "aurora.yaml"
+    vllms.write_text("port: 3\naurora-seed: 101\naurora_ring_mb: 101\naurora-learn: false\n")
+    ours.write_text("seed: 102\n")
+    for argv in (["M", "--config", str(vllms)], ["M", f"--config={vllms}"]):
+        found = front.parse(argv, {})
+        assert (found.config.seed, found.config.ring_mb, found.config.learn) == (101, 101, False)
+        assert (found.explicit, found.vllm_argv) == ({"seed", "ring_mb", "learn"}, argv)
+        assert front.parse([*argv, "--aurora-config", str(ours), "--aurora-learn"], {}).config.seed == 102
+        assert front.parse([*argv, "--aurora-off"], {}).config == AuroraConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("aurora-rng-mb: 3", "unknown key aurora_rng_mb in {file}; the nearest is aurora_ring_mb"),
+        ("aurora-ring-mb: 0", "aurora_ring_mb in {file}: input should be greater than or equal to 1, not 0"),
+    ],
+)
+def test_a_wrong_key_in_vllms_own_file_is_one_clear_line(text: str, line: str, tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text(text + "\n")
+    with pytest.raises(SettingsError) as caught:
+        front.parse(["--config", str(file)], {})
+    assert str(caught.value).startswith(line.format(file=file))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- aurora-seed", "", "port: 3"])
+def test_what_else_is_in_vllms_own_file_is_vllms(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text(text + "\n")
+    for argv in (["--config", str(file)], ["--config", "/nowhere.yaml"], ["--config"]):
+        assert front.parse(argv, {}).config == AuroraConfig()
+
+
 def test_the_release_trains_on_no_prompts() -> None:
     assert front.parse(["--aurora-semantics=aurora-release"], {}).config.semantics == "aurora-release"
     assert front.parse(["--aurora-semantics=aurora-release", "--aurora-prompt-weight=0"], {}).config.prompt_weight == 0

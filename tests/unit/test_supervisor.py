@@ -109,7 +109,8 @@ def test_stop_gives_a_learner_the_time_to_save(keep: Any, tmp_path: Path) -> Non
 
 def test_a_learner_that_hangs_is_ended_and_another_one_started(keep: Any, tmp_path: Path, capfd: Any) -> None:
     log, began = tmp_path / "starts", time.monotonic()
-    script = f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, file=open({str(log)!r}, 'a')); time.sleep(60)"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    script = f"{deaf}; open({str(log)!r}, 'a').close(); time.sleep(60)"
 
     def heartbeat() -> int:  # for the first two seconds
         return min(int(10 * (time.monotonic() - began)), 20)

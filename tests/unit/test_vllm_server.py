@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,14 @@ def test_the_installed_vllm_is_served_with_its_own_preparation(monkeypatch: pyte
     args = VllmServer().parse(["some/model", "--port", "3"])
     assert (args.model, args.port) == ("some/model", 3)
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+def test_vllms_file_may_hold_settings_of_ours(tmp_path: Path) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("aurora_ring_mb: 3\naurora-learn: true\naurora-prompt-lookup: false\naurora-seed:\nport: 3\n")
+    args = VllmServer().parse(["some/model", "--config", str(file)])
+    assert (args.model, args.port) == ("some/model", 3)
+    assert not [name for name in vars(args) if "aurora" in name]
 
 
 def test_a_vllm_that_prepares_elsewhere_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

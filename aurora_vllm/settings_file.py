@@ -1,0 +1,79 @@
+"""Settings that lie in YAML files: in one of ours, in one of Aurora's own, and among vLLM's options in vLLM's.
+
+A setting found comes with where it was said, for the message should its value not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError, SettingsError, unknown
+from aurora_vllm.semantics import aurora_yaml
+from aurora_vllm.semantics.aurora_yaml import AuroraFile
+
+KEY_PREFIX = "aurora_"  # of ours in vLLM's file
+
+Settings = dict[str, tuple[str, Any]]  # AuroraConfig field -> (where it was said, value)
+
+
+def read(file: Path) -> tuple[Settings, AuroraFile | None]:
+    """What ``--aurora-config`` names: the settings in it, and an account of it where it is Aurora's.
+
+    Raises:
+        AuroraError: it cannot be read, or is no mapping.
+        SettingsError: keys that nobody knows.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AuroraError(f"cannot read settings file {file}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise AuroraError(
+            f"settings file {file} is not YAML{place}: {getattr(error, 'problem', None) or error}"
+        ) from None
+    if content is None:  # an empty file
+        return {}, None
+    if not isinstance(content, dict):
+        raise AuroraError(f"settings file {file} is no mapping of keys to values", "write lines like 'ring_mb: 128'")
+    if aurora_yaml.is_aurora(content):
+        found = aurora_yaml.read(content, file)
+        return found.settings, found
+    return _known({_field(key): value for key, value in content.items()}, file), None
+
+
+def in_vllms(vllm_argv: Sequence[str]) -> Settings:
+    """The keys ``aurora-...`` in the file that vLLM's own ``--config`` names. The file is vLLM's to complain about.
+
+    Raises:
+        SettingsError: keys that begin so, and that nobody knows.
+    """
+    words = [part for word in vllm_argv for part in word.split("=", 1 if word.startswith("--config=") else 0)]
+    if "--config" not in words[:-1]:
+        return {}
+    file = Path(words[words.index("--config") + 1])
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    items = content.items() if isinstance(content, dict) else ()
+    ours = {_field(key): value for key, value in items if _field(key).startswith(KEY_PREFIX)}
+    return _known({key.removeprefix(KEY_PREFIX): value for key, value in ours.items()}, file, KEY_PREFIX)
+
+
+def _field(key: Any) -> str:
+    return str(key).replace("-", "_")
+
+
+def _known(keys: dict[str, Any], file: Path, prefix: str = "") -> Settings:
+    known = [prefix + name for name in AuroraConfig.model_fields]
+    strange = [prefix + key for key in keys if prefix + key not in known]
+    if strange:
+        raise SettingsError([unknown(f"unknown key {key} in {file}", key, known) for key in strange])
+    return {key: (f"{prefix}{key} in {file}", value) for key, value in keys.items()}
