@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from aurora_vllm.config_json import read_config, read_text_config
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs
 from aurora_vllm.learner.draft_files import canonical_name, flatten, read_tensors, weight_files
@@ -55,24 +56,6 @@ class Draft:
     def kv_width(self) -> int:
         """Keys and values of one token."""
         return sum(spec.shape[0] for spec in self.specs if spec.name.endswith((".k_proj.weight", ".v_proj.weight")))
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """The parsed config.json of a checkpoint.
-
-    Raises:
-        AuroraError: there is none, or it is no JSON object.
-    """
-    file = directory / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AuroraError(f"{directory} is no model: cannot read its config.json ({error.strerror})") from None
-    except ValueError as error:
-        raise AuroraError(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise AuroraError(f"{file} is no JSON object")
-    return config
 
 
 def read_shapes(directory: Path) -> dict[str, Shape]:
@@ -181,8 +164,7 @@ def target_head_bytes(target: Target) -> int:
     Raises:
         AuroraError: there is no config.json.
     """
-    config = read_config(target.directory)
-    config = config.get("text_config") or config
+    config = read_text_config(target.directory)
     stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or target.dtype).split(".")[-1])
     matrices = 1 if config.get("tie_word_embeddings") else 2
     return int(matrices * target.vocab_size * target.hidden_size * stored.itemsize)

@@ -6,13 +6,13 @@ speculators   the same, and OUT in TARGET's place: it says itself which target i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from aurora_vllm.config_json import write_config
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner import checkpoints
 from aurora_vllm.learner.draft import (
@@ -61,7 +61,7 @@ def export(source: Path, out: Path, form: Format, verifier: str | None = None) -
                     for name, tensor in checkpoint_tensors(draft, stored_dtype(config)).items()
                 }
                 save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-                (staging / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+                write_config(staging, described)
     except (OSError, SafetensorError) as error:
         raise AuroraError(f"cannot write {out}: {getattr(error, 'strerror', None) or error}") from None
     return source

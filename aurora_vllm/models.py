@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from aurora_vllm import checkpoint, resuming
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config_json import read_config
 from aurora_vllm.errors import PLAIN, AuroraError
 from aurora_vllm.learner.target import check_learnable
 
@@ -30,7 +31,7 @@ def resolve_target(args: Namespace, weights: bool) -> Target:
         AuroraError: it is not there, or not of a kind Aurora serves.
     """
     directory = fetch(args.model, "model", weights, revision=args.revision, cache_dir=args.download_dir)
-    config = checkpoint.read_config(directory)
+    config = read_config(directory)
     if "speculators_config" in config:
         verifier = config["speculators_config"].get("verifier", {}).get("name_or_path", "its target")
         raise AuroraError(
@@ -78,7 +79,7 @@ def resolve_draft(config: AuroraConfig, target: Target, revision: str | None = N
         return checkpoint.read_draft(fetch(str(config.draft), "draft", weights=True, revision=revision), target)
     from aurora_vllm.learner import day0  # imports torch
 
-    model_config = checkpoint.read_config(target.directory)
+    model_config = read_config(target.directory)
     if model_config.get("quantization_config"):
         raise AuroraError(f"no day-0 draft can be made from {target.model}, it is quantized", GIVE_ONE)
     try:

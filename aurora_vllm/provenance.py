@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from aurora_vllm.config_json import read_config
 from aurora_vllm.learner.target import weights_fingerprint
 from aurora_vllm.session import Session
 from aurora_vllm.versions import versions
@@ -23,7 +23,7 @@ def provenance(session: Session) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": {
             "model": session.model,
-            "architectures": json.loads((session.target / "config.json").read_text()).get("architectures") or [],
+            "architectures": read_config(session.target).get("architectures") or [],
             "fingerprint": weights_fingerprint(session.target),
         },
     }

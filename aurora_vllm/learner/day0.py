@@ -21,7 +21,6 @@ The format is the one plain vLLM loads with ``--speculative-config '{"method": "
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from aurora_vllm.config_json import read_config, write_config
 from aurora_vllm.learner import lesson_shape
 from aurora_vllm.learner.staging import appears_whole
 from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
@@ -65,9 +65,10 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None
 
     Raises:
         ValueError: the target has no layers of this shape, says which tensor or key is missing.
-        FileNotFoundError: no config.json or safetensors there.
+        AuroraError: no config.json there.
+        FileNotFoundError: no safetensors there.
     """
-    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config = read_config(target)
     own = draft_config(config, draft_vocab_size)
     weights = _Checkpoint(target)
     layer = min(own["eagle_aux_hidden_state_layer_ids"][-1], config["num_hidden_layers"] - 1)
@@ -228,7 +229,7 @@ def _write(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) 
         appears_whole(out, private=False) as staging,  # not private: a server may run as another user
     ):
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_config(staging, config)
         if out.exists():
             out.rename(Path(aside) / "replaced")
 

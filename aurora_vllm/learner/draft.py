@@ -7,7 +7,6 @@ other is in unroll.py.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from aurora_vllm.config_json import read_config, write_config
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft_files import flatten, read_tensors
 from aurora_vllm.learner.eagle3_config import Eagle3Config as Eagle3Config
@@ -143,11 +143,7 @@ def load_config(directory: Path) -> dict[str, Any]:
     Raises:
         AuroraError: there is none, or it is of another kind of draft.
     """
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AuroraError(f"no draft in {directory}: {error}") from None
-    return flatten(config)
+    return flatten(read_config(directory))
 
 
 def load_tensors(draft: Eagle3Draft, tensors: dict[str, torch.Tensor]) -> None:
@@ -191,7 +187,7 @@ def save_draft(draft: Eagle3Draft, directory: Path, config: dict[str, Any]) -> N
     directory.mkdir(parents=True, exist_ok=True)
     tensors = checkpoint_tensors(draft, dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(directory, config)
 
 
 def stored_dtype(config: dict[str, Any]) -> torch.dtype:

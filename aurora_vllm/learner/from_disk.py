@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from aurora_vllm.config_json import read_config
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, load_tensors
 from aurora_vllm.learner.draft_files import flatten, read_tensors
@@ -70,10 +70,10 @@ def read_replacement(
 def _check_config(directory: Path, running: Eagle3Config) -> None:
     if not directory.is_dir():
         raise AuroraError(f"{directory} is no directory")
+    config = read_config(directory)
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         found = Eagle3Config.from_hf(flatten(config))
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise AuroraError(f"{directory}: no usable config.json ({error})") from None
     except AuroraError as error:
         raise AuroraError(f"{directory}: {error}") from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from aurora_vllm.config_json import read_text_config
 from aurora_vllm.errors import PLAIN, AuroraError
 
 _VOCABULARY_CHUNK = 8192  # lm_head rows converted to float32 at a time
@@ -84,7 +84,7 @@ def load_target_head(directory: Path) -> TargetHead:
         raise AuroraError(f"no token embedding in {directory}", "a safetensors checkpoint of the target is needed")
     check_learnable(directory)
     embedding = found["embed_tokens.weight"]
-    tied = _config(directory).get("tie_word_embeddings", False) or "lm_head.weight" not in found
+    tied = read_text_config(directory).get("tie_word_embeddings", False) or "lm_head.weight" not in found
     return TargetHead(embedding, embedding if tied else found["lm_head.weight"])
 
 
@@ -119,7 +119,7 @@ def check_learnable(directory: Path) -> None:
     Raises:
         AuroraError: its logits are not ``lm_head`` times its last hidden state, which is what the learner computes.
     """
-    config = _config(directory)
+    config = read_text_config(directory)
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if config.get(key) not in (None, 1, 1.0):
             raise AuroraError(
@@ -144,10 +144,3 @@ def weights_fingerprint(directory: Path) -> str:
                 stream.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
-
-
-def _config(directory: Path) -> dict[str, object]:
-    """Of the language model, where the target has other parts."""
-    path = directory / "config.json"
-    config = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    return config | dict(config.get("text_config") or {})

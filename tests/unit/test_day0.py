@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.day0 import auxiliary_layers, draft_config, make_day0_draft
 
 SIZES = {"hidden_size": 48, "intermediate_size": 64, "vocab_size": 320, "max_position_embeddings": 64}
@@ -198,7 +199,7 @@ def test_a_target_of_another_shape_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.layers\.5\.mlp\.up_proj\.weight"):
         make_day0_draft(tmp_path / "target", tmp_path / "draft", 64)
     assert not (tmp_path / "draft").exists()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(AuroraError, match="is no checkpoint"):
         make_day0_draft(tmp_path, tmp_path / "draft", 64)
 
 

@@ -137,7 +137,7 @@ def test_a_draft_of_another_width_needs_its_own_embedding(tmp_path: Path) -> Non
 
 
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:
-    with pytest.raises(AuroraError, match="no draft in"):
+    with pytest.raises(AuroraError, match="is no checkpoint"):
         load_draft(tmp_path)
 
 

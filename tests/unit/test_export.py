@@ -89,7 +89,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, kept: Path, capsys:
     out = str(tmp_path / "out")
     for arguments, line in [
         ([str(tmp_path / "nowhere"), out], "is no directory; give a checkpoint"),
-        ([str(full), out], "no draft in"),
+        ([str(full), out], "is no checkpoint"),
         ([str(kept), str(full)], "exists already; name a directory that does not"),
         ([str(kept), str(tmp_path / "file")], "exists already"),
         ([str(kept), str(tmp_path / "file" / "out")], "cannot write"),

@@ -173,7 +173,9 @@ def test_no_checkpoint(bank: WeightBank, directory: Path, running: Eagle3Draft, 
     torch.save({"x": 3}, directory / "pytorch_model.bin")
     refused("more than tensors in it")
     (directory / "config.json").write_text("[]")
+    refused("config.json is no JSON object")
+    (directory / "config.json").write_text('{"hidden_size": "wide"}')
     refused("the draft's config holds a wrong value")
     (directory / "config.json").unlink()
-    refused("no usable config.json")
+    refused("cannot read its config.json")
     assert bank.published() == 0

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from aurora_vllm import checkpoint, models, plan, plan_view, preflight
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config_json import read_config
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner import day0
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
@@ -148,10 +149,10 @@ def test_no_checkpoint(tmp_path: Path, target: Target) -> None:
     with pytest.raises(AuroraError, match=r"holds no \*\.safetensors"):
         checkpoint.read_shapes(tmp_path)
     with pytest.raises(AuroraError, match=r"cannot read its config\.json"):
-        checkpoint.read_config(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(AuroraError, match="is not JSON"):
-        checkpoint.read_config(tmp_path)
+        read_config(tmp_path)
     with pytest.raises(AuroraError, match="is no directory"):
         checkpoint.read_draft(tmp_path / "nowhere", target)
 
@@ -234,7 +235,7 @@ def test_no_room_in_shared_memory_is_said_before_anything_is_made(monkeypatch: p
 
 def test_targets_no_day0_draft_can_be_made_from(target: Target, tmp_path: Path) -> None:
     config = AuroraConfig(cache_dir=tmp_path)
-    layers = checkpoint.read_config(target.directory)["num_hidden_layers"]
+    layers = read_config(target.directory)["num_hidden_layers"]
     change_config(target.directory, num_hidden_layers=1)
     with pytest.raises(AuroraError, match=r"owner/target: .* at least 2 layers.* give one with --aurora-draft"):
         models.resolve_draft(config, target)

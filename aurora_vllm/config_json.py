@@ -1,0 +1,38 @@
+"""The ``config.json`` of a checkpoint, a target's or a draft's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from aurora_vllm.errors import AuroraError
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """What is in it.
+
+    Raises:
+        AuroraError: there is none, or it is no JSON object.
+    """
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AuroraError(f"{directory} is no checkpoint: cannot read its config.json ({error.strerror})") from None
+    except ValueError as error:
+        raise AuroraError(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise AuroraError(f"{file} is no JSON object")
+    return config
+
+
+def read_text_config(directory: Path) -> dict[str, Any]:
+    """The same of the language model, where the target has other parts, too."""
+    config = read_config(directory)
+    return config | dict(config.get("text_config") or {})
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write one that people can read."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
