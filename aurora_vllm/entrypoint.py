@@ -107,8 +107,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     if not installed:
         notice("not installed as a package: no /aurora/status, no metrics, no min_p and logit_bias (pip install -e .)")
     api_servers = getattr(args, "api_server_count", None) or 1  # several have processes of their own
-    lifts_refusals = runner.name == "V2" or plan.gpu is None  # on a GPU V1's drafts do not pass through the scheduler
-    with Runtime(plan, installed and api_servers == 1, lifts_refusals):
+    with Runtime(plan, installed and api_servers == 1):
         server.run(args)
     return 0
 

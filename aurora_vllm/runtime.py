@@ -27,12 +27,11 @@ engine_is_up = threading.Event()
 class Runtime:
     """Segments, session and supervised learner of one run; a context manager that leaves nothing behind."""
 
-    def __init__(self, plan: ServePlan, told_when_up: bool, lifts_refusals: bool = False) -> None:
+    def __init__(self, plan: ServePlan, told_when_up: bool) -> None:
         """
         Args:
             told_when_up: vLLM will load our endpoint plugin in this process, which says when the engine is up; without
                 it the learner starts when the worker has attached.
-            lifts_refusals: see :class:`Session`.
 
         Raises:
             AuroraError: no room in shared memory.
@@ -65,7 +64,6 @@ class Runtime:
             control=block.name,
             on_device=plan.gpu is not None and plan.gpu.used,
             learner_gpu_bytes=plan.gpu.memory.learner if plan.gpu is not None and plan.gpu.used else 0,
-            lifts_refusals=lifts_refusals,
             resume=plan.draft.directory if plan.draft.origin == "resumed" else None,
             model=str(plan.target.directory) if Path(plan.target.model).is_dir() else plan.target.model,
             command=without_secrets(sys.argv),

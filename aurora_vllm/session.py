@@ -35,7 +35,6 @@ class Session(BaseModel):
     control: str
     on_device: bool = False  # ring and bank are to lie on the target's GPU, and the learner is to train there
     learner_gpu_bytes: int = 0  # there, by plan, without context, ring and bank; 0: not bounded
-    lifts_refusals: bool = False  # of parameters that vLLM refuses where it speculates (spec_decode/undrafted.py)
     resume: Path | None = None  # the checkpoint that `draft` is, where the learner goes on from one
     model: str = ""  # the target as the user named it
     command: tuple[str, ...] = ()  # that started the server, secrets blanked

@@ -59,8 +59,7 @@ class AuroraEndpoints:
             app.add_api_route("/aurora/status", _off, methods=["GET"])
             return
         # Here, because every API server of vLLM's comes by; several are children of the process that owns the session.
-        if session.lifts_refusals:
-            undrafted.accept_requests()
+        undrafted.accept_requests()
         if os.getppid() == (owner := owner_pid(session.control)):
             end_with_parent(owner)
         try:

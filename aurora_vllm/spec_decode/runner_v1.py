@@ -75,6 +75,8 @@ class V1Adapter:
     def proposing(self, step: Any) -> torch.Tensor | None:
         """Drafts are about to be proposed. Returns the empty ones of a step that needs none, int64 [R, 0], or None."""
         self._proposed_by = self._on_propose()
+        if getattr(self._runner, "use_async_scheduling", False):
+            return None  # where steps overlap, proposing is also what hands the sampled tokens on to the next
         if step is None or step.num_spec_tokens_to_schedule or (_has_prefill(step) and not self._sits_out()):
             return None
         # vLLM would still run the draft over the step's tokens to keep its KV cache complete. A decode step that

@@ -86,15 +86,14 @@ class AuroraScheduler(Scheduler):
     would never verify any: there an :class:`AsyncAuroraScheduler` is made instead.
     """
 
-    _passes_drafts = True
-
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> AuroraScheduler:
         return super().__new__(AsyncAuroraScheduler if vllm_config.scheduler_config.async_scheduling else cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._advisor = advise(self)
-        self._withdrawal = Withdrawal()
+        overlap = self.vllm_config.scheduler_config.async_scheduling
+        self._withdrawal = Withdrawal(one_by_one=overlap and not self.vllm_config.use_v2_model_runner)
 
     def add_request(self, request: Any) -> None:
         note_salt(request, self.requests.get(getattr(request, "request_id", None)))
@@ -104,8 +103,7 @@ class AuroraScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         if self._advisor is not None:
             self._advisor.step_starts()
-            if self._passes_drafts:
-                self._withdrawal.withdraw(self.requests)
+            self._withdrawal.withdraw(self.requests)
         return super().schedule(*args, **kwargs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -131,8 +129,6 @@ class AsyncAuroraScheduler(AuroraScheduler, AsyncScheduler):
     The scheduler sees no drafts, only verdicts on them. When it looks at step N's, the worker may be in step N + 1
     already, so a verdict on the first drafts of a new version may be booked on the version before it: one step's worth.
     """
-
-    _passes_drafts = False
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -5,8 +5,8 @@ seed no longer says what the answer is: how many random numbers a step takes dep
 None of this is a request's business. A request without drafts takes one token a step from vLLM's own sampler, which
 knows both parameters and draws as it always does, also where others in the batch have drafts.
 
-V2's rejection sampler applies both parameters to every row. So where its steps overlap, and drafts do not pass through
-the scheduler, nothing but the refusal is in the way.
+V2's rejection sampler applies both parameters to every row, so where its steps overlap, nothing but the refusal is in
+the way. Where V1's do, proposals do not pass by the scheduler either; it schedules none for such requests.
 """
 
 from __future__ import annotations
@@ -48,16 +48,27 @@ def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:
 
 
 class Withdrawal:
-    """Takes all drafts away while somebody asks for ``logprob_token_ids``: beside a verified draft, and another request
-    that asks for logprobs, vLLM's sampler puts tables of two widths together and ends the engine."""
+    """Takes drafts away before they are scheduled.
 
-    def __init__(self) -> None:
+    From everybody while somebody asks for ``logprob_token_ids``: beside a verified draft V1's sampler puts tables of
+    two widths together and ends the engine, where others ask for logprobs, too, and V2's leaves them out.
+
+    Args:
+        one_by_one: also from each request that goes without drafts, because proposals do not pass by the scheduler.
+    """
+
+    def __init__(self, one_by_one: bool = False) -> None:
+        self._one_by_one = one_by_one
         self._asking: set[str] = set()
+        self._without: set[str] = set()
 
     def arrived(self, request: Any) -> None:
         """A vLLM ``Request`` came to the scheduler."""
-        if getattr(request.sampling_params, "logprob_token_ids", None):
+        params = request.sampling_params
+        if getattr(params, "logprob_token_ids", None):
             self._asking.add(request.request_id)
+        if self._one_by_one and params is not None and goes_without_drafts(params):
+            self._without.add(request.request_id)
 
     def withdraw(self, requests: Mapping[str, Any]) -> None:
         """Right before a step is scheduled, which may take up a request that nobody has seen run.
@@ -65,21 +76,20 @@ class Withdrawal:
         Args:
             requests: vLLM's ``Request`` by id, those that wait included.
         """
-        if self._asking:
-            self._asking &= requests.keys()
-        if self._asking:
-            for request in requests.values():
-                request.spec_token_ids = []
+        self._asking &= requests.keys()
+        self._without &= requests.keys()
+        for name in requests if self._asking else self._without:
+            requests[name].spec_token_ids = []
 
 
 def add_logits_processors(runner: Any) -> None:
-    """Give a V1 runner on a CPU the processors of both parameters, which vLLM leaves out where it speculates
+    """Give a V1 runner the processors of both parameters, which vLLM leaves out where it speculates
     (``vllm.v1.sample.logits_processor.build_logitsprocs``)."""
     builtin = importlib.import_module("vllm.v1.sample.logits_processor.builtin")
     processors = runner.input_batch.logitsprocs
     for kind in (builtin.MinPLogitsProcessor, builtin.LogitBiasLogitsProcessor):
         if not any(isinstance(one, kind) for one in processors.all):
-            made = kind(runner.vllm_config, runner.device, False)  # memory for a GPU would be pinned
+            made = kind(runner.vllm_config, runner.device, False)  # pinned memory is for those who are many
             group = processors.argmax_invariant if made.is_argmax_invariant() else processors.non_argmax_invariant
             group.append(made)
 

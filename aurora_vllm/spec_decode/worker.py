@@ -33,7 +33,7 @@ class AuroraWorker(PlatformWorker):
         if hasattr(self.model_runner, "drafter"):  # V1; V2 samples by other code, which has neither fault
             if current_platform.is_cpu():
                 mend_cpu_sampling()
-                add_logits_processors(self.model_runner)
+            add_logits_processors(self.model_runner)
             sample_plainly_without_drafts(self.model_runner)
         try:
             self._aurora = Attachment.to_worker(self)

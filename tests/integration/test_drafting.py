@@ -68,6 +68,17 @@ def counters(engine: Engine) -> dict[str, int]:
     return engine.spec_decode_counters()
 
 
+def asked_logprobs(engine: Engine, prompts: list[list[int]], token_ids: list[int]) -> list[list[set[int]]]:
+    """Of whom there are any, for each token of each answer."""
+    done = engine.generate(prompts, max_tokens=12, logprob_token_ids=token_ids)
+    return [[set(at) & set(token_ids) for at in one.outputs[0].logprobs or ()] for one in done]
+
+
+def test_overlapping_steps_have_the_logprobs_that_were_asked_for(served_by_v2_overlapping: Served) -> None:
+    engine, prompts = served_by_v2_overlapping.engine, served_by_v2_overlapping.short
+    assert engine.run(asked_logprobs, prompts, [3, 5]) == [[{3, 5}] * 12] * len(prompts)
+
+
 @pytest.mark.parametrize("sampling", [{"temperature": 1.5, "min_p": 1.0}, {"logit_bias": {5: 100.0}}])
 def test_overlapping_steps_verify_drafts_with_what_vllm_refuses(
     served_by_v2_overlapping: Served, sampling: dict[str, Any]

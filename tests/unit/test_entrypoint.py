@@ -8,7 +8,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -123,8 +122,8 @@ class Stage:
         calls, stage = self.calls, self
 
         class Runtime:
-            def __init__(self, made: plan.ServePlan, told_when_up: bool, lifts_refusals: bool) -> None:
-                stage.runtime = made, told_when_up, lifts_refusals
+            def __init__(self, made: plan.ServePlan, told_when_up: bool) -> None:
+                stage.runtime = made, told_when_up
                 calls.append("memory")
 
             def __enter__(self) -> None: ...
@@ -163,7 +162,7 @@ def test_what_can_be_wrong_is_looked_at_before_anything_is_made(stage: Stage, mo
     assert (stage.args.worker_cls, stage.args.scheduler_cls) == (preflight.WORKER_CLASS, preflight.SCHEDULER_CLASS)
     assert stage.args.speculative_config["method"] == "eagle3"
     assert os.environ["VLLM_PLUGINS"] == "aurora"  # vLLM lets our routes in
-    made, told_when_up, _ = stage.runtime
+    made, told_when_up = stage.runtime
     assert made.model_runner.name == "V1" and told_when_up
 
 
@@ -200,17 +199,6 @@ def test_the_learner_waits_for_the_plugin_where_it_is_in_this_process(
     assert entrypoint.main(["M"]) == 0
     assert stage.runtime[1] == told
     assert ("not installed as a package" in capfd.readouterr().err) != installed
-
-
-@pytest.mark.parametrize(("runner", "gpu", "lifts"), [("V1", False, True), ("V1", True, False), ("V2", True, True)])
-def test_refusals_are_lifted_where_drafts_can_be_kept_away(
-    monkeypatch: pytest.MonkeyPatch, serve_plan: plan.ServePlan, runner: str, gpu: bool, lifts: bool
-) -> None:
-    found = plan.plan_gpu(serve_plan, Namespace(gpu_memory_utilization=0.9), 80 << 30) if gpu else None
-    stage = Stage(monkeypatch, replace(serve_plan, gpu=found))
-    stage.takes_runner(monkeypatch, runner)
-    assert entrypoint.main(["M"]) == 0
-    assert stage.runtime[2] == lifts
 
 
 @pytest.mark.parametrize(

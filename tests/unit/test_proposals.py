@@ -122,3 +122,13 @@ def test_drafts_are_withdrawn_while_somebody_asks_for_the_logprobs_of_tokens() -
     requests["plain"].spec_token_ids = [1]
     withdrawal.withdraw(requests)
     assert requests["plain"].spec_token_ids == [1]
+
+
+def test_where_proposals_do_not_pass_by_each_request_that_goes_without_is_left_out() -> None:
+    withdrawal = Withdrawal(one_by_one=True)
+    requests = {"plain": request([1]), "seeded": request([1], temperature=0.7, seed=3)}
+    for name, one in requests.items():
+        one.request_id, one.spec_token_ids = name, [-1, -1]
+        withdrawal.arrived(one)
+    withdrawal.withdraw(requests)
+    assert (requests["plain"].spec_token_ids, requests["seeded"].spec_token_ids) == ([-1, -1], [])
