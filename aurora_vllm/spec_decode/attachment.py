@@ -51,6 +51,7 @@ class Attachment:
         device: that the target runs on.
     """
 
+    _started = False
     serving = False  # vLLM warms up with requests of its own, which are nobody's traffic
 
     def __init__(
@@ -76,7 +77,10 @@ class Attachment:
 
     def start_serving(self) -> None:
         """After vLLM's profiling and warm-up, so that none of this counts as the model's: take the ring and the bank,
-        and begin to capture and to swap."""
+        and begin to capture and to swap. A second call does nothing."""
+        if self._started:
+            return
+        self._started = True
         session, worker = self.session, self.control.worker
         try:
             ring, bank = Segment.attach(session.ring), Segment.attach(session.bank)
@@ -90,8 +94,9 @@ class Attachment:
                 sample_rate=session.config.sample_rate,
             )
             self.stager = self._make_stager(weights)
-        except Exception:
-            logger.exception("aurora: could not start; serving goes on as plain vLLM")
+        except Exception as error:
+            logger.exception("aurora: could not start; serving goes on without capture and swaps")
+            worker.message = f"could not start: {type(error).__name__}: {error}"
             return
         if isinstance(self._adapter, V2Adapter):
             self._copying = DeviceCopying.begin(session, self._runner, self.control, self.device)

@@ -1,6 +1,6 @@
 """AuroraWorker: vLLM's worker, with the learner's eyes and hands attached after the model is loaded.
 
-Chosen by ``--worker-cls``. It is the platform's own worker class in everything; four methods are extended, each calls
+Chosen by ``--worker-cls``. It is the platform's own worker class in everything; five methods are extended, each calls
 the original. Whatever fails here leaves plain serving behind.
 """
 
@@ -42,9 +42,17 @@ class AuroraWorker(PlatformWorker):
 
     def compile_or_warm_up_model(self) -> Any:
         done = super().compile_or_warm_up_model()
+        self._start_serving()
+        return done
+
+    def _maybe_activate_jit_monitor(self) -> None:
+        """On a GPU, the end of the warm-up: what is compiled later is a warning of vLLM's, or an error."""
+        self._start_serving()
+        super()._maybe_activate_jit_monitor()
+
+    def _start_serving(self) -> None:
         if self._aurora is not None:
             self._aurora.start_serving()
-        return done
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         if self._aurora is not None:

@@ -290,6 +290,26 @@ def test_copies_come_and_go_with_the_worker_s_word(current: Session) -> None:
     assert set(asked[:20]) == {0} and set(asked[50:60]) == {3} and set(asked[70:]) == {0}
 
 
+def test_the_rehearsal_is_over_when_vllm_begins_to_watch_for_late_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aurora_vllm.spec_decode.worker import AuroraWorker, PlatformWorker
+
+    said: list[str] = []
+    worker = AuroraWorker.__new__(AuroraWorker)
+    worker._aurora = SimpleNamespace(start_serving=lambda: said.append("rehearsed"))  # type: ignore[assignment]
+    monkeypatch.setattr(PlatformWorker, "_maybe_activate_jit_monitor", lambda worker: said.append("watched"))
+    worker._maybe_activate_jit_monitor()
+    assert said == ["rehearsed", "watched"]
+
+
+def test_a_worker_that_cannot_start_says_so(current: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aurora_vllm.spec_decode.attachment.place", lambda *_, **__: 1 / 0)
+    attachment = Attachment(current, Straw(), V2Adapter)
+    attachment.start_serving()
+    worker = attachment.control.worker
+    assert not attachment.serving and not worker.attached and not worker.copies_on_device
+    assert worker.message == "could not start: ZeroDivisionError: division by zero"
+
+
 def test_a_server_s_worker_begins_by_itself(current: Session) -> None:
     attachment = Attachment(current, Straw(), V2Adapter)
     assert not attachment.control.worker.copies_on_device
