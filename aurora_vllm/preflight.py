@@ -34,6 +34,7 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "data_parallel_multi_port_external_lb": (False,),
     "enable_dbo": (False,),  # V2 speculates without it, and V1 in V2's place was not foreseen at the start
     "headless": (False,),
+    "distributed_executor_backend": (None, "uni", "mp"),  # what a worker has to know lies in its environment
     "grpc": (False,),
     "logits_processors": (None, []),  # vLLM would end: it takes none where it speculates
     "worker_cls": ("auto", WORKER_CLASS),

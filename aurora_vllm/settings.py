@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ ENVIRONMENT_PREFIX = "AURORA_"
 # Ours, but no settings: the session (aurora_vllm.session), the YAML file, and the switch.
 RESERVED_ENVIRONMENT = frozenset({"AURORA_SESSION", "AURORA_CONFIG", "AURORA_OFF"})
 LIKE_A_SETTING = 0.7  # difflib's ratio, from which a variable is taken for a setting misspelt
+# What Kubernetes and Docker's links make of a service: AURORA_LEARNER_PORT_80_TCP of one called aurora-learner.
+OF_A_SERVICE = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 FLAG_PREFIX = "--aurora-"
 SWITCHES = {
     "off": "plain vLLM: same arguments, nothing of aurora_vllm (AURORA_OFF=1 does the same)",
@@ -142,8 +145,7 @@ def _normalise(word: str) -> str:
 
 
 def _from_environment(environment: Mapping[str, str]) -> Settings:
-    """An empty one counts as not set. One that is like no setting is not ours: Kubernetes makes AURORA_PORT_80_TCP of a
-    service called aurora, and AWS has an Aurora, too."""
+    """An empty one counts as not set. One that is like no setting is not ours: AWS has an Aurora, too."""
     found: Settings = {}
     wrong = []
     for variable in sorted(set(environment) - RESERVED_ENVIRONMENT):
@@ -152,6 +154,8 @@ def _from_environment(environment: Mapping[str, str]) -> Settings:
         field = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
         if field in AuroraConfig.model_fields:
             found[field] = (variable, environment[variable])
+        elif OF_A_SERVICE.fullmatch(variable):
+            continue
         elif difflib.get_close_matches(field, AuroraConfig.model_fields, n=1, cutoff=LIKE_A_SETTING):
             known = [ENVIRONMENT_PREFIX + name.upper() for name in AuroraConfig.model_fields]
             wrong.append(unknown(f"unknown environment variable {variable}", variable, known))

@@ -21,7 +21,7 @@ from aurora_vllm.learner.host_lesson import HostLesson
 from aurora_vllm.learner.lesson import Lesson
 from aurora_vllm.learner.lesson_shape import is_due
 from aurora_vllm.learner.objective import Objective
-from aurora_vllm.learner.remap import move_to_vocabulary
+from aurora_vllm.learner.remap import plan_move
 from aurora_vllm.learner.replay import Replay
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.train import Trainer
@@ -122,7 +122,7 @@ class Curriculum:
         Args:
             owed: whether training has to keep up with it.
         """
-        passes = self._config.replay_passes if owed else 0.0
+        passes, self.fault = self._config.replay_passes if owed else 0.0, ""
         with self._forgetting():
             is_held = self.replay.add(trajectory, passes)
         self._owed += passes * len(trajectory.token_ids) if is_held else 0.0
@@ -131,9 +131,15 @@ class Curriculum:
         chosen = self._reselection.propose(self.coverage, self.candidate.target_ids)
         if chosen is None:
             return False
-        move_to_vocabulary(self.trainer.draft, self._head, chosen, self.trainer.optimizer)
-        if self.trainer.draft is not self.candidate:
-            move_to_vocabulary(self.candidate, self._head, chosen)
+        try:
+            moves = [plan_move(self.trainer.draft, self._head, chosen, self.trainer.optimizer)]
+            if self.trainer.draft is not self.candidate:
+                moves.append(plan_move(self.candidate, self._head, chosen))
+        except RuntimeError as error:
+            self.fault = f"{type(error).__name__.lstrip('_')} in a change of vocabulary: it stays as it is"
+            return False
+        for move in moves:
+            move()
         self.vocabulary_changes += 1
         return True
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import AuroraError, notice
 from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget, DeviceClock
 from aurora_vllm.learner.curriculum import Curriculum
@@ -123,8 +123,8 @@ class Learner:
         may_score = not work or self.score_seconds <= share * time.process_time()
         if self.unscored and may_score:
             self._say("evaluating")
-            self._score(self.unscored.popleft())
-            self._maybe_publish()
+            if self._score(self.unscored.popleft()):
+                self._maybe_publish()
         elif work:
             self._say(work)
             self._work()
@@ -154,16 +154,26 @@ class Learner:
         if len(self.unscored) > SCORE_BACKLOG:
             self.remember(self.unscored.popleft())
 
-    def _score(self, trajectory: Trajectory) -> None:
-        """Both drafts on a trajectory that neither has trained on; then it may be trained on."""
-        began, length = time.process_time(), self.config.num_speculative_tokens
-        incumbent = simulate(self.incumbent, self.head, trajectory, length)
-        candidate = simulate(self.candidate, self.head, trajectory, length) if self.candidate_is_ahead else incumbent
-        self.evidence.add(candidate, incumbent)
-        self.sleep.scored(trajectory, candidate, incumbent)
+    def _score(self, trajectory: Trajectory) -> bool:
+        """Both drafts on a trajectory that neither has trained on, which then may be. Whether it is evidence."""
+        began = time.process_time()
+        incumbent = self.simulated(self.incumbent, trajectory)
+        candidate = self.simulated(self.candidate, trajectory) if self.candidate_is_ahead else incumbent
+        if is_evidence := incumbent is not None and candidate is not None:
+            self.evidence.add(candidate, incumbent)
+            self.sleep.scored(trajectory, candidate, incumbent)
+            self.show_live(incumbent)
         self.score_seconds += time.process_time() - began
-        self.show_live(incumbent)
         self.remember(trajectory)
+        return is_evidence
+
+    def simulated(self, draft: Eagle3Draft, trajectory: Trajectory) -> Score | None:
+        """A draft's score on a trajectory; None where there is no memory for it, which costs evidence and no more."""
+        try:
+            return simulate(draft, self.head, trajectory, self.config.num_speculative_tokens)
+        except RuntimeError as error:
+            self.control.learner.message = f"{type(error).__name__} in scoring a request: it is no evidence"
+            return None
 
     def show_live(self, score: Score) -> None:
         """The incumbent's score on a trajectory, for the serving side."""
@@ -177,6 +187,7 @@ class Learner:
         if self.curriculum.add(trajectory, owed=not self.sleep.asleep):
             self._candidate_is_another("the draft vocabulary was chosen anew")
         block, curriculum = self.control.learner, self.curriculum
+        block.message = curriculum.fault or block.message
         block.vocabulary_coverage = curriculum.coverage.share(self.incumbent.target_ids)
         block.vocabulary_changes = curriculum.vocabulary_changes
         block.tokens_seen = curriculum.tokens_seen
@@ -234,7 +245,7 @@ class Learner:
             return
         self.incumbent.load_state_dict(self.candidate.state_dict())
         self._both_are(version, lineage, self.evidence.published(time.monotonic()))
-        self._published(version)
+        self._published(version, reason)
 
     def _update(self, directory: Path) -> Answer:
         """A draft somebody wants, in place of incumbent and candidate. Learning goes on from it."""
@@ -244,7 +255,7 @@ class Learner:
         except AuroraError as error:
             return Answer(0, str(error))
         self.start_over_from(draft, version, version, "another draft was loaded")
-        self._published(version)
+        self._published(version, f"asked for, from {directory}")
         return Answer(version, f"published as version {version}")
 
     def start_over_from(self, draft: Eagle3Draft, version: int, lineage: int, why: str) -> None:
@@ -265,7 +276,8 @@ class Learner:
             self.shadow.add(score)
         self._show_shadow()
 
-    def _published(self, version: int) -> None:
+    def _published(self, version: int, why: str) -> None:
+        notice(f"version {version} of the draft is published: {why}")
         self.sync.published(self.curriculum.trainer.steps, self.requests_seen)
         self.control.learner.published_version = version
         self.control.learner.publishes += 1

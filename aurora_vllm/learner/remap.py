@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from aurora_vllm.learner.draft import Eagle3Draft
@@ -12,11 +14,19 @@ ROWS_FOR_TURN = 2  # times the hidden size: with fewer, rows are taken for moved
 TURN_RIDGE = 1e-4  # relative to the mean square of a channel
 
 
-@torch.no_grad()
 def move_to_vocabulary(
     draft: Eagle3Draft, head: TargetHead, target_ids: torch.Tensor, optimizer: torch.optim.Optimizer | None = None
 ) -> int:
-    """Change a draft's vocabulary in place. Nothing else of the draft changes, and no tensor changes its address.
+    """Change a draft's vocabulary in place. Returns how many tokens are new. Arguments, errors: :func:`plan_move`."""
+    return plan_move(draft, head, target_ids, optimizer)()
+
+
+@torch.no_grad()
+def plan_move(
+    draft: Eagle3Draft, head: TargetHead, target_ids: torch.Tensor, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], int]:
+    """Work out what a draft is in another vocabulary: all that may fail or find no memory, so that several drafts can
+    be moved together or not at all. Nothing else of the draft changes, and no tensor changes its address.
 
     A token of both vocabularies takes its row of ``lm_head`` along, and with it its row of every optimizer state of
     that shape (AdamW: both moments). A new token's moments are zero, its row is where :func:`_starting_rows` puts it.
@@ -28,10 +38,11 @@ def move_to_vocabulary(
         optimizer: that trains the draft.
 
     Returns:
-        How many tokens are new.
+        What makes the move, once, and says how many tokens are new.
 
     Raises:
-        ValueError: no such vocabulary. Nothing was changed.
+        ValueError: no such vocabulary.
+        RuntimeError: there is no memory for it.
     """
     old, vocab_size = draft.target_ids, draft.config.vocab_size
     target_ids = target_ids.to(old.device)
@@ -53,13 +64,21 @@ def move_to_vocabulary(
         return result
 
     weight = draft.lm_head.weight
-    weight.copy_(moved(weight, _starting_rows(draft, head, target_ids[new])))
-    weight.grad = None
-    for state in (optimizer.state.get(weight, {}) if optimizer is not None else {}).values():
-        if isinstance(state, torch.Tensor) and state.shape == weight.shape:
-            state.copy_(moved(state, 0.0))
-    draft.d2t.copy_(target_ids - torch.arange(len(old), device=old.device))
-    return int(new.sum())
+    states = (optimizer.state.get(weight, {}) if optimizer is not None else {}).values()
+    moments = [state for state in states if isinstance(state, torch.Tensor) and state.shape == weight.shape]
+    copies = [(weight, moved(weight, _starting_rows(draft, head, target_ids[new])))]
+    copies += [(state, moved(state, 0.0)) for state in moments]
+    copies.append((draft.d2t, target_ids - torch.arange(len(old), device=old.device)))
+    entering = int(new.sum())
+
+    @torch.no_grad()
+    def move() -> int:
+        for tensor, content in copies:
+            tensor.copy_(content)
+        weight.grad = None
+        return entering
+
+    return move
 
 
 def _starting_rows(draft: Eagle3Draft, head: TargetHead, new_ids: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aurora_vllm.control.drift import AcceptanceWatch, Trial
 from aurora_vllm.learner.draft import Eagle3Draft
-from aurora_vllm.learner.evaluate import Score, simulate
+from aurora_vllm.learner.evaluate import Score
 from aurora_vllm.learner.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -66,8 +66,9 @@ class Sleep:
             self._trial = Trial(steps, learner.config.evidence_tokens)
             self._set_aside = copy.deepcopy(learner.candidate)
         elif self._trial.is_judged(steps):
-            then = simulate(self._set_aside, learner.head, trajectory, learner.config.num_speculative_tokens)
-            self._trial.observe(_counts(then), _counts(candidate))
+            then = learner.simulated(self._set_aside, trajectory)
+            if then is not None:
+                self._trial.observe(_counts(then), _counts(candidate))
             if incumbent.steps:
                 self._usual.append(incumbent.acceptance_length - 1.0)
         self._say(self._trial.reason(steps))
@@ -88,8 +89,7 @@ class Sleep:
         while learner.unscored and self._watch is not None:
             trajectory, why = learner.unscored.popleft(), ""
             due = self._watch.is_due()
-            if due:
-                score = simulate(learner.incumbent, learner.head, trajectory, learner.config.num_speculative_tokens)
+            if due and (score := learner.simulated(learner.incumbent, trajectory)) is not None:
                 learner.show_live(score)
                 why = self._watch.observe(*_counts(score))
             learner.remember(trajectory)  # another vocabulary may wake it

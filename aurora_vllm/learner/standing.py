@@ -22,16 +22,21 @@ def standing_version(bank: WeightBank, worker: Block) -> int:
 
 def take_standing(draft: Eagle3Draft, bank: WeightBank, worker: Block) -> tuple[int, int]:
     """Put the weights of the version that stands into a draft. Returns which that is, and its lineage: version 1, and
-    the draft is as it was, where the bank does not hold it."""
-    version = standing_version(bank, worker)
-    if version <= CHECKPOINT_VERSION:
-        return CHECKPOINT_VERSION, 0
-    try:
-        publication = bank.read(version)
-        draft.load_state_dict(publication.tensors)
-    except TornPublish:
-        return CHECKPOINT_VERSION, 0
-    return version, publication.lineage
+    the draft is as it was, where the bank does not hold it.
+
+    A learner that was killed in a publish may have torn the newest version, which the worker had not taken yet, while
+    the live one is held and whole.
+    """
+    for version in (standing_version(bank, worker), int(worker.live_version)):
+        if version <= CHECKPOINT_VERSION:
+            break
+        try:
+            publication = bank.read(version)
+            draft.load_state_dict(publication.tensors)
+        except TornPublish:
+            continue
+        return version, publication.lineage
+    return CHECKPOINT_VERSION, 0
 
 
 def follow_rollback(learner: Learner) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+logger = logging.getLogger("vllm.aurora")
 
 Status = Mapping[str, Any]  # aurora_vllm.server.status.status()
 Family = CounterMetricFamily | GaugeMetricFamily
@@ -33,13 +36,14 @@ class Metric:
     def samples(self, status: Status) -> Iterator[tuple[tuple[str, ...], Any]]:
         """Label values and value; a value of None has nothing to say.
 
-        By version there are two series at a time, since there are thousands of versions in a server's life.
+        By version there are two series, "live" and "previous": a server's life has thousands of versions.
         """
         if self.labels == VERSION:
             versions = status["versions"]
-            for row in versions["acceptance"]:
-                if row["version"] in (versions["live"], versions["previous"]):
-                    yield (str(row["version"]),), row[self.source]
+            rows = {row["version"]: row for row in versions["acceptance"]}
+            for which in ("live", "previous"):
+                if (row := rows.get(versions[which])) is not None:
+                    yield (which,), row[self.source]
             return
         value: Any = status
         for key in self.source.split("."):
@@ -104,7 +108,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("aurora_rows_written_total", "capture.rows_written", "Rows written to the trace ring"),
     Metric("aurora_ring_used_rows", "ring.used", "Rows in the trace ring that the learner has not read"),
     Metric("aurora_ring_capacity_rows", "ring.capacity", "Rows the trace ring holds"),
-    Metric("aurora_learner_alive", "learner.alive", "1 while the learner's heartbeat is fresh"),
+    Metric("aurora_learner_alive", "learner.alive", "1 while the learner's heartbeat is fresh; none without a learner"),
     Metric("aurora_learner_heartbeat_age_seconds", "learner.heartbeat_age_s", "Age of the learner's heartbeat"),
     Metric("aurora_learner_restarts_total", "learner.restarts", "Times the learner was started again"),
     Metric("aurora_learner_steps_total", "learner.steps_taken", "Optimizer steps"),
@@ -159,7 +163,7 @@ class AuroraCollector(Collector):
     """All of :data:`METRICS`, from one status per scrape."""
 
     def __init__(self, read: Callable[[], Status]) -> None:
-        self._read = read
+        self._read, self._told = read, False
 
     def describe(self) -> list[Family]:
         """Names without values, so that registering reads nothing."""
@@ -169,6 +173,9 @@ class AuroraCollector(Collector):
         try:
             status = self._read()
         except Exception:  # vLLM's own metrics share the page: better without ours than none
+            if not self._told:
+                self._told = True
+                logger.exception("aurora: the status cannot be read, so its metrics are missing")
             return
         for metric in METRICS:
             family = _family(metric)

@@ -97,7 +97,7 @@ def learner(snapshot: Snapshot, wanted: bool, now_ns: int) -> dict[str, Any]:
     return {
         **fields,
         "state": state,
-        "alive": alive,
+        "alive": alive if wanted else None,
         "heartbeat_age_s": heartbeat_age,
         "pid": server["learner_pid"],
         "restarts": server["learner_restarts"],

@@ -240,11 +240,24 @@ def test_home_is_expanded_and_the_model_is_frozen() -> None:
 
 def test_variables_of_others_are_ignored(capfd: Any) -> None:
     """Kubernetes' for a service called aurora, and somebody's Aurora of AWS."""
-    others = {"AURORA_PORT": "tcp://10.0.0.1:80", "AURORA_VLLM_PORT_8000_TCP_ADDR": "10.0.0.1", "AURORA_HOST": "db"}
-    others |= {"AURORA_VLLM_SERVICE_HOST": "10.0.0.1", "AURORA_VLLM_SERVICE_PORT": "8000"}
+    others = {"AURORA_HOST": "db", "AURORA_TEAM": "x"}
     assert front.parse(["M"], others).config == AuroraConfig()
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == len(others) and all("is like no setting of Aurora's and ignored" in line for line in lines)
+
+
+@pytest.mark.parametrize("service", ["AURORA", "AURORA_VLLM", "AURORA_LEARNER", "AURORA_CACHE", "AURORA_RING_MB"])
+def test_what_kubernetes_makes_of_a_service_is_nobody_s_setting(service: str, capfd: Any) -> None:
+    words = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_PROTO"]
+    words += ["PORT_80_TCP_PORT", "PORT_80_TCP_ADDR", "PORT_53_UDP"]
+    made = {f"{service}_{word}": "10.0.0.1" for word in words}
+    assert front.parse(["M"], made).config == AuroraConfig()
+    assert capfd.readouterr().err == ""
+
+
+def test_no_setting_is_called_like_what_kubernetes_makes() -> None:
+    names = [f"AURORA_{name.upper()}" for name in AuroraConfig.model_fields]
+    assert not [name for name in names if front.OF_A_SERVICE.fullmatch(name)]
 
 
 def test_an_empty_variable_is_none() -> None:

@@ -74,6 +74,22 @@ def test_a_trajectory_is_scored_before_it_is_trained_on(tmp_path: Path, monkeypa
         assert done.index(("score", request)) < done.index(("train", request))
 
 
+def test_a_request_that_there_is_no_memory_to_score_is_trained_on_unscored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    world = World()
+    with session(world, tmp_path) as (shared, producer):
+        learner = Learner(shared)
+        monkeypatch.setattr(learner_module, "simulate", fails)
+        serve(world, learner, producer, range(6))
+        block = learner.control.learner
+        assert block.message == "OutOfMemoryError in scoring a request: it is no evidence"
+        assert block.steps_taken > 0 and learner.evidence.verdict(0.0).tokens == 0
+
+
 def test_what_cannot_be_scored_in_time_is_trained_on_unscored(tmp_path: Path) -> None:
     world = World()
     with session(world, tmp_path) as (shared, producer):
@@ -230,6 +246,24 @@ def test_the_next_learner_goes_on_from_the_bank(tmp_path: Path) -> None:
         slot = next(i for i in range(3) if second.bank._slot_word(i, 1) == second.bank.published())
         second.bank._set_slot_word(slot, 0, 1)  # torn: its writer died in it
         assert Learner(shared).version == 1
+
+
+def test_a_publish_that_was_cut_short_leaves_the_live_version_to_go_on_from(tmp_path: Path) -> None:
+    """The worker has not taken version 3 yet; where it holds two others, 4 is written over it."""
+    world = World()
+    with session(world, tmp_path, sync="steps", sync_interval=1) as (shared, producer):
+        first = Learner(shared)
+        for version in (2, 3):
+            serve(world, first, producer, range(version, version + 1))
+            assert first.bank.published() == first.version == version
+        first.bank.hold(live=2, previous=1)
+        first.control.worker.live_version = 2
+        slot = next(i for i in range(3) if first.bank._slot_word(i, 1) == 3)
+        first.bank._set_slot_word(slot, 0, 1)
+        second = Learner(shared)
+        assert second.version == 2
+        assert_same(weights(second.incumbent), first.bank.read(2).tensors)
+        assert second._next_version() == 4
 
 
 def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

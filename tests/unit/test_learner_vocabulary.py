@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.learner import curriculum
 from aurora_vllm.learner.day0 import make_day0_draft
 from aurora_vllm.learner.draft import bank_specs, load_draft
 from aurora_vllm.learner.learner import Learner
+from aurora_vllm.learner.remap import plan_move
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.session import Session
 from aurora_vllm.transport.bank import WeightBank, bank_bytes
@@ -140,6 +143,34 @@ def test_without_a_threshold_nothing_changes_and_nothing_can_be_learned(world: W
     assert world.control.learner.vocabulary_changes == 0 and world.bank.published() == 0
     assert world.control.learner.candidate_acceptance_length == 1.0
     assert world.control.learner.vocabulary_coverage == 0.0
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_change_that_finds_no_memory_changes_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """The draft in training and its average have one vocabulary, or the average is none."""
+    calls = 0
+
+    def fails(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise torch.OutOfMemoryError("no room")
+        return plan_move(*arguments)
+
+    learner = Learner(world.session)
+    learner.curriculum._reselection.enough = 300
+    learner.curriculum.skip_lessons()
+    monkeypatch.setattr(curriculum, "plan_move", fails)
+    day0 = learner.incumbent.target_ids.clone()
+    run(world, learner, 6)
+    assert calls == fails_at and world.control.learner.vocabulary_changes == 0
+    assert torch.equal(learner.candidate.target_ids, day0)
+    assert torch.equal(learner.curriculum.trainer.draft.target_ids, day0)
+    run(world, learner, 6)  # another try, when as much was seen again
+    assert world.control.learner.vocabulary_changes == 1
+    assert torch.equal(learner.curriculum.trainer.draft.target_ids, learner.candidate.target_ids)
 
 
 def test_a_candidate_that_is_thrown_away_takes_its_vocabulary_and_moments_along(world: World) -> None:

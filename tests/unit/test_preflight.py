@@ -24,6 +24,7 @@ from tests.unit.vllm_arguments import ARGS
         ({"worker_cls": "my.Worker"}, "--worker-cls my.Worker"),
         ({"scheduler_cls": "my.Scheduler"}, "--scheduler-cls my.Scheduler"),
         ({"load_format": "dummy"}, "--load-format dummy"),
+        ({"distributed_executor_backend": "ray"}, "--distributed-executor-backend ray"),
     ],
 )
 def test_what_is_not_supported_is_named(change: dict[str, Any], said: str) -> None:

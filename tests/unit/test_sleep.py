@@ -79,20 +79,20 @@ def test_it_sleeps_when_it_has_learnt_and_wakes_when_the_traffic_is_another(tmp_
 
 
 def test_the_sleeper_looks_at_one_in_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aurora_vllm.learner import sleep
+    from aurora_vllm.learner import learner as module
 
     world = World()
     with session(world, tmp_path) as (shared, producer):
         learner = Learner(shared)
         request = fall_asleep(world, learner, producer)
-        looked, simulate = [], sleep.simulate
+        looked, simulate = [], module.simulate
 
         def counted(*args: Any) -> Any:
             assert args[0] is learner.incumbent
             looked.append(args[2].request)
             return simulate(*args)
 
-        monkeypatch.setattr(sleep, "simulate", counted)
+        monkeypatch.setattr(module, "simulate", counted)
         serve(world, learner, producer, range(request, request + 40))
         assert looked[:2] == [request, request + drift.WATCH_EVERY]
         assert 10 <= len(looked) <= 14  # the one after a bad one, too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -115,10 +116,10 @@ def learner_of(
         ({"pid": 6, "restarts": 1}, "starting", False),  # the heartbeat is the old one's
         ({"running": 0, "restarts": 1}, "down", False),  # between two lives
         ({"running": 0, "pid": 0, "beat_age": None, "restarts": 1}, "down", False),  # died before it said anything
-        ({"wanted": False, "running": 0, "pid": 0, "beat_age": None}, "off", False),
+        ({"wanted": False, "running": 0, "pid": 0, "beat_age": None}, "off", None),  # nothing to alert anybody about
     ],
 )
-def test_states_of_the_learner(case: dict[str, Any], state: str, alive: bool) -> None:
+def test_states_of_the_learner(case: dict[str, Any], state: str, alive: bool | None) -> None:
     found = learner_of(**case)
     assert (found["state"], found["alive"]) == (state, alive)
 
@@ -140,8 +141,8 @@ def test_values_of_metrics(busy: tuple[Session, ControlBlock]) -> None:
     metrics.register(lambda: read(busy[0]), registry)
     value = registry.get_sample_value
     assert value("aurora_draft_version_live") == 3
-    assert value("aurora_acceptance_length", {"version": "3"}) == 2.5
-    assert value("aurora_acceptance_length", {"version": "2"}) == 1.6
+    assert value("aurora_acceptance_length", {"version": "live"}) == 2.5
+    assert value("aurora_acceptance_length", {"version": "previous"}) == 1.6
     assert (value("aurora_drafts_total"), value("aurora_accepted_tokens_total")) == (30, 36)
     assert value("aurora_accepted_tokens_per_position_total", {"position": "1"}) == 12
     assert value("aurora_accepted_tokens_per_position_total", {"position": "3"}) is None  # K is 3
@@ -164,14 +165,18 @@ def test_versions_that_are_gone_leave_no_series(busy: tuple[Session, ControlBloc
     assert registry.get_sample_value("aurora_drafts_total") == 30 + 196  # nothing was taken off
 
 
-def test_a_status_that_fails_does_not_take_the_page_with_it() -> None:
+def test_a_status_that_fails_does_not_take_the_page_with_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     registry = CollectorRegistry()
 
     def fail() -> dict[str, Any]:
         raise ValueError
 
     metrics.register(fail, registry)
-    assert generate_latest(registry) == b""
+    assert generate_latest(registry) == generate_latest(registry) == b""
+    assert caplog.text.count("the status cannot be read") == 1
 
 
 def test_registering_twice_leaves_one() -> None:
