@@ -16,6 +16,7 @@ import typer
 
 from aurora_vllm import entrypoint
 from aurora_vllm.errors import AuroraError, one_line_for_os_errors, report
+from aurora_vllm.versions import versions
 
 app = typer.Typer(add_completion=False, help="vLLM's server with a speculator that learns.")
 
@@ -23,6 +24,23 @@ app = typer.Typer(add_completion=False, help="vLLM's server with a speculator th
 class ExportFormat(StrEnum):
     eagle3 = "eagle3"
     speculators = "speculators"
+
+
+def _say_versions(wanted: bool) -> None:
+    if wanted:
+        print(", ".join(f"{name} {found}" for name, found in versions().items()))
+        raise typer.Exit()
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_versions, is_eager=True, help="Print the versions of this package and of vLLM."
+        ),
+    ] = False,
+) -> None: ...
 
 
 @app.command(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aurora_vllm.checkpoint import Draft, Target, target_head_bytes
 from aurora_vllm.config import AuroraConfig
@@ -32,11 +32,6 @@ RING_MB = 256
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
 LARGEST_STEP = 8192  # tokens; vLLM's max_num_batched_tokens on a GPU of 70 GB or more, where nobody sets it
 MOST_REQUESTS = 1024  # likewise its max_num_seqs
-LEARNER_SETTINGS = (
-    "learn", "learner_device", "learner_cpu_share", "learner_threads", "learning_rate", "batch_tokens", "semantics",
-    "ttt_length", "max_trajectory_tokens", "vocabulary_coverage", "publish_margin", "publish_interval_s",
-    "evidence_tokens", "sample_rate", "seed",
-)  # fmt: skip
 
 # vLLM computes the last block of a cached prefix again where it serves an EAGLE draft, because the draft's state of its
 # last row read the token that came next then. One row of the draft is what that gains; on a CPU it costs 128 tokens of
@@ -87,49 +82,6 @@ class ServePlan:
         """Of one token, all layers together; None where not every layer keeps keys and values."""
         width = self.target.kv_width
         return None if width is None else width * self.layout.dtype.itemsize
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "vllm_version": self.vllm_version,
-            "serves": "aurora" if self.fits else "plain vLLM",
-            "model_runner": asdict(self.model_runner) if self.model_runner else None,
-            "model": self.target.model,
-            "target": {
-                "directory": str(self.target.directory),
-                "hidden_size": self.target.hidden_size,
-                "layers": self.target.num_layers,
-                "vocab_size": self.target.vocab_size,
-                "dtype": self.target.dtype,
-            },
-            "draft": {
-                "directory": str(self.draft.directory),
-                "origin": self.draft.origin,
-                "aux_layers": list(self.draft.aux_layers),
-                "draft_vocab_size": self.draft.vocab_size,
-                "parameters": self.draft.num_parameters,
-            },
-            "speculation": {
-                "num_speculative_tokens": self.config.num_speculative_tokens,
-                "speculate": self.config.speculate,
-                "copied_tokens": self.copied_tokens,
-            },
-            "memory": {
-                "row_bytes": self.layout.row_bytes,
-                "ring_rows": self.ring_rows,
-                "ring_bytes": self.ring_bytes,
-                "bank_bytes": self.bank_bytes,
-                "kv_bytes_per_token": {"draft": self.draft_kv_bytes, "target": self.target_kv_bytes},
-                "replay_bytes": self.config.replay_mb * MIB,
-                "learner_peak_bytes": self.learner.total if self.config.learn else 0,
-                "learner_peak": asdict(self.learner) if self.config.learn else {},
-                "gpu": self.gpu.as_dict() if self.gpu else None,
-                "host": self.host.as_dict() if self.host else None,
-            },
-            "learner": {name: getattr(self.config, name) for name in LEARNER_SETTINGS},
-            "aurora_file": self.aurora_file.as_dict() if self.aurora_file else None,
-            "hooks": [{"name": probe.name, "ok": probe.ok, "detail": probe.detail} for probe in self.probes],
-        }
 
 
 def make_plan(

@@ -6,17 +6,19 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from aurora_vllm.plan import LEARNER_SETTINGS, MIB, ServePlan
+from aurora_vllm.config import AuroraConfig
+from aurora_vllm.plan import MIB, ServePlan
 
 
 def show(plan: ServePlan, style: str) -> None:
     """Print the plan to stdout: a table on a terminal, plain lines elsewhere, JSON for style "json"."""
     if style == "json":
-        print(json.dumps(plan.as_dict(), indent=2))
+        print(json.dumps(as_dict(plan), indent=2))
         return
     if not sys.stdout.isatty():
         for name, value in _lines(plan):
@@ -28,6 +30,50 @@ def show(plan: ServePlan, style: str) -> None:
     for name, value in _lines(plan):
         table.add_row(name, value)
     Console().print(table)
+
+
+def as_dict(plan: ServePlan) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    return {
+        "vllm_version": plan.vllm_version,
+        "serves": "aurora" if plan.fits else "plain vLLM",
+        "model_runner": asdict(plan.model_runner) if plan.model_runner else None,
+        "model": plan.target.model,
+        "target": {
+            "directory": str(plan.target.directory),
+            "hidden_size": plan.target.hidden_size,
+            "layers": plan.target.num_layers,
+            "vocab_size": plan.target.vocab_size,
+            "dtype": plan.target.dtype,
+        },
+        "draft": {
+            "directory": str(plan.draft.directory),
+            "origin": plan.draft.origin,
+            "aux_layers": list(plan.draft.aux_layers),
+            "draft_vocab_size": plan.draft.vocab_size,
+            "parameters": plan.draft.num_parameters,
+        },
+        "speculation": {
+            "num_speculative_tokens": plan.config.num_speculative_tokens,
+            "speculate": plan.config.speculate,
+            "copied_tokens": plan.copied_tokens,
+        },
+        "memory": {
+            "row_bytes": plan.layout.row_bytes,
+            "ring_rows": plan.ring_rows,
+            "ring_bytes": plan.ring_bytes,
+            "bank_bytes": plan.bank_bytes,
+            "kv_bytes_per_token": {"draft": plan.draft_kv_bytes, "target": plan.target_kv_bytes},
+            "replay_bytes": plan.config.replay_mb * MIB,
+            "learner_peak_bytes": plan.learner.total if plan.config.learn else 0,
+            "learner_peak": asdict(plan.learner) if plan.config.learn else {},
+            "gpu": plan.gpu.as_dict() if plan.gpu else None,
+            "host": plan.host.as_dict() if plan.host else None,
+        },
+        "settings": plan.config.model_dump(mode="json"),
+        "aurora_file": plan.aurora_file.as_dict() if plan.aurora_file else None,
+        "hooks": [{"name": probe.name, "ok": probe.ok, "detail": probe.detail} for probe in plan.probes],
+    }
 
 
 def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
@@ -58,7 +104,9 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
         yield "", f"{parts} of {plan.gpu.total / MIB:.0f} MiB"
     if plan.host is not None:
         yield "host memory", plan.host.why
-    yield "learner", " ".join(f"{name}={getattr(config, name)}" for name in LEARNER_SETTINGS)
+    default = AuroraConfig()
+    given = [f"{name}={value}" for name, value in config if value != getattr(default, name)]
+    yield "settings", " ".join(given) or "all defaults"
     misfits = [probe for probe in plan.probes if not probe.ok]
     yield (
         "hooks",

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, EntryPoints
+from importlib.metadata import EntryPoint, EntryPoints, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aurora_vllm import entrypoint, models, plan, preflight, resuming, vllm_server
+from aurora_vllm import cli, entrypoint, models, plan, preflight, resuming, vllm_server
 from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
@@ -217,6 +217,12 @@ def test_a_stop_leaves_time_for_requests_to_end_and_a_checkpoint_to_be_saved(
     monkeypatch.setitem(ARGS, "shutdown_timeout", drain)
     assert entrypoint.main(["M", *argv]) == 0
     assert made[0].grace_s == grace
+
+
+def test_the_command_says_its_versions(capsys: Any) -> None:
+    assert cli.main(["--version"]) == 0
+    said = capsys.readouterr().out
+    assert f"aurora-vllm {version('aurora-vllm')}" in said and "vllm" in said.replace("aurora-vllm", "")
 
 
 def test_what_is_not_supported_is_not_begun(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

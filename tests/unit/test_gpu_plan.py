@@ -95,13 +95,13 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
     plan_view.show(planned, "text")
     out = capsys.readouterr().out
     assert planned.gpu.why in out and f"context {CONTEXT_BYTES // MIB}" in out
-    assert json.loads(json.dumps(planned.as_dict()))["memory"]["gpu"]["bytes"] == memory.total
+    assert json.loads(json.dumps(plan_view.as_dict(planned)))["memory"]["gpu"]["bytes"] == memory.total
     plan.apply(planned, args)
     assert args.gpu_memory_utilization == planned.gpu.utilization < 0.9
     plan.apply(serve_plan, args)  # on a CPU nothing is changed
     assert args.gpu_memory_utilization == planned.gpu.utilization
     plan_view.show(serve_plan, "text")
-    assert "GPU" not in capsys.readouterr().out and serve_plan.as_dict()["memory"]["gpu"] is None
+    assert "GPU" not in capsys.readouterr().out and plan_view.as_dict(serve_plan)["memory"]["gpu"] is None
 
 
 @pytest.mark.parametrize(

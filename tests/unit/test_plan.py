@@ -331,21 +331,28 @@ def test_the_runner_is_shown(serve_plan: plan.ServePlan, capsys: Any) -> None:
     for_v1 = replace(serve_plan, model_runner=ModelRunner("V1", "no Triton for this device"))
     plan_view.show(for_v1, "text")
     assert "model runner    V1 (no Triton for this device)\n" in capsys.readouterr().out
-    assert for_v1.as_dict()["model_runner"] == {"name": "V1", "reason": "no Triton for this device"}
+    assert plan_view.as_dict(for_v1)["model_runner"] == {"name": "V1", "reason": "no Triton for this device"}
 
 
 def test_shown_as_json(serve_plan: plan.ServePlan, capsys: Any) -> None:
     plan_view.show(serve_plan, "json")
     shown = json.loads(capsys.readouterr().out)
-    assert shown == serve_plan.as_dict()
+    assert shown == plan_view.as_dict(serve_plan)
     assert shown["memory"]["bank_bytes"] == serve_plan.bank_bytes
     assert shown["serves"] == "aurora"
+    assert AuroraConfig(**shown["settings"]) == serve_plan.config
+
+
+def test_settings_that_somebody_made_are_shown(serve_plan: plan.ServePlan, capsys: Any) -> None:
+    for settings, line in ({}, "all defaults"), ({"ring_mb": 3, "learn": False}, "ring_mb=3 learn=False"):
+        plan_view.show(replace(serve_plan, config=AuroraConfig(**settings)), "text")
+        assert f"settings        {line}\n" in capsys.readouterr().out
 
 
 def test_the_drafts_part_of_the_kv_cache(serve_plan: plan.ServePlan, capsys: Any) -> None:
     """One head of 8 channels keeps 8 keys and 8 values, float32; the target's eight layers keep as much each."""
     known = replace(serve_plan, target=replace(serve_plan.target, kv_width=8 * 16))
-    assert known.as_dict()["memory"]["kv_bytes_per_token"] == {"draft": 64, "target": 512}
+    assert plan_view.as_dict(known)["memory"]["kv_bytes_per_token"] == {"draft": 64, "target": 512}
     plan_view.show(known, "text")
     assert (
         "KV cache        0.1 KiB a token for the draft beside the target's 0.5 (11% of all)" in capsys.readouterr().out
@@ -362,7 +369,7 @@ def test_every_key_of_an_aurora_file_is_shown(serve_plan: plan.ServePlan, tmp_pa
     assert f"Aurora's file   {tmp_path / 'a.yaml'}" in out
     assert "ok   training.seed: seed = 3" in out
     assert "NOT  decode.top_p: nothing is generated for training" in out
-    keys = json.loads(json.dumps(shown.as_dict()))["aurora_file"]["keys"]
+    keys = json.loads(json.dumps(plan_view.as_dict(shown)))["aurora_file"]["keys"]
     assert [(one["key"], one["honoured"]) for one in keys] == [("training.seed", True), ("decode.top_p", False)]
 
 
@@ -379,7 +386,7 @@ def test_shown_as_text(serve_plan: plan.ServePlan, capsys: Any, monkeypatch: Any
         "K up to 3",
     ):
         assert word in out
-    assert misfit.as_dict()["serves"] == "plain vLLM"
+    assert plan_view.as_dict(misfit)["serves"] == "plain vLLM"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     plan_view.show(serve_plan, "text")
     assert "aurora_vllm would run" in capsys.readouterr().out
