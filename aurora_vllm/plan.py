@@ -13,9 +13,9 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.gpu_plan import GpuPlan
 from aurora_vllm.host_plan import HostPlan
+from aurora_vllm.interop.aurora_yaml import AuroraFile
 from aurora_vllm.learner.memory import DraftSizes, LearnerMemory, predict, predict_gpu
 from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
-from aurora_vllm.semantics.aurora_yaml import AuroraFile
 from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS, device_bytes
 from aurora_vllm.transport.bank import bank_bytes, weights_bytes
 from aurora_vllm.transport.ring import HEADER_BYTES, ring_bytes

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from aurora_vllm import settings_file
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import SettingsError, notice, unknown
-from aurora_vllm.semantics.aurora_yaml import AuroraFile
+from aurora_vllm.interop.aurora_yaml import AuroraFile
 from aurora_vllm.settings_file import Settings
 
 ENVIRONMENT_PREFIX = "AURORA_"

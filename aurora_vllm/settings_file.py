@@ -13,8 +13,8 @@ import yaml
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError, SettingsError, unknown
-from aurora_vllm.semantics import aurora_yaml
-from aurora_vllm.semantics.aurora_yaml import AuroraFile
+from aurora_vllm.interop import aurora_yaml
+from aurora_vllm.interop.aurora_yaml import AuroraFile
 
 KEY_PREFIX = "aurora_"  # of ours in vLLM's file
 

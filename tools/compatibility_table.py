@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aurora_vllm.semantics.endpoints import ENDPOINTS
-from aurora_vllm.semantics.keys import KEYS, SECTIONS, Key
+from aurora_vllm.interop.endpoints import ENDPOINTS
+from aurora_vllm.interop.keys import KEYS, SECTIONS, Key
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "aurora_compatibility.md"
 HEAD = """# Aurora's configuration and endpoints

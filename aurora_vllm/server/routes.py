@@ -13,8 +13,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from aurora_vllm import runtime
 from aurora_vllm.errors import notice
+from aurora_vllm.interop.sglang_api import SglangApi
 from aurora_vllm.parent import end_with_parent
-from aurora_vllm.semantics.sglang_api import SglangApi
 from aurora_vllm.server import metrics
 from aurora_vllm.server.status import status
 from aurora_vllm.session import Session

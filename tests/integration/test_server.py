@@ -21,8 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aurora_vllm.interop.sglang_api import acceptance_length
 from aurora_vllm.learner.checkpoints import Checkpoint
-from aurora_vllm.semantics.sglang_api import acceptance_length
 from aurora_vllm.transport.segment import sweep
 from tests.integration.paths import python_path
 

@@ -14,9 +14,9 @@ from aurora_vllm import entrypoint
 from aurora_vllm import settings as front
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import SettingsError
+from aurora_vllm.interop.aurora_yaml import Entry
+from aurora_vllm.interop.keys import KEYS, Key
 from aurora_vllm.learner.loss import Semantics
-from aurora_vllm.semantics.aurora_yaml import Entry
-from aurora_vllm.semantics.keys import KEYS, Key
 from tools.compatibility_table import DOCUMENT, document, here
 
 # Key -> the setting, a value of Aurora's, and what the setting is then. Every row of the table that has one is here.

@@ -20,9 +20,9 @@ from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.config_json import read_config
 from aurora_vllm.errors import AuroraError
+from aurora_vllm.interop import aurora_yaml
 from aurora_vllm.learner import day0
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, load_draft, save_draft
-from aurora_vllm.semantics import aurora_yaml
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
 from aurora_vllm.spec_decode.scheduler import _lengths

@@ -12,8 +12,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from aurora_vllm.semantics import sglang_api
-from aurora_vllm.semantics.endpoints import ENDPOINTS, Endpoint
+from aurora_vllm.interop import sglang_api
+from aurora_vllm.interop.endpoints import ENDPOINTS, Endpoint
 from aurora_vllm.server.routes import AuroraEndpoints
 from tests.unit.sglang_world import INFO, JSON, LEARN, UPDATE, World, learner, world
 from tools.compatibility_table import DOCUMENT

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from aurora_vllm.interop import sglang_api
 from aurora_vllm.learner.draft import load_draft
 from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.lesson import Lesson
-from aurora_vllm.semantics import sglang_api
 from tests.unit.sglang_world import JSON, LEARN, UPDATE, World, learner, world
 
 __all__ = ["learner", "world"]  # fixtures

@@ -9,7 +9,7 @@ from typing import Any
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import SettingsError, unknown
-from aurora_vllm.semantics.keys import KEYS, SECTIONS, Key
+from aurora_vllm.interop.keys import KEYS, SECTIONS, Key
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
 from aurora_vllm.errors import AuroraError, notice
-from aurora_vllm.semantics.endpoints import ENDPOINTS, PushSample, UpdateWeights
+from aurora_vllm.interop.endpoints import ENDPOINTS, PushSample, UpdateWeights
 from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
