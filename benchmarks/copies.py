@@ -43,7 +43,7 @@ class Walk:
 
     def __init__(self, length: int, answers: EarlierAnswers, always: bool) -> None:
         self.score = Score(0, (0,) * length)
-        self._copies, self._answers, self._always, self._length = Copies(length, KINDS), answers, always, length
+        self._copies, self._answers, self._always, self._length = Copies(length, KINDS.count), answers, always, length
 
     def answer(self, tokens: Sequence[int], first: int, drafted: Sequence[int]) -> None:
         """first: of the tokens proposed by the first verification; drafted[i]: how many of the draft's would be right
@@ -56,12 +56,12 @@ class Walk:
             both = lookup.propose(length), self._answers.propose(lookup.end(), length)
             found = [(copy, count_right(copy.tokens, tokens[first + position :])) for copy in both if copy is not None]
             if found:
-                best, right = max(found, key=lambda pair: copies.expected(pair[0].kind))
-                if self._always or copies.preferred(best.kind):
+                best, right = max(found, key=lambda pair: copies.expected(pair[0].kind()))
+                if self._always or copies.preferred(best.kind()):
                     gained = right
-                copies.compare(best.kind, right > 0, drafted[position] > 0)
+                copies.compare(best.kind(), right > 0, drafted[position] > 0)
             for copy, right in found:
-                copies.simulate(copy.kind, len(copy.tokens), right)
+                copies.simulate(copy.kind(), len(copy.tokens), right)
             steps += 1
             for i in range(gained):
                 accepted[i] += 1

@@ -12,7 +12,7 @@ from aurora_vllm.interop.keys import KEYS, SECTIONS, Key
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "aurora_compatibility.md"
 HEAD = """# Aurora's configuration and endpoints
 
-Written by `python -m tools.compatibility_table` from `aurora_vllm/semantics/`; each row is tested.
+Written by `python -m tools.compatibility_table` from `aurora_vllm/interop/`; each row is tested.
 
 ## Configuration
 

@@ -13,11 +13,11 @@ from typing import Protocol
 import numpy as np
 
 from aurora_vllm.control.acceptance import Verdicts
+from aurora_vllm.control.copy_kinds import CopyKinds
 from aurora_vllm.control.copying import Copies
 
 ORDERS = (2, 3, 5, 8)  # tokens of context that a copy may rest on
-SOURCES = 2  # the request's own text, and the answers of others
-KINDS = 1 + 2 * SOURCES * len(ORDERS)  # 0: no copy; by order, then by source, then greedy and sampled requests
+KINDS = CopyKinds(ORDERS).count
 COPIED, ORIGINS = 2, 3  # who proposed: 0 and 1 are the newest two versions of the draft, which take turns
 
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from aurora_vllm.control.copy_kinds import NO_COPY
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.spec_decode.consent import may_learn
 from aurora_vllm.spec_decode.prompt_lookup import KINDS, Copy, EarlierAnswers, PromptLookup
-
-NO_MATCH = Copy([], 0)
 
 
 @dataclass
@@ -37,11 +36,9 @@ class _Request:
     rivals: tuple[int, int, int] | None = None  # kind of copy, and both first tokens
     simulations: dict[bool, _Simulation] = field(default_factory=dict)  # by where the copy comes from
 
-    def kind(self, copy: Copy) -> int:
-        """Of a copy for this request. Those of sampled requests are kinds of their own: less often right, they would be
-        proposed too long on the word of greedy ones."""
-        sampled = self.vllm.sampling_params.temperature > 0
-        return copy.kind + (KINDS - 1 if sampled and copy.kind else 0)
+    def kind(self, copy: Copy | None) -> int:
+        """Of a copy for this request."""
+        return NO_COPY if copy is None else copy.kind(is_sampled=self.vllm.sampling_params.temperature > 0)
 
 
 class DraftCopier:
@@ -53,7 +50,7 @@ class DraftCopier:
     """
 
     def __init__(self, positions: int, answers: int = 0) -> None:
-        self.copies = Copies(positions, 2 * KINDS - 1)  # greedy requests' and sampled ones'
+        self.copies = Copies(positions, KINDS.count)
         self._positions = positions
         self._answers = EarlierAnswers(answers) if answers else None
         self._requests: dict[str, _Request] = {}
@@ -111,13 +108,14 @@ class DraftCopier:
         copy = self._best_copy(known)
         kind = known.kind(copy)
         self.copies.seen(kind)
-        if copy.tokens and draft:
+        if copy is not None and draft:
             known.rivals = kind, copy.tokens[0], draft[0]
         # Where the draft proposes nothing a copy has no rival, however often drafts have been right before.
-        known.copied = self.copies.preferred(kind) if draft else bool(copy.tokens)
-        return (copy.tokens if known.copied else draft)[: worth(kind, known.copied)]
+        known.copied = copy is not None and (not draft or self.copies.preferred(kind))
+        proposed = copy.tokens if copy is not None and known.copied else draft
+        return proposed[: worth(kind, known.copied)]
 
-    def _best_copy(self, known: _Request) -> Copy:
+    def _best_copy(self, known: _Request) -> Copy | None:
         """Of the request's own text and of earlier answers, what is expected to be right for longer."""
         found = [known.lookup.propose(self._positions)]
         if self._answers is not None and not known.vllm.cache_salt:
@@ -126,5 +124,5 @@ class DraftCopier:
         for copy in copies:
             known.simulations.setdefault(copy.from_others, _Simulation(copy))
         if len(copies) < 2:
-            return copies[0] if copies else NO_MATCH
+            return copies[0] if copies else None
         return max(copies, key=lambda copy: self.copies.expected(known.kind(copy)))

@@ -12,11 +12,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from aurora_vllm.control.copy_kinds import CopyKinds
+
 LONGEST_MATCH = 10  # tokens; a longer match is not more often right
 CANDIDATES = 32  # earlier occurrences of the last two tokens that are looked at, the newest first
 WINDOW = 8192  # tokens at the end of a prompt that are indexed: about 3 ms and 1 MB, once a request
 SEPARATOR = -1  # stands between two answers; no token has this id
-KINDS = 2 * LONGEST_MATCH + 1  # of copies, see Copy.kind
+KINDS = CopyKinds(tuple(range(2, LONGEST_MATCH + 1)))
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,9 @@ class Copy:
     match_length: int
     from_others: bool = False
 
-    @property
-    def kind(self) -> int:
-        """Copies that are alike in how far they can be trusted: 0 stands for none, then by match length those from the
-        request itself, then those from others."""
-        return self.match_length + LONGEST_MATCH * self.from_others
+    def kind(self, is_sampled: bool = False) -> int:
+        """For a greedy request, or a sampled one."""
+        return KINDS.number(self.match_length, self.from_others, is_sampled)
 
 
 class _PairIndex:

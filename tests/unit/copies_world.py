@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from aurora_vllm.control.copy_counts import KINDS, ORDERS, CountsLayout
+from aurora_vllm.control.copy_kinds import NO_COPY, CopyKinds
 from aurora_vllm.spec_decode.consent import LEARN_KEY, note_salt
 from aurora_vllm.spec_decode.device_copies import DeviceCopies
 from benchmarks.v2_states import request_states
@@ -132,21 +133,22 @@ class Naive:
 
     def propose(self, request: Request) -> tuple[list[int], int]:
         """The copy, and its kind."""
-        text, copy, first = list(request.text), list[int](), 0
+        text, copy, first, kinds = list(request.text), list[int](), NO_COPY, CopyKinds(ORDERS)
+        is_sampled = request.params.temperature > 0
         for _ in range(self.positions):
-            found, kind = None, 0
-            for i, order in enumerate(ORDERS, start=1):
+            found, kind = None, NO_COPY
+            for order in ORDERS:
                 context = tuple(text[-order:]) if len(text) >= order else None
                 if context in self.others and takes(request):
-                    found, kind = self.others[context], len(ORDERS) + i
+                    found, kind = self.others[context], kinds.number(order, True, is_sampled)
                 if context is not None and (request.name, *context) in self.own:
-                    found, kind = self.own[request.name, *context], i
+                    found, kind = self.own[request.name, *context], kinds.number(order, False, is_sampled)
             if found is None:
                 break
             first = first or kind
             copy.append(found)
             text.append(found)
-        return copy, first + 2 * len(ORDERS) * (first > 0 and request.params.temperature > 0)
+        return copy, first
 
 
 def leaves(request: Request) -> bool:

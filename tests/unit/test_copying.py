@@ -42,13 +42,21 @@ def proposals(**drafts: list[int]) -> SimpleNamespace:
     return SimpleNamespace(req_ids=list(drafts), draft_token_ids=list(drafts.values()))
 
 
+def own(match: int) -> int:
+    return KINDS.number(match, from_others=False, is_sampled=False)
+
+
+def others(match: int) -> int:
+    return KINDS.number(match, from_others=True, is_sampled=False)
+
+
 def whole(length: int) -> Callable[[int, bool], int]:
     return lambda kind, copied: length
 
 
 @pytest.mark.parametrize(("copied", "drafted", "wins"), [(0.8, 0.4, True), (0.3, 0.6, False)])
 def test_the_better_one_is_chosen_by_kind(copied: float, drafted: float, wins: bool) -> None:
-    rng, copies = random.Random(0), Copies(3, KINDS)
+    rng, copies = random.Random(0), Copies(3, KINDS.count)
     for _ in range(300):
         copies.compare(4, rng.random() < copied, rng.random() < drafted)
         copies.compare(5, rng.random() < drafted, rng.random() < copied)
@@ -58,7 +66,7 @@ def test_the_better_one_is_chosen_by_kind(copied: float, drafted: float, wins: b
 
 
 def test_a_turn_of_the_traffic_turns_the_choice() -> None:
-    copies = Copies(3, KINDS)
+    copies = Copies(3, KINDS.count)
     for _ in range(5000):
         copies.compare(3, True, False)
     for _ in range(400):
@@ -67,7 +75,7 @@ def test_a_turn_of_the_traffic_turns_the_choice() -> None:
 
 
 def test_what_little_is_known_of_a_kind_is_completed_by_the_others() -> None:
-    copies = Copies(2, KINDS)
+    copies = Copies(2, KINDS.count)
     assert copies.chain(4) == [0.0, 0.0]
     for _ in range(200):
         copies.simulate(3, 2, 2)
@@ -89,7 +97,7 @@ def test_a_proposal_is_as_long_as_it_is_worth(length: int) -> None:
     arrived = proposals(a=[], b=[9, 9])
     copier.replace(arrived, requests, lambda *row: asked.append(row) or length)
     assert arrived.draft_token_ids == [[7, 8, 5][:length], [9, 9][:length]]
-    assert asked == [(2, True), (0, False)]
+    assert asked == [(own(2), True), (0, False)]
     assert copier.copied("a") and not copier.copied("b")
     copier.forget(["a"])
     assert not copier.copied("a")
@@ -126,13 +134,13 @@ def test_what_copies_would_give_is_known_without_verifying_any(drafting: bool) -
     for turn in range(400):
         copier.replace(proposals(a=[7, 7, 7] if drafting else []), requests, whole(0))
         tokens.append(1 + turn % 4)
-    assert min(copier.copies.chain(10)) > 0.8
+    assert min(copier.copies.chain(own(LONGEST_MATCH))) > 0.8
     noise, rng = list(range(50)), random.Random(1)
     requests = {"b": request(noise)}
     for _ in range(3000):
         copier.replace(proposals(b=[]), requests, whole(0))
         noise.append(rng.randrange(100))
-    assert max(copier.copies.chain(2)) < 0.1 and min(copier.copies.chain(10)) > 0.8
+    assert max(copier.copies.chain(own(2))) < 0.1 and min(copier.copies.chain(own(LONGEST_MATCH))) > 0.8
     unmatched = dict(copier.copies.shares())[0]
     assert 0.5 < unmatched < 0.9
 
@@ -146,8 +154,9 @@ def test_what_sampled_requests_accept_says_nothing_of_greedy_ones() -> None:
         greedy.append(1 + turn % 4)
         sampled.append(1 + turn % 4 if rng.random() < 0.5 else rng.randrange(5, 99))
     likely = {kind: copier.copies.chain(kind)[0] for kind, _ in copier.copies.shares() if kind}
-    assert likely[LONGEST_MATCH] > 0.9
-    assert 0.3 < max(chance for kind, chance in likely.items() if kind >= KINDS) < 0.7
+    assert likely[own(LONGEST_MATCH)] > 0.9
+    of_sampled = {KINDS.number(match, others, True) for match in KINDS.matches for others in (False, True)}
+    assert 0.3 < max(chance for kind, chance in likely.items() if kind in of_sampled) < 0.7
 
 
 def ask(copier: DraftCopier, name: str, asked: SimpleNamespace) -> list[int]:
@@ -193,12 +202,12 @@ def test_of_two_copies_the_one_that_has_been_right_is_taken() -> None:
     ask(copier, "a", request([5, 6, 7, 8]))
     copier.forget(["a"])
     for _ in range(40):
-        copier.copies.simulate(2, 2, 0)
-        copier.copies.simulate(LONGEST_MATCH + 2, 2, 2)
+        copier.copies.simulate(own(2), 2, 0)
+        copier.copies.simulate(others(2), 2, 2)
     assert ask(copier, "b", request([5, 6, 3, 4, 5, 6])) == [7, 8]
     for _ in range(400):
-        copier.copies.simulate(2, 2, 2)
-        copier.copies.simulate(LONGEST_MATCH + 2, 2, 0)
+        copier.copies.simulate(own(2), 2, 2)
+        copier.copies.simulate(others(2), 2, 0)
     assert ask(copier, "c", request([5, 6, 3, 4, 5, 6])) == [3, 4]
 
 
