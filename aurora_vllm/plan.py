@@ -150,6 +150,7 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
         plan.ring_bytes - HEADER_BYTES,
         weights_bytes(draft.specs),
         _copies_bytes(plan, args),
+        _logits_bytes(plan, args),
     )
     refused = "there is no learner" if not config.learn else ""
     if config.learner_device == "cpu":
@@ -168,6 +169,16 @@ def plan_host(plan: ServePlan, args: Namespace, total: int) -> HostPlan:
 def _copies_bytes(plan: ServePlan, args: Namespace) -> int:
     requests = getattr(args, "max_num_seqs", None) or MOST_REQUESTS
     return device_bytes(requests, plan.config.prompt_lookup_answers) if plan.copied_tokens else 0
+
+
+def _logits_bytes(plan: ServePlan, args: Namespace) -> int:
+    """Proposals leave half of a step to those who wait (``DraftLengthAdvisor``); the target's logits of all that is
+    verified lie side by side."""
+    config, requests = plan.config, getattr(args, "max_num_seqs", None) or MOST_REQUESTS
+    tokens = 0 if config.speculate == "never" else max(config.num_speculative_tokens, plan.copied_tokens)
+    half = (getattr(args, "max_num_batched_tokens", None) or LARGEST_STEP) // 2
+    unmeasured = max(0, min(requests * (1 + tokens), half) - requests)
+    return unmeasured * plan.target.vocab_size * plan.layout.dtype.itemsize
 
 
 def _lends_ends(args: Namespace) -> bool:

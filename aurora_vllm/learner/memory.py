@@ -96,6 +96,7 @@ class GpuMemory:
     bank: int
     swap: int  # the worker's copies of the draft
     copies: int  # what was said before, for copied proposals
+    logits: int  # of proposals that vLLM verifies and does not measure beforehand
     context: int
     target: int
     weights: int
@@ -120,6 +121,7 @@ def predict_gpu(
     ring_bytes: int,
     weights_bytes: int,
     copies_bytes: int = 0,
+    logits_bytes: int = 0,
 ) -> GpuMemory:
     """What Aurora takes on a GPU. Never compared with one: docs/gpu.md.
 
@@ -133,12 +135,14 @@ def predict_gpu(
         weights_bytes: of the bank's three slots. A running swap has as much again in the worker: what is live, what
             was live before, and what is being staged.
         copies_bytes: of the worker's tables of what was said before.
+        logits_bytes: of the most tokens that a step verifies, less one of every request, which vLLM measures.
     """
     return GpuMemory(
         ring=_granules(ring_bytes),
         bank=_granules(weights_bytes),
         swap=weights_bytes,
         copies=copies_bytes,
+        logits=logits_bytes,
         context=CONTEXT_BYTES,
         target=target_bytes,
         weights=_weights_bytes(draft),

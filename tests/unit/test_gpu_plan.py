@@ -46,6 +46,7 @@ def test_every_term_counts_what_it_names() -> None:
     assert base["ring"] == 256 * MIB and base["bank"] == base["swap"] == 2400 * MIB
     assert of(ring=256 * MIB - 1)["ring"] == 256 * MIB and of(ring=254 * MIB + 1)["ring"] == 256 * MIB  # 2 MiB each
     assert base["copies"] == 0 and predict_gpu(SIZES, 100, 2048, 3, MIB, MIB, copies_bytes=77).copies == 77
+    assert base["logits"] == 0 and predict_gpu(SIZES, 100, 2048, 3, MIB, MIB, logits_bytes=78).logits == 78
     on_host = [predict(SIZES, 100, 0, 2048, 3, bfloat16) for bfloat16 in (False, True)]
     assert base["weights"] == on_host[0].weights and base["rows"] == on_host[0].rows
     assert base["step"] == max(one.step for one in on_host)  # a target this wide has no lesson there either
@@ -102,6 +103,24 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
     assert args.gpu_memory_utilization == planned.gpu.utilization
     plan_view.show(serve_plan, "text")
     assert "GPU" not in capsys.readouterr().out and plan_view.as_dict(serve_plan)["memory"]["gpu"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "rows"),
+    [
+        ({}, {}, 4096 - 1024),  # vLLM's own sizes on a large GPU; nobody fills more than half a step with proposals
+        ({}, {"max_num_seqs": 64}, 64 * 3),
+        ({"num_speculative_tokens": 5}, {"max_num_seqs": 64}, 64 * 5),
+        ({}, {"max_num_seqs": 256, "max_num_batched_tokens": 1024}, 512 - 256),
+        ({"speculate": "never"}, {}, 0),
+    ],
+)
+def test_the_logits_of_what_is_verified_are_in_the_plan(
+    serve_plan: plan.ServePlan, settings: dict[str, Any], flags: dict[str, int], rows: int
+) -> None:
+    changed = replace(serve_plan, config=AuroraConfig(**settings))
+    found = plan.plan_gpu(changed, Namespace(gpu_memory_utilization=0.9, **flags), 80 * GIB).memory.logits
+    assert found == rows * serve_plan.target.vocab_size * serve_plan.layout.dtype.itemsize
 
 
 @pytest.mark.parametrize(
