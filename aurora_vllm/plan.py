@@ -14,7 +14,7 @@ from aurora_vllm.errors import AuroraError
 from aurora_vllm.gpu_plan import GpuPlan
 from aurora_vllm.host_plan import HostPlan
 from aurora_vllm.interop.aurora_yaml import AuroraFile
-from aurora_vllm.learner.memory import DraftSizes, LearnerMemory, predict, predict_gpu
+from aurora_vllm.learner.memory import MIB, DraftSizes, LearnerMemory, predict, predict_gpu
 from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
 from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS, device_bytes
 from aurora_vllm.transport.bank import bank_bytes, weights_bytes
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from aurora_vllm.spec_decode.compat import Probe
     from aurora_vllm.spec_decode.model_runner import ModelRunner
 
-MIB = 2**20
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's names of one variable
 CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB, vLLM's
 RING_MB = 256

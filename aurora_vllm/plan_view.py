@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.plan import MIB, ServePlan
+from aurora_vllm.learner.memory import MIB
+from aurora_vllm.plan import ServePlan
 
 
 def show(plan: ServePlan, style: str) -> None:

@@ -107,7 +107,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(f"{FLAG_PREFIX}config", metavar="FILE.yaml", help=SWITCHES["config"])
     for name, field in AuroraConfig.model_fields.items():
         flag = f"{FLAG_PREFIX}{_dashed(name)}"
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        default = "" if field.default is None else f" (default: {field.default})"
+        text = f"{field.description}{default}".replace("%", "%%")
         if field.annotation is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         else:

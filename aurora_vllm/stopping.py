@@ -73,9 +73,7 @@ class StopGuard:
         return self._set_handler(number, handler)
 
     def _stop(self, handler: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
-        if (
-            self.number is not None
-        ):  # a second Ctrl-C: on the way already, and whoever cleans up shall not be interrupted
+        if self.number is not None:  # a second Ctrl-C: on the way already, and who cleans up shall not be interrupted
             return
         self.number = number
         threading.Thread(target=self._end, name="aurora-stop", daemon=True).start()

@@ -1,9 +1,8 @@
 """Day-0 draft: an EAGLE-3 checkpoint made from the target's own weights, before any traffic.
 
 A random draft needs tens of thousands of tokens before it proposes anything useful. The target already contains most
-of what
-a draft needs: a norm and an ``lm_head`` that read the residual stream, and layers that write it. So the draft is one
-of the target's late layers, fed by the residual stream that enters this layer:
+of what a draft needs: a norm and an ``lm_head`` that read the residual stream, and layers that write it. So the draft
+is one of the target's late layers, fed by the residual stream that enters this layer:
 
     fc          [0 0 I]: the last auxiliary state passes through, the other two start silent
     q/k/v       [0 | W]: act on the hidden half of ``[embedding, hidden]``, the embedding half starts silent
@@ -125,8 +124,7 @@ def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
     """Three distinct auxiliary layer ids; id k is the residual stream entering layer k.
 
     ``(2, L//2, L-3)`` as in EAGLE-3 and vLLM (``get_eagle3_default_aux_hidden_state_layers``) from seven layers on.
-    Below, these
-    coincide and vLLM would silently merge them, so small targets get ids that are spread as far as they go.
+    Below, these coincide and vLLM would silently merge them, so small targets get ids spread as far as they go.
 
     Raises:
         ValueError: fewer than two layers.

@@ -1,18 +1,15 @@
 """Evaluation: how many tokens would greedy speculation with this draft have gained on this trajectory?
 
 Speculation with a chain of K drafts is replayed on what the target really said, not approximated from top-1 accuracy.
-At a start
-row t the draft has seen the target's true states up to t, as vLLM's draft has, and proposes tokens t+2 .. t+1+K one
-after the
-other. As long as its proposals are right they *are* the trajectory's tokens, so one unroll over all rows answers for
-every start
-at once how long the accepted prefix is. Then the answer is walked as the server would: from the prompt's last row,
-each verification advances by the accepted drafts and the bonus token.
+At a start row t the draft has seen the target's true states up to t, as vLLM's draft has, and proposes tokens t+2 ..
+t+1+K one after the other. As long as its proposals are right they *are* the trajectory's tokens, so one unroll over all
+rows answers for every start at once how long the accepted prefix is. Then the answer is walked as the server would:
+from the prompt's last row, each verification advances by the accepted drafts and the bonus token.
 
 The measure is agreement with the token that followed. For a greedy request this is exactly vLLM's verdict. For a
-sampled request it is
-not: there vLLM accepts a greedy draft with the target's probability of it, so the walk's mean agrees but single
-verdicts do not. Both are compared with the same measure, which is all a decision between two drafts needs.
+sampled request it is not: there vLLM accepts a greedy draft with the target's probability of it, so the walk's mean
+agrees but single verdicts do not. Both are compared with the same measure, which is all a decision between two drafts
+needs.
 
 Used *prequentially*: a trajectory is scored before anything trains on it, so every sample is a test sample first.
 """

@@ -43,12 +43,12 @@ from aurora_vllm.learner.induction import LOUDNESS, Induction, code_channels, ma
 from aurora_vllm.learner.installation import Solution, install
 from aurora_vllm.learner.lesson_rows import hold_out, pieces_of, windows
 from aurora_vllm.learner.lesson_shape import unknowns_of
+from aurora_vllm.learner.loss import STEP_DECAY
 from aurora_vllm.learner.normal_equations import NormalEquations, Penalties
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
 STEPS = 3  # y_{t+1} .. y_{t+3}: further ones follow the same recursion
-STEP_DECAY = 0.8  # weight of a step beside the one before, as in the training objective
 # A guess says something about the next one too, so N is drawn to a part of it. Keeps fc's correction solvable, too.
 PENALTIES = Penalties(ridge=0.03, guess=1.0, persistence=0.7)
 # Rows of all steps for each input. By hand, with 2,048 channels (12,288 inputs): 20 CPU seconds and 0.8 GB instead of

@@ -32,7 +32,7 @@ from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.unroll import UnrollPlan, plan_unroll, unroll
 
 Semantics = Literal["default", "aurora-release"]
-STEP_DECAY = 0.8
+STEP_DECAY = 0.8  # weight of a step of the unroll beside the one before
 
 
 @dataclass(frozen=True)

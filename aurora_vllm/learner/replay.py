@@ -28,9 +28,8 @@ class Replay:
     """A bounded window over the traffic.
 
     What was never handed out goes first, newest before older: fresh traffic teaches most, and where the learner cannot
-    keep up it
-    is the old that must wait. After that some of the samples are drawn from the recent past and the rest from the
-    whole window, so that what is learned last does not push out what was learned before.
+    keep up it is the old that must wait. After that some of the samples are drawn from the recent past and the rest
+    from the whole window, so that what is learned last does not push out what was learned before.
 
     Args:
         max_bytes: of all tensors of all trajectories held; the oldest go first.
