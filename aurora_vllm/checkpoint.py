@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from aurora_vllm.config_json import read_config, read_text_config
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import AuroraError, DamagedFile
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs
 from aurora_vllm.learner.draft_files import canonical_name, flatten, read_tensors, weight_files
 from aurora_vllm.transport.bank import TensorSpec
@@ -65,11 +65,11 @@ def read_shapes(directory: Path) -> dict[str, Shape]:
     (https://huggingface.co/docs/safetensors, "Format").
 
     Raises:
-        AuroraError: there are no safetensors files, or one is damaged.
+        DamagedFile: there are no safetensors files, or one is damaged.
     """
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise AuroraError(f"{directory} holds no *.safetensors files", "convert the checkpoint to safetensors")
+        raise DamagedFile(f"{directory} holds no *.safetensors files", "convert the checkpoint to safetensors")
     shapes: dict[str, Shape] = {}
     for file in files:
         try:
@@ -79,11 +79,11 @@ def read_shapes(directory: Path) -> dict[str, Shape]:
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
             shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise AuroraError(f"{file} is not a safetensors file", "download it again") from None
+            raise DamagedFile(f"{file} is not a safetensors file", "download it again") from None
         except OSError as error:
-            raise AuroraError(f"cannot read {file}: {error.strerror}") from None
+            raise DamagedFile(f"cannot read {file}: {error.strerror}") from None
         if file.stat().st_size < 8 + size + end:
-            raise AuroraError(f"{file} is cut short", "download it again")
+            raise DamagedFile(f"{file} is cut short", "download it again")
     return shapes
 
 
@@ -115,9 +115,11 @@ def read_draft(directory: Path, target: Target) -> Draft:
             f"{misfit}: its vocab_size is {config.get('vocab_size')}, the target's is {target.vocab_size}", remedy
         )
 
+    found = draft_shapes(directory)
+    if "fc.weight" not in found:
+        raise AuroraError(f"draft {directory} is no EAGLE-3 draft: it has no tensor fc.weight", remedy)
     aux_layers = _aux_layers(config, target, misfit)
     specs = draft_specs(config | {"num_aux_hidden_states": len(aux_layers)}, target.dtype)
-    found = draft_shapes(directory)
     wanted_shapes = {spec.name: spec.shape for spec in specs} | {
         "embed_tokens.weight": (target.vocab_size, target.hidden_size)
     }

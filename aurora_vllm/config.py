@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +139,13 @@ class AuroraConfig(BaseModel):
         if weight and others.data.get("ttt_length") == 1:
             raise ValueError("the discard term begins at the second unroll step: ttt_length must be at least 2")
         return weight
+
+    @field_validator("learner_threads")
+    @classmethod
+    def _no_more_than_cpus(cls, threads: int) -> int:
+        if threads > (cpus := os.cpu_count() or threads):  # OpenMP would make them all, and the server has none left
+            raise ValueError(f"this machine has {cpus} CPUs")
+        return threads
 
     @field_validator("draft", "cache_dir", "checkpoint_dir", "resume")
     @classmethod

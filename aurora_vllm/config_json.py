@@ -6,24 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import DamagedFile
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """What is in it.
 
     Raises:
-        AuroraError: there is none, or it is no JSON object.
+        DamagedFile: there is none, or it is no JSON object.
     """
     file = directory / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise AuroraError(f"{directory} is no checkpoint: cannot read its config.json ({error.strerror})") from None
+        raise DamagedFile(f"{directory} is no checkpoint: cannot read its config.json ({error.strerror})") from None
     except ValueError as error:
-        raise AuroraError(f"{file} is not JSON: {error}") from None
+        raise DamagedFile(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise AuroraError(f"{file} is no JSON object")
+        raise DamagedFile(f"{file} is no JSON object")
     return config
 
 

@@ -129,6 +129,7 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     rows = plans.least_rows_on_gpu(args) if total is not None else 0
     draft = models.resolve_draft(config, target, (args.speculative_config or {}).get("revision"))
     plan = plans.make_plan(config, server.version, target, draft, probes, rows)
+    preflight.check_kv_cache(plan, args)
     gpu = plans.plan_gpu(plan, args, total) if total is not None else None
     memory = preflight.host_total_bytes()
     host = plans.plan_host(plan, args, memory) if memory is not None else None

@@ -16,8 +16,13 @@ class AuroraError(Exception):
     """Bad input. The message is one line: what is wrong; what to do about it. Ends the program with exit code 2."""
 
     def __init__(self, what: str, do: str = "") -> None:
+        self.what = what
         text = f"{what}; {do}" if do else what
         super().__init__(" ".join(text.split()))  # messages of other libraries come with line breaks
+
+
+class DamagedFile(AuroraError):
+    """A file that is not there, or not whole, where one should be."""
 
 
 class SettingsError(AuroraError):

@@ -159,8 +159,17 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
 
 
 def plan_host(plan: ServePlan, args: Namespace, total: int) -> HostPlan:
-    """What this plan takes of a host's ``total`` bytes beside a vLLM on its CPU."""
+    """What this plan takes of a host's ``total`` bytes beside a vLLM on its CPU.
+
+    Raises:
+        AuroraError: more than there is.
+    """
     ours = plan.ring_bytes + plan.bank_bytes + (plan.learner.total if plan.config.learn else 0)
+    if ours >= total:
+        raise AuroraError(
+            f"ring, bank and learner want {ours / MIB:.0f} MiB, and the host has {total / MIB:.0f}",
+            "the learner's largest part is --aurora-replay-mb",
+        )
     given = getattr(args, "kv_cache_memory_bytes", None) is not None or bool(os.environ.get(CPU_KV_CACHE))
     return HostPlan(total, float(args.gpu_memory_utilization), ours, given)
 

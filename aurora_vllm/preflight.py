@@ -9,12 +9,15 @@ from argparse import Namespace
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import PLAIN, AuroraError
 from aurora_vllm.learner.memory import MIB
 from aurora_vllm.transport.segment import SHM, free_bytes, sweep
+
+if TYPE_CHECKING:
+    from aurora_vllm.plan import ServePlan
 
 WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
@@ -73,6 +76,27 @@ def gpu_total_bytes() -> int | None:
     CUDA's."""
     platform = importlib.import_module("vllm.platforms").current_platform
     return int(platform.get_device_total_memory()) if platform.is_cuda() else None
+
+
+def check_kv_cache(plan: ServePlan, args: Namespace) -> None:
+    """See that a KV cache whose size is given has room for a request, the draft's part included. vLLM says it after it
+    has loaded the model.
+
+    Raises:
+        AuroraError: it has room for the target's part alone.
+    """
+    given, longest, target = (
+        getattr(args, "kv_cache_memory_bytes", None),
+        plan.target.max_model_len,
+        plan.target_kv_bytes,
+    )
+    if given is None or longest is None or target is None or getattr(args, "kv_cache_dtype", "auto") != "auto":
+        return
+    if longest * target <= given < (needed := longest * (target + plan.draft_kv_bytes)):
+        raise AuroraError(
+            f"--kv-cache-memory-bytes {given}: a request of {longest} tokens takes {needed} with the draft's part",
+            f"give more, or a smaller --max-model-len; {PLAIN}",
+        )
 
 
 def host_total_bytes() -> int | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from aurora_vllm import checkpoint
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.errors import AuroraError, notice
+from aurora_vllm.errors import AuroraError, DamagedFile, notice
 from aurora_vllm.learner import checkpoints
 from aurora_vllm.learner.target import weights_fingerprint
 
@@ -17,17 +18,23 @@ from aurora_vllm.learner.target import weights_fingerprint
 def resumed_draft(config: AuroraConfig, target: Target) -> Draft | None:
     """The draft of the checkpoint that ``--aurora-resume`` means, checked; None where it means none, or none yet.
 
+    Of those that "latest" stands for, damaged ones are passed over.
+
     Raises:
         AuroraError: there is no such checkpoint, or its draft does not fit the target.
     """
     if config.resume is None:
         return None
-    found = checkpoints.find(config.resume, config.checkpoint_dir)
-    if found is None:
-        notice(f"no checkpoint in {config.checkpoint_dir} yet: learning begins from the start")
-        return None
-    checkpoints.Checkpoint.read(found)
-    return replace(checkpoint.read_draft(found, target), origin="resumed")
+    for found in checkpoints.find(config.resume, config.checkpoint_dir):
+        try:
+            checkpoints.Checkpoint.read(found)
+            return replace(checkpoint.read_draft(found, target), origin="resumed")
+        except DamagedFile as error:
+            if config.resume != Path(checkpoints.LATEST):
+                raise
+            notice(f"{error.what}; it is passed over")  # "latest" is a flag of every start, and serving comes first
+    notice(f"no checkpoint in {config.checkpoint_dir} to go on from: learning begins from the start")
+    return None
 
 
 def check_same_target(draft: Draft, target: Target) -> None:
@@ -36,11 +43,11 @@ def check_same_target(draft: Draft, target: Target) -> None:
     Raises:
         AuroraError: for others. (Its draft alone may still be of use: --aurora-draft asks for shapes only.)
     """
-    trained_for = checkpoints.Checkpoint.read(draft.directory).facts["provenance"]["target"]
-    if trained_for["fingerprint"] != weights_fingerprint(target.directory):
+    trained_for = checkpoints.Checkpoint.read(draft.directory).facts["provenance"].get("target") or {}
+    if trained_for.get("fingerprint") != weights_fingerprint(target.directory):
         raise AuroraError(
-            f"checkpoint {draft.directory} was trained for {trained_for['model']}, not for the weights of "
-            f"{target.model}",
+            f"checkpoint {draft.directory} was trained for {trained_for.get('model', 'another target')}, not for the "
+            f"weights of {target.model}",
             "give it as --aurora-draft to start from its draft alone",
         )
 

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import AuroraError, DamagedFile
 from aurora_vllm.learner.draft import Eagle3Draft, save_draft
 from aurora_vllm.learner.staging import PARTIAL, alone_in, appears_whole, flush
 
@@ -46,15 +46,17 @@ class Checkpoint:
 
     @classmethod
     def read(cls, directory: Path) -> Checkpoint:
-        """Raises AuroraError where it is none, or of another format."""
+        """Raises DamagedFile where it is none, AuroraError where it is of another format."""
         file = directory / _LEARNER / _FACTS
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
             written = facts["format"]
-            if not {"statistics", "provenance"} <= facts.keys():
-                raise KeyError
-        except (OSError, ValueError, KeyError, TypeError):
-            raise AuroraError(f"{directory} is no checkpoint", f"one holds {_LEARNER}/{_FACTS}") from None
+            if not all(isinstance(facts[part], dict) for part in ("statistics", "provenance")):
+                raise TypeError
+        except OSError:
+            raise DamagedFile(f"{directory} is no checkpoint", f"one holds {_LEARNER}/{_FACTS}") from None
+        except (ValueError, KeyError, TypeError):
+            raise DamagedFile(f"{file} is damaged, and with it the checkpoint") from None
         if written != FORMAT:
             raise AuroraError(f"checkpoint {directory} has format {written}, this version reads {FORMAT}")
         return cls(directory, facts)
@@ -68,8 +70,8 @@ class Checkpoint:
             raise AuroraError(f"{file} cannot be read: {error}") from None
 
 
-def find(path: Path, checkpoint_dir: Path | None) -> Path | None:
-    """The checkpoint that ``--aurora-resume`` means, or None where "latest" means none yet.
+def find(path: Path, checkpoint_dir: Path | None) -> list[Path]:
+    """The checkpoint that ``--aurora-resume`` means; of "latest" all there are, the newest first.
 
     Args:
         path: a checkpoint, a directory of checkpoints (its newest is meant), or "latest".
@@ -81,20 +83,25 @@ def find(path: Path, checkpoint_dir: Path | None) -> Path | None:
     if path == Path(LATEST):
         if checkpoint_dir is None:
             raise AuroraError("--aurora-resume latest: there is no --aurora-checkpoint-dir to look in")
-        return newest(checkpoint_dir)
+        return _newest_first(checkpoint_dir)
     if not path.is_dir():
         raise AuroraError(f"checkpoint {path} is no directory")
     if not (path / _LEARNER / _FACTS).is_file() and (inside := newest(path)) is not None:
-        return inside
-    return Checkpoint.read(path.resolve()).directory
+        return [inside]
+    return [Checkpoint.read(path.resolve()).directory]
 
 
 def newest(checkpoint_dir: Path) -> Path | None:
     """The checkpoint ``latest`` points to; where it is no link, or points nowhere, the one with the highest number."""
+    return next(iter(_newest_first(checkpoint_dir)), None)
+
+
+def _newest_first(checkpoint_dir: Path) -> list[Path]:
     pointed = checkpoint_dir / LATEST  # a directory where somebody copied what it pointed to: as old as the copy
     candidates = [path for _, path in reversed(_numbered(checkpoint_dir))]
     candidates = [pointed, *candidates] if pointed.is_symlink() else candidates
-    return next((path.resolve() for path in candidates if (path / _LEARNER / _FACTS).is_file()), None)
+    whole = (path.resolve() for path in candidates if (path / _LEARNER / _FACTS).is_file())
+    return list(dict.fromkeys(whole))
 
 
 class Checkpoints:

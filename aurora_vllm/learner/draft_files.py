@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import AuroraError, DamagedFile
 
 # vllm/transformers_utils/configs/speculators/algos.py: update_eagle3
 _ARCHITECTURES = {"llama": "Eagle3LlamaForCausalLM", "qwen3": "Eagle3Qwen3ForCausalLM"}
@@ -67,11 +67,11 @@ def read_tensors(directory: Path, device: str = "cpu") -> dict[str, torch.Tensor
         device: "meta" for shapes and dtypes alone, without the data.
 
     Raises:
-        AuroraError: there are no weights, or a file is damaged (or a pickle that holds more than tensors).
+        DamagedFile: there are no weights, or a file is damaged (or a pickle that holds more than tensors).
     """
     files = weight_files(directory)
     if not files:
-        raise AuroraError(f"no draft in {directory}: there is no *.safetensors and no *.bin file")
+        raise DamagedFile(f"no draft in {directory}: there is no *.safetensors and no *.bin file")
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
         try:
@@ -83,7 +83,7 @@ def read_tensors(directory: Path, device: str = "cpu") -> dict[str, torch.Tensor
             if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
                 raise ValueError("more than tensors in it")
         except Exception as error:  # a damaged pickle raises whatever it likes
-            raise AuroraError(f"{file} cannot be read ({type(error).__name__}: {error})", "download it again") from None
+            raise DamagedFile(f"{file} cannot be read ({type(error).__name__}: {error})", "download it again") from None
         tensors.update({canonical_name(name): tensor for name, tensor in found.items()})
     return tensors
 

@@ -104,7 +104,7 @@ METRICS: tuple[Metric, ...] = (
         "Requests chosen for capture, those dropped later included",
     ),
     Metric("aurora_requests_dropped_total", "capture.requests_dropped", "Requests dropped because the ring was full"),
-    Metric("aurora_requests_opted_out_total", "capture.requests_opted_out", "Requests kept out by their senders"),
+    Metric("aurora_requests_opted_out_total", "capture.requests_opted_out", "Requests kept out, or of one token"),
     Metric("aurora_rows_written_total", "capture.rows_written", "Rows written to the trace ring"),
     Metric("aurora_ring_used_rows", "ring.used", "Rows in the trace ring that the learner has not read"),
     Metric("aurora_ring_capacity_rows", "ring.capacity", "Rows the trace ring holds"),

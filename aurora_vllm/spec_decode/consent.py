@@ -9,13 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 LEARN_KEY = "aurora_learn"
+CONSENT = ("true", "1", "1.0", "yes", "on")
 _PRIVATE_KEY = "aurora_private"
 
 
 def may_learn(params: Any) -> bool:
-    """params: vLLM's SamplingParams, or None for a request that samples nothing."""
+    """A wish that is not understood is one to be kept out.
+
+    A request for one token has no decode step to learn a draft from. And vLLM makes such requests of a beam search or a
+    scoring, into which the client's own wish is not carried over.
+
+    Args:
+        params: vLLM's SamplingParams, or None for a request that samples nothing.
+    """
     wish = ((params.extra_args if params is not None else None) or {}).get(LEARN_KEY, True)
-    return str(wish).lower() not in ("false", "0", "no")
+    return str(wish).strip().lower() in CONSENT and getattr(params, "max_tokens", None) != 1
 
 
 def note_salt(request: Any, before: Any = None) -> None:

@@ -17,8 +17,14 @@ from typing import Any
 
 
 def goes_without_drafts(params: Any) -> bool:
-    """Whether a request's tokens have to be sampled one by one. params: vLLM's ``SamplingParams``."""
-    return params.min_p > 0 or bool(params.logit_bias) or (params.seed is not None and params.temperature > 0)
+    """Whether a request's tokens have to be sampled one by one. params: vLLM's ``SamplingParams``.
+
+    With a thinking budget V1 guesses, across drafts, how much of a forced end marker is out already, and tears one of
+    several tokens apart. (V2 counts them right, and is asked nothing here.)
+    """
+    is_seeded = params.seed is not None and params.temperature > 0
+    has_budget = getattr(params, "thinking_token_budget", None) is not None
+    return params.min_p > 0 or bool(params.logit_bias) or is_seeded or has_budget
 
 
 def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:

@@ -16,9 +16,11 @@ from aurora_vllm import plan as plans
 from aurora_vllm import preflight
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.errors import AuroraError
 from aurora_vllm.host_plan import HostPlan
 from aurora_vllm.learner.memory import LearnerMemory
 from aurora_vllm.plan import ServePlan
+from aurora_vllm.transport.bank import TensorSpec
 from aurora_vllm.transport.rows import RowLayout
 
 GIB = 2**30
@@ -41,6 +43,30 @@ def test_where_the_cache_has_a_size_nothing_is_lowered() -> None:
     lowered = HostPlan(20 * GIB, 0.92, 2 * GIB)
     assert lowered.why == "2048 MiB for Aurora: --gpu-memory-utilization 0.92 becomes 0.82"
     assert lowered.as_dict()["gpu_memory_utilization"] == {"asked": 0.92, "told": 0.82}
+
+
+def test_more_than_the_host_has_is_refused() -> None:
+    target, draft = Target("t", Path("t"), 16, 8, 100, "float32"), Draft(Path("d"), "given", (2, 4, 5), 64, ())
+    learner, layout = LearnerMemory(30 * GIB, 0, 0, 0, 0, 0), RowLayout(16, 3, torch.float32)
+    plan = ServePlan(AuroraConfig(), "0", target, draft, layout, 1, 1, 1, learner, ())
+    with pytest.raises(AuroraError, match="want 30720 MiB, and the host has 20480; the learner's largest part is"):
+        plans.plan_host(plan, Namespace(gpu_memory_utilization=0.9), 20 * GIB)
+    without = replace(plan, config=AuroraConfig(learn=False))
+    assert plans.plan_host(without, Namespace(gpu_memory_utilization=0.9), 20 * GIB).ours == 2
+
+
+def test_a_kv_cache_of_a_given_size_has_room_for_the_draft_s_part() -> None:
+    target = Target("t", Path("t"), 16, 8, 100, "float32", max_model_len=100, kv_width=64)
+    spec = TensorSpec("midlayer.self_attn.k_proj.weight", (16, 32), torch.float32)
+    draft, layout = Draft(Path("d"), "given", (2, 4, 5), 64, (spec,)), RowLayout(16, 3, torch.float32)
+    plan = ServePlan(AuroraConfig(), "0", target, draft, layout, 1, 1, 1, LearnerMemory(1, 0, 0, 0, 0, 0), ())
+    alone, both = 100 * 4 * 64, 100 * 4 * (64 + 16)
+    for fits in None, both, alone - 1:  # the last is vLLM's own to refuse
+        preflight.check_kv_cache(plan, Namespace(kv_cache_memory_bytes=fits))
+    for too_small in alone, both - 1:
+        with pytest.raises(AuroraError, match=f"a request of 100 tokens takes {both} with the draft's part"):
+            preflight.check_kv_cache(plan, Namespace(kv_cache_memory_bytes=too_small))
+    preflight.check_kv_cache(plan, Namespace(kv_cache_memory_bytes=alone, kv_cache_dtype="fp8"))
 
 
 @pytest.mark.parametrize(

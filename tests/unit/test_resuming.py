@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,48 @@ def test_a_first_start_with_the_flags_of_every_start(
     config = AuroraConfig(resume="latest", checkpoint_dir=tmp_path / "none", draft=tmp_path / "draft")
     assert models.resolve_draft(config, target) is given
     assert capsys.readouterr().err == (
-        f"aurora_vllm: no checkpoint in {tmp_path / 'none'} yet: learning begins from the start\n"
+        f"aurora_vllm: no checkpoint in {tmp_path / 'none'} to go on from: learning begins from the start\n"
     )
+
+
+def cut_short(kept: Path) -> None:
+    file = kept / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def empty_facts(kept: Path) -> None:
+    (kept / "learner" / "state.json").write_text("")
+
+
+def facts_that_are_none(kept: Path) -> None:
+    (kept / "learner" / "state.json").write_text('{"format": 1, "statistics": null, "provenance": null}')
+
+
+def no_config(kept: Path) -> None:
+    (kept / "config.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_short, empty_facts, facts_that_are_none, no_config])
+def test_a_damaged_latest_is_passed_over(
+    tmp_path: Path, target: Target, kept: Path, damage: Callable[[Path], None], capsys: Any
+) -> None:
+    newer = Checkpoints(tmp_path / "kept", "run", {}).save(World().draft(), DRAFT, {}, {"steps": 2})
+    damage(newer)
+    config = AuroraConfig(resume="latest", checkpoint_dir=tmp_path / "kept")
+    assert models.resolve_draft(config, target).directory == kept.resolve()
+    assert f"{newer}" in (said := capsys.readouterr().err) and said.endswith("; it is passed over\n")
+    damage(kept)
+    assert resuming.resumed_draft(config, target) is None
+    assert capsys.readouterr().err.endswith("to go on from: learning begins from the start\n")
+    with pytest.raises(AuroraError):  # who names one means it
+        models.resolve_draft(AuroraConfig(resume=kept), target)
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_for_is_refused(tmp_path: Path, target: Target) -> None:
+    kept = Checkpoints(tmp_path / "kept", "run", {}).save(World().draft(), DRAFT, {}, {"steps": 2})
+    draft = models.resolve_draft(AuroraConfig(resume=kept), target)
+    with pytest.raises(AuroraError, match="was trained for another target"):
+        models.make_draft(draft, target, AuroraConfig(resume=kept))
 
 
 def test_another_targets_checkpoint_is_refused(tmp_path: Path, target: Target, kept: Path) -> None:

@@ -38,6 +38,7 @@ SEEDED = SamplingParams(temperature=0.7, seed=3)
         (SEEDED, True),
         (SamplingParams(temperature=0.7, min_p=0.1), True),
         (SamplingParams(temperature=0, logit_bias={3: -1.0}), True),
+        (SamplingParams(temperature=0, thinking_token_budget=0), True),
     ],
 )
 def test_which_requests_go_without_drafts(params: SamplingParams, without: bool) -> None:
