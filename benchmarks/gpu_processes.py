@@ -17,10 +17,11 @@ import torch
 from aurora_vllm.learner.gpu_bound import bound_gpu_memory
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes, weights_bytes
 from aurora_vllm.transport.control import ControlBlock
-from aurora_vllm.transport.cuda import CudaMemory, OwnerGone
+from aurora_vllm.transport.cuda import CudaMemory
 from aurora_vllm.transport.placement import join
 from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
+from aurora_vllm.transport.waits import OwnerGone
 
 Names = tuple[str, str | None]  # of the segment, and of the device memory where there is some
 TIMEOUT_S = 120.0

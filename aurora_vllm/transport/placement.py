@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from aurora_vllm.errors import AuroraError
-from aurora_vllm.transport.bank import WeightBank, bank_bytes, weights_bytes
+from aurora_vllm.transport.bank import CRC_CHUNK, WeightBank, bank_bytes, weights_bytes
 from aurora_vllm.transport.block import Block
 from aurora_vllm.transport.memory import NamedMemory, memory_for
 from aurora_vllm.transport.probe import try_elsewhere
@@ -59,6 +59,7 @@ def place(
     try:
         for kind, size in {"ring_memory": row_bytes * capacity, "bank_memory": weights_bytes(specs)}.items():
             made.append(where.create(kind, size, device))
+        made[1].crc32(0, min(CRC_CHUNK, len(made[1].bytes)), 0)  # takes what it needs now, not while requests run
         try_elsewhere(device, [one.name for one in made])
         producer = RingProducer.create(ring, row_bytes, capacity, made[0])
         weights = WeightBank.create(bank, specs, made[1])

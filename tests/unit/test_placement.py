@@ -154,6 +154,26 @@ def test_what_the_worker_places_the_learner_opens(
     assert not warnings(caplog) and not stand_in.released
 
 
+def test_what_a_checksum_needs_is_taken_before_anything_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: list[list[str]]
+) -> None:
+    use(monkeypatch, StandIn())
+    summed: list[tuple[str, int]] = []
+
+    def crc32(piece: Piece, start: int, stop: int, crc: int) -> int:
+        summed.append((piece.name, stop - start))
+        return 0
+
+    monkeypatch.setattr(Piece, "crc32", crc32)
+    with session(World(), tmp_path) as (shared, _):
+        ring, bank, control = parts(shared)
+        _, weights = place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
+        ((name, size),) = summed
+        assert name == BANK and tried
+        weights._checksum(0, 1, 0)
+        assert max(asked for _, asked in summed[1:]) <= size  # no later one needs more
+
+
 @pytest.mark.parametrize("fault", ["ring_memory", "bank_memory", "elsewhere", "a bug", "late"])
 def test_what_fails_leaves_host_memory_and_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
