@@ -210,6 +210,7 @@ class CudaMemory:
             wait_until(done.query, self._owner_lives)
         fence()
 
+    @torch.inference_mode()  # in which alone the buffer may be written to where it was made in it
     def crc32(self, start: int, stop: int, crc: int) -> int:
         """As :meth:`.memory.Memory.crc32`, through a copy on the host: a version has one checksum wherever it lies.
 
