@@ -92,7 +92,10 @@ def receive(pipe: Connection, timeout_s: float = TIMEOUT_S) -> Any:
     """What the other process says next. Raises TimeoutError where it says nothing, EOFError where it has ended."""
     if not pipe.poll(timeout_s):
         raise TimeoutError(f"the other process said nothing for {timeout_s:g} s")
-    return pipe.recv()
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise EOFError("the other process ended; why is on stderr") from None
 
 
 def captured(device: str, forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:

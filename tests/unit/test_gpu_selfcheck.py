@@ -172,7 +172,7 @@ def test_a_process_that_says_nothing_is_not_waited_for() -> None:
     with pytest.raises(TimeoutError, match=r"said nothing for 0\.01 s"):
         processes.receive(ours, 0.01)
     theirs.close()
-    with pytest.raises(EOFError):
+    with pytest.raises(EOFError, match="the other process ended"):
         processes.receive(ours)
 
 
