@@ -1,4 +1,5 @@
-"""The two sides of the self-check, each in a process of its own; `device` "cpu" is the same over POSIX shared memory.
+"""The self-check's processes: one for each section, and those of its two sides; `device` "cpu" is the same over POSIX
+shared memory.
 
 Nothing here imports vLLM. Rows say in each of their words which row they are, so a torn, lost or repeated one shows.
 """
@@ -6,42 +7,95 @@ Nothing here imports vLLM. Rows say in each of their words which row they are, s
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
+import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
 
 from aurora_vllm.learner.gpu_bound import bound_gpu_memory
+from aurora_vllm.parent import end_with_parent
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes, weights_bytes
 from aurora_vllm.transport.control import ControlBlock
-from aurora_vllm.transport.cuda import CudaMemory, OwnerGone
+from aurora_vllm.transport.cuda import CudaMemory
 from aurora_vllm.transport.placement import join
 from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
+from aurora_vllm.transport.waits import OwnerGone
 
 Names = tuple[str, str | None]  # of the segment, and of the device memory where there is some
 TIMEOUT_S = 120.0
+LEAVE_S = 10.0  # for a section that has said what it found to end by itself
 STRIDE = 1_000_003  # between the words of two rows
+
+
+def isolated(limit_s: float, work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """What a function returns in a process of its own, which may start others: a GPU's errors end with the process they
+    happened in. None of them is left afterwards. {"error": why} where it raises, dies, or takes longer.
+    """
+    context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_lead, args=(os.getpid(), theirs, work, args))  # a daemon could not start others
+    process.start()
+    theirs.close()
+    found, why = None, ""
+    try:
+        found = receive(ours, limit_s)
+    except TimeoutError:
+        why = f"not done within {limit_s:.0f} s"
+    except EOFError:
+        pass
+    finally:
+        if not why:
+            wait([process.sentinel], LEAVE_S)
+        with suppress(ProcessLookupError):  # before the join: until then its number is nobody else's
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        process.kill()
+        process.join()
+        ours.close()
+    return found or {"error": why or f"its process ended with exit code {process.exitcode}"}
+
+
+def _lead(parent: int, pipe: Connection, work: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    os.setpgrp()  # those that it starts are of its group
+    end_with_parent(parent)
+    try:
+        found = work(*args)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+    pipe.send(found)
 
 
 def start(target: Callable[..., None], *args: Any) -> tuple[SpawnProcess, Connection]:
     """Run a function here in another process, its last argument one end of a pipe; the other end."""
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(*args, theirs), daemon=True)
+    process = context.Process(target=_follow, args=(os.getpid(), target, *args, theirs), daemon=True)
     process.start()
     theirs.close()
     return process, ours
+
+
+def _follow(parent: int, target: Callable[..., None], *args: Any) -> None:
+    end_with_parent(parent)  # which may be killed
+    target(*args)
 
 
 def receive(pipe: Connection, timeout_s: float = TIMEOUT_S) -> Any:
     """What the other process says next. Raises TimeoutError where it says nothing, EOFError where it has ended."""
     if not pipe.poll(timeout_s):
         raise TimeoutError(f"the other process said nothing for {timeout_s:g} s")
-    return pipe.recv()
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise EOFError("the other process ended; why is on stderr") from None
 
 
 def captured(device: str, forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:

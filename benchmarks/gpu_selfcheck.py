@@ -3,8 +3,9 @@
 Needs torch only, not vLLM; the copies also need the Triton that torch brings. Two processes over CUDA IPC run the
 product's own ring, bank, trace writer and swap: integrity under load, bandwidth, weights swapped under a CUDA graph,
 what capture costs a step, kill -9 of either side, and the learner's training step beside a decode load. Copies are
-looked up in this one: are they right, and what do they cost a step? Without a CUDA device it says so, writes
-``"skipped": true`` and ends with 0; where a target is missed, with 1. WRITTEN AND NEVER RUN on a GPU.
+looked up in one: are they right, and what do they cost a step? Each section has a process of its own, because after an
+error of CUDA nothing works in its process any more. Without a CUDA device it says so, writes ``"skipped": true`` and
+ends with 0; where a target is missed, with 1. WRITTEN AND NEVER RUN on a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
 RING_RATIO, SWAP_P99_MS, STEP_SHARE, STEP_US = 0.8, 2.0, 0.01, 10_000.0  # the targets
 HIDDEN = 4096  # Qwen3-8B
 BANDWIDTH_ROWS = 2048  # of a commit that is judged; of a smaller one the event alone takes as long as the copy
+SECTION_S, ALL_S = 200.0, 460.0  # at most; a GPU is lent for minutes
 LEARNER_ROWS, LOAD_SECONDS = 512, 15.0  # rows of a training step (batch_tokens' default), and of each measurement
 
 Section = dict[str, Any]
@@ -65,9 +67,11 @@ def _most_us(batch: Section) -> float:
 
 
 def verdicts(found: dict[str, Section]) -> dict[str, bool]:
-    """Each target, met or not; one whose section did not come to its end is not. found: the sections of a run."""
+    """Each target, met or not; one whose section did not come to its end is not. found: the sections so far."""
     return {
-        name: "error" not in found[section] and bool(met(found[section])) for name, (section, met) in TARGETS.items()
+        name: "error" not in found[section] and bool(met(found[section]))
+        for name, (section, met) in TARGETS.items()
+        if section in found
     }
 
 
@@ -162,16 +166,18 @@ def sections(device: str) -> dict[str, Callable[[], Section]]:
     }
 
 
+def section(device: str, name: str) -> Section:
+    return sections(device)[name]()
+
+
 def check(device: str, keep: Callable[[dict[str, Section]], None]) -> dict[str, Any]:
     """Run each section, whatever became of those before. keep: is given what there is after each of them."""
     found: dict[str, Any] = {}
-    for name, run in sections(device).items():
+    ends = time.perf_counter() + ALL_S
+    for name in sections(device):
         started = time.perf_counter()
-        try:
-            found[name] = run()
-        except Exception as error:  # a GPU nobody has seen; the other sections say something all the same
-            found[name] = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
-        found[name]["seconds"] = time.perf_counter() - started
+        found[name] = processes.isolated(max(0.0, min(SECTION_S, ends - started)), section, device, name)
+        found[name]["seconds"] = time.perf_counter() - started  # with importing torch, and a context
         keep(found)
     return found | {"met": verdicts(found)}
 
@@ -184,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def keep(found: dict[str, Any]) -> None:
         if arguments.json:
-            arguments.json.write_text(json.dumps(result | found, indent=2) + "\n")
+            arguments.json.write_text(json.dumps(result | found | {"met": verdicts(found)}, indent=2) + "\n")
         if found:
             name, section = list(found.items())[-1]
             print(f"{name}: {section.get('error', 'done')} ({section['seconds']:.0f} s)", file=sys.stderr, flush=True)

@@ -32,7 +32,8 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    ask = getattr(torch.cpu, "get_capabilities", None)  # not in every torch
+    capabilities = ask() if device.type == "cpu" and ask is not None else {}
     has_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if has_bfloat16 else torch.float32
 

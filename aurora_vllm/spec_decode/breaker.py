@@ -39,13 +39,13 @@ class CircuitBreaker:
             self._failures += 1
             if self._on_failure is not None:
                 self._on_failure(f"{type(error).__name__}: {error}")
-            if not self._told:  # once: failures that alternate with successes never open it
-                self._told = True
-                logger.exception("aurora: %s failed; it is tried again", self._name)
             if self._failures >= self._limit:
                 logger.exception(
                     "aurora: %s failed %d times in a row and is off until restart", self._name, self._limit
                 )
+            elif not self._told:  # once: failures that alternate with successes never open it
+                self._told = True
+                logger.exception("aurora: %s failed; it is tried again", self._name)
             return False
         self._failures = 0
         return True

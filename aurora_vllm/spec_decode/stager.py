@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from aurora_vllm.spec_decode.swap import LiveDraft, StagedWeights, SwapRefused
+from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from aurora_vllm.spec_decode.exchange import HalfExchanged, StagedWeights
+from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
 from aurora_vllm.transport.bank import Publication, TornPublish, WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.placement import CPU
+from aurora_vllm.transport.waits import wait_for_this_stream
 
 logger = logging.getLogger("vllm.aurora")
 
@@ -38,13 +41,17 @@ class _Replaced:
 
 
 class Stager:
-    """Watches the bank, prepares new versions, and makes them live when the worker says so.
+    """Watches the bank, prepares new versions, and makes them live when the worker says so. Make it before anything is
+    served: it exchanges what is live already, once.
 
     Args:
         bank: reader's side of the weight bank.
         draft: the running draft.
         control: the ``worker`` block is updated here; the ``scheduler`` block says which version to roll back.
         device: that the draft runs on.
+
+    Raises:
+        SwapRefused: as :meth:`.swap.LiveDraft.stage`.
     """
 
     def __init__(self, bank: WeightBank, draft: LiveDraft, control: ControlBlock, device: torch.device = CPU) -> None:
@@ -57,15 +64,30 @@ class Stager:
         self._ready: deque[_Ready] = deque(maxlen=1)  # for the next boundary; appending and taking are atomic
         self._previous: _Replaced | None = None
         self._stop = threading.Event()
+        # A bug costs the swaps, not the server; nobody knows what is live then.
+        self._swapping = CircuitBreaker("swapping weights", limit=1, on_failure=self._end)
         self._hold()
+        self._rehearse()
         self._thread = threading.Thread(target=self._watch, name="aurora-stager", daemon=True)
         self._thread.start()
+
+    def _rehearse(self) -> None:
+        """On the stream that versions are staged on: torch keeps freed memory by stream, so what this frees is what a
+        version takes later. It is not given back now: with it would go what vLLM, at the end of its warm-up, left in
+        torch's cache on purpose."""
+        wait_for_this_stream(self._device)
+        with self._own_stream():
+            self.draft.rehearse(self.bank.specs)
+            wait_for_this_stream(self._device)
 
     def commit_if_ready(self) -> None:
         """Called between two steps, on the worker's thread: what the scheduler condemned goes, then what is new comes.
 
-        Costs two look-ups when there is nothing to do.
+        Costs little when there is nothing to do, and never raises.
         """
+        self._swapping.run(self._commit)
+
+    def _commit(self) -> None:
         if condemned := self._scheduler.roll_back_version:
             self._undo(condemned)
         if (ready := self._take()) is not None and self._claim(ready):
@@ -88,9 +110,18 @@ class Stager:
         self._hold()
         return False
 
-    def _go_live(self, staged: StagedWeights, lineage: int) -> None:
+    def _go_live(self, staged: StagedWeights, lineage: int) -> bool:
+        """Whether it did; else what was live stays. Raises HalfExchanged where neither is so."""
         started = time.perf_counter_ns()
-        staged.exchange()
+        try:
+            staged.exchange()
+        except HalfExchanged:
+            raise
+        except Exception as error:
+            logger.exception("aurora: version %d could not go live; what was exchanged was undone", staged.version)
+            self._refuse(staged.version, f"{type(error).__name__}: {error}")
+            self._hold()
+            return False
         stall = time.perf_counter_ns() - started
         worker = self._worker
         previous, before = int(worker.live_version), int(worker.live_lineage)
@@ -101,16 +132,22 @@ class Stager:
         worker.last_swap_stall_us = stall / 1000
         self._previous = _Replaced(StagedWeights(previous, staged.exchanges), before)  # what was exchanged out
         self._hold()
+        return True
 
     def roll_back(self) -> bool:
-        """Make the previous version live again, between two steps. Returns whether there was one.
+        """Make the previous version live again, between two steps. Returns whether it is.
 
         The version that leaves is kept in turn, so a second call undoes the first, but for one that was condemned.
         """
-        if self._previous is None or self._previous.weights.version == self._worker.rolled_back_version:
+        previous = self._previous
+        if previous is None or previous.weights.version == self._worker.rolled_back_version:
             return False
-        self._go_live(self._previous.weights, self._previous.lineage)
-        return True
+        self._previous = None
+        if self._go_live(previous.weights, previous.lineage):
+            return True
+        self._worker.previous_version = 0  # it may be spoilt, so there is none any more
+        self._hold()
+        return False
 
     def _undo(self, condemned: int) -> None:
         """Roll a version back for good, if it is the live one."""
@@ -162,6 +199,12 @@ class Stager:
             return nullcontext()
         self._stream = self._stream or torch.cuda.Stream(self._device)
         return torch.cuda.stream(self._stream)
+
+    def _end(self, reason: str) -> None:
+        """No version goes live any more, so none is staged."""
+        self._stop.set()
+        self._worker.refusals += 1
+        self._worker.refusal = f"weights are not swapped until restart: {reason}"
 
     def _refuse(self, version: int, reason: str) -> None:
         self._worker.refusals += 1

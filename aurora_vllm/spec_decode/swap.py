@@ -2,13 +2,14 @@
 
 A swap is an *exchange*: every live tensor trades its content with a staged one. Addresses stay, so compiled code and
 CUDA graphs stay valid, and exchanging once more is the rollback. On a GPU the copies are enqueued on the stream that is
-current, the model's, so they come between two steps there too, and the host waits for nothing. All that can fail
-(reading the bank, checksum, shape, dtype, finiteness, packing for the CPU) happens while staging, on another thread;
-the exchange itself cannot fail half-way.
+current, the model's, so they come between two steps there too, and the host waits for nothing. All that is known to
+fail (reading the bank, checksum, shape, dtype, finiteness, room, packing for the CPU) happens while staging, on another
+thread; what fails in the exchange itself is undone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 
 from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Exchange, HandlerExchange, Standing, TensorExchange
+from aurora_vllm.spec_decode.exchange import StagedWeights as StagedWeights
 from aurora_vllm.transport.bank import TensorSpec
+from aurora_vllm.transport.waits import wait_for_this_stream
 
 
 class SwapRefused(ValueError):
@@ -37,19 +40,6 @@ class _Destination:
     @property
     def label(self) -> str:
         return " + ".join(self.sources)
-
-
-@dataclass
-class StagedWeights:
-    """A version that is ready to go live, or the one that just left."""
-
-    version: int
-    exchanges: Sequence[Exchange]
-
-    @torch.inference_mode()
-    def exchange(self) -> None:
-        for exchange in self.exchanges:
-            exchange()
 
 
 class LiveDraft:
@@ -73,6 +63,7 @@ class LiveDraft:
         self._parameters = [d for d, kind in zip(self._destinations, kinds, strict=True) if kind == "parameter"]
         self._addresses = [_live(destination).data_ptr() for destination in self._parameters]
         self._standing: dict[torch.dtype, Standing] = {}  # on an accelerator, from the first staging on
+        self._room = torch.empty(0, dtype=torch.uint8)  # on a CPU, likewise
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
         """Compare what a bank carries with what this draft has.
@@ -119,37 +110,58 @@ class LiveDraft:
             if _live(destination).data_ptr() != address:
                 raise SwapRefused(f"{destination.label}: the running draft's parameter has moved")
         exchanges: list[Exchange] = []
+        there: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # live and staged, on an accelerator
         for destination in self._destinations:
-            missing = [name for name in destination.sources if name not in tensors]
-            if missing:
-                raise SwapRefused(f"{missing[0]}: not in the published version")
-            parts = [tensors[name] for name in destination.sources]
-            _check_shape(destination, [tuple(part.shape) for part in parts], [part.dtype for part in parts])
-            weight = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
-            if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-                raise SwapRefused(f"{destination.label}: not finite")
-            if destination.sources == ("d2t",):
-                _check_vocabulary(weight, self._vocab_size)
-            exchanges.append(_stage(destination, weight))
-        return StagedWeights(version, self._fuse(exchanges))
+            weight = self._checked(destination, tensors)
+            if _kind(destination) == "onednn":
+                from vllm import _custom_ops
 
-    def _fuse(self, exchanges: list[Exchange]) -> list[Exchange]:
-        """Of the parameters on an accelerator make one exchange; returns when what was staged there is there."""
-        fused: list[Exchange] = []
-        there: dict[torch.dtype, list[TensorExchange]] = {}  # a fused copy takes tensors of one dtype
-        for exchange in exchanges:
-            if isinstance(exchange, TensorExchange) and _on_accelerator(exchange.live):
-                there.setdefault(exchange.live.dtype, []).append(exchange)
+                packed = _custom_ops.create_onednn_mm(weight.t(), 32)
+                exchanges.append(HandlerExchange(_onednn_handler(destination.module), packed))
+                continue
+            live = _live(destination)
+            if _on_accelerator(live):
+                there.setdefault(live.dtype, []).append((live, weight.to(live.device)))
             else:
-                fused.append(exchange)
-        for dtype, group in there.items():
-            live = [exchange.live for exchange in group]
-            if dtype not in self._standing:
-                self._standing[dtype] = Standing([tensor.clone() for tensor in live])
-            fused.append(AcceleratorExchange(live, [exchange.staged for exchange in group], self._standing[dtype]))
-            if live[0].is_cuda:
-                torch.cuda.current_stream(live[0].device).synchronize()  # this thread's stream, not the model's
-        return fused
+                exchanges.append(TensorExchange(live, weight.to(live.device), self._kept(live)))
+        exchanges += [self._fuse(dtype, pairs) for dtype, pairs in there.items()]
+        return StagedWeights(version, exchanges)
+
+    def _checked(self, destination: _Destination, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A copy of what goes there, padded as the live tensor is. Raises SwapRefused."""
+        missing = [name for name in destination.sources if name not in tensors]
+        if missing:
+            raise SwapRefused(f"{missing[0]}: not in the published version")
+        parts = [tensors[name] for name in destination.sources]
+        _check_shape(destination, [tuple(part.shape) for part in parts], [part.dtype for part in parts])
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+        if weight.is_floating_point() and not _is_finite(weight):
+            raise SwapRefused(f"{destination.label}: not finite")
+        if destination.sources == ("d2t",):
+            _check_vocabulary(weight, self._vocab_size)
+        lacking = destination.rows - weight.shape[0]
+        return torch.cat([weight, weight.new_zeros(lacking, *weight.shape[1:])]) if lacking else weight
+
+    def _kept(self, live: torch.Tensor) -> torch.Tensor:
+        """Room for one tensor's content while it is exchanged: as large as the largest, the same for all of them."""
+        if not len(self._room):
+            largest = max(_live(destination).nbytes for destination in self._parameters)
+            self._room = torch.zeros(largest, dtype=torch.uint8)  # written to, so that its pages are there
+        return self._room[: live.nbytes].view(live.dtype).view(live.shape)
+
+    def _fuse(self, dtype: torch.dtype, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Exchange:
+        """One exchange of all that is on an accelerator and of one dtype, which a fused copy takes; returns when what
+        was staged there is there."""
+        live, staged = [live for live, _ in pairs], [staged for _, staged in pairs]
+        if dtype not in self._standing:
+            self._standing[dtype] = Standing([tensor.clone() for tensor in live])
+        wait_for_this_stream(live[0].device)  # this thread's, not the model's
+        return AcceleratorExchange(live, staged, self._standing[dtype])
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """By the largest magnitude, which NaN outdoes: one pass, and no masks that take as much of a GPU as the weight."""
+    return not weight.numel() or math.isfinite(torch.linalg.vector_norm(weight, math.inf))
 
 
 def _on_accelerator(tensor: torch.Tensor) -> bool:
@@ -265,14 +277,3 @@ def _check_vocabulary(d2t: torch.Tensor, vocab_size: int) -> None:
     ids = (d2t + torch.arange(len(d2t), device=d2t.device)).unique()
     if len(ids) < len(d2t) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
         raise SwapRefused(f"d2t: not {len(d2t)} different ids of the target's {vocab_size}")
-
-
-def _stage(destination: _Destination, weight: torch.Tensor) -> Exchange:
-    if weight.shape[0] < destination.rows:
-        weight = torch.cat([weight, weight.new_zeros(destination.rows - weight.shape[0], *weight.shape[1:])])
-    if _kind(destination) == "onednn":
-        from vllm import _custom_ops
-
-        return HandlerExchange(_onednn_handler(destination.module), _custom_ops.create_onednn_mm(weight.t(), 32))
-    live = _live(destination)
-    return TensorExchange(live, weight.to(live.device))

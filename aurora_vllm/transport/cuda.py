@@ -7,7 +7,7 @@ three ways to it:
   a killed process never gives back, and what is shared depends on how the allocator is set up (``expandable_segments``,
   vLLM's sleep mode). These allocations never pass through it, so that setting need not be refused.
 - cuda-python is one more dependency, whose version must fit the driver's.
-- ctypes on ``libcuda.so.1`` needs three functions of a stable interface, and its name has no version of CUDA in it.
+- ctypes on ``libcuda.so.1`` needs ten functions of a stable interface, and its name has no version of CUDA in it.
 
 A page of POSIX shared memory describes the allocation, so it is opened by name, as a segment is. It belongs to the
 process that made it, and it alone may :meth:`CudaMemory.hand_over`: that is meant to be the worker, without which there
@@ -22,10 +22,9 @@ the learner's: a dead learner leaves none behind.
 
 from __future__ import annotations
 
+import ctypes
 import struct
-import time
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,15 +35,11 @@ from aurora_vllm.transport.cuda_driver import HANDLE_BYTES
 from aurora_vllm.transport.cuda_driver import NoDeviceMemory as NoDeviceMemory
 from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.segment import Segment, owner_is_alive
+from aurora_vllm.transport.waits import OwnerGone, blaming, wait_for_this_stream, wait_until
 
 GRANULE = 2 << 20  # bytes; smaller allocations share such a block, and a handle would export their neighbours
-GRACE_S = 2.0  # after the owner's death, for work that was enqueued before it
 _DESCRIPTION = struct.Struct(f"<8sQQ40s{HANDLE_BYTES}s{HANDLE_BYTES}s")
 _MAGIC = b"AURORGPU"
-
-
-class OwnerGone(RuntimeError):
-    """The process that made the memory died, and work on it does not come to an end."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +97,7 @@ class CudaMemory:
         self._owned = owned
         self._lent = lent  # whose memory it is: it is not freed while others read it
         self._stream: torch.cuda.Stream | None = None  # the one last handed over from
+        self._on_host = torch.empty(0, dtype=torch.uint8)  # where crc32 reads; from its first call on
         if owned:
             self._made[self.name] = self
 
@@ -191,9 +187,14 @@ class CudaMemory:
         fence()
 
     def take_over(self) -> None:
-        """As :meth:`.memory.Memory.take_over`: the current stream waits for the event."""
+        """As :meth:`.memory.Memory.take_over`: the current stream waits for the event.
+
+        Raises:
+            OwnerGone: the owner died, and the driver refuses.
+        """
         fence()
-        self._event.wait(torch.cuda.current_stream(self.device))
+        with blaming(self._owner_lives):
+            self._event.wait(torch.cuda.current_stream(self.device))
 
     def settle(self) -> None:
         """As :meth:`.memory.Memory.settle`, for this thread's current stream.
@@ -201,18 +202,28 @@ class CudaMemory:
         Polls, so that a stream that waits for a dead process does not take this one along.
 
         Raises:
-            OwnerGone: the owner died, and the work is not done after GRACE_S.
+            OwnerGone: the owner died, and the work has failed or is not done after GRACE_S.
         """
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.device))
-        wait_until(done.query, self._owner_lives)
+        with blaming(self._owner_lives):
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self.device))
+            wait_until(done.query, self._owner_lives)
         fence()
 
+    @torch.inference_mode()  # in which alone the buffer may be written to where it was made in it
     def crc32(self, start: int, stop: int, crc: int) -> int:
-        """Through a copy on the host, so that a version has one checksum wherever it lies. Waits for the copy."""
-        buffer = bytearray(stop - start)
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(self.bytes[start:stop])
-        return zlib.crc32(buffer, crc)
+        """As :meth:`.memory.Memory.crc32`, through a copy on the host: a version has one checksum wherever it lies.
+
+        The copy goes to one page-locked buffer, which stays: a fresh one of plain memory takes the GIL to be zeroed and
+        the driver's lock for as long as the copy takes, a hundred times a version, beside the thread that drives the
+        engine. One thread at a time.
+        """
+        size = stop - start
+        if len(self._on_host) < size:
+            self._on_host = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self._on_host[:size].copy_(self.bytes[start:stop], non_blocking=True)
+        wait_for_this_stream(self.device)
+        return zlib.crc32((ctypes.c_ubyte * size).from_address(self._on_host.data_ptr()), crc)
 
     def unlink(self) -> None:
         """Take the name away; idempotent. Who has it open keeps the memory."""
@@ -231,22 +242,6 @@ class CudaMemory:
         return self._owned or owner_is_alive(self.name)
 
 
-def wait_until(done: Callable[[], bool], owner_lives: Callable[[], bool], grace_s: float = GRACE_S) -> None:
-    """Poll until it is done.
-
-    Raises:
-        OwnerGone: the owner is dead, and it was not done for `grace_s` after that was noticed.
-    """
-    patience: float | None = None
-    while not done():
-        now = time.monotonic()
-        if patience is None and not owner_lives():
-            patience = now + grace_s
-        if patience is not None and now > patience:
-            raise OwnerGone("the process that made the device memory died, and work that waits for it does not end")
-        time.sleep(50e-6)
-
-
 def tensor_over(pointer: int, size: int, device: torch.device) -> torch.Tensor:
     """uint8 [size] over memory that is somebody else's to free.
 
@@ -261,7 +256,9 @@ def _make_current(device: torch.device) -> torch.device:
     if not torch.cuda.is_available() or torch.version.cuda is None:
         raise NoDeviceMemory("no CUDA device here")
     torch.cuda.synchronize(device)
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    cuda_driver.use_primary_context(index)
+    return torch.device("cuda", index)
 
 
 def _uuid(device: torch.device) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
+
+logger = logging.getLogger("vllm.aurora")
 
 HANDLE_BYTES = 64  # of CUipcMemHandle and cudaIpcEventHandle_t
 
@@ -31,6 +34,11 @@ def _driver() -> ctypes.CDLL:
     library.cuMemGetAddressRange_v2.argtypes = [pointer, size, ctypes.c_ulonglong]
     library.cuIpcGetMemHandle.argtypes = [ctypes.POINTER(_MemHandle), ctypes.c_ulonglong]
     library.cuIpcOpenMemHandle_v2.argtypes = [pointer, _MemHandle, ctypes.c_uint]
+    context = ctypes.POINTER(ctypes.c_void_p)  # CUcontext
+    library.cuCtxGetCurrent.argtypes = [context]
+    library.cuDeviceGet.argtypes = [ctypes.POINTER(ctypes.c_int), ctypes.c_int]
+    library.cuDevicePrimaryCtxRetain.argtypes = [context, ctypes.c_int]
+    library.cuCtxSetCurrent.argtypes = [ctypes.c_void_p]
     library.cuGetErrorName.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)]
     return library
 
@@ -40,6 +48,21 @@ def _check(result: int, what: str) -> None:
         name = ctypes.c_char_p()
         _driver().cuGetErrorName(result, ctypes.byref(name))
         raise NoDeviceMemory(f"{what}: {(name.value or b'an unknown error').decode()} ({result})")
+
+
+def use_primary_context(index: int) -> None:
+    """Where this thread has no context, make it the device's primary one, which torch's calls use: the calls here take
+    what is current, and whether torch has made it so depends on its version and on what the thread did before.
+
+    Raises:
+        NoDeviceMemory: there is no driver, or it has no such device.
+    """
+    driver, context, device = _driver(), ctypes.c_void_p(), ctypes.c_int()
+    _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "no context of the GPU")
+    if context.value is None:
+        _check(driver.cuDeviceGet(ctypes.byref(device), index), f"no GPU {index}")
+        _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "no context of the GPU")
+        _check(driver.cuCtxSetCurrent(context), "no context of the GPU")
 
 
 def allocate(size: int) -> tuple[int, bytes]:
@@ -82,5 +105,9 @@ def open_handle(handle: bytes) -> int:
 
 
 def free(address: int) -> None:
-    """Give an allocation of this process back."""
-    _driver().cuMemFree_v2(address)
+    """Give an allocation of this process back. Never raises: who frees has mostly another error to tell, and at its end
+    the process gives everything back."""
+    try:
+        _check(_driver().cuMemFree_v2(address), "memory of the GPU stays taken")
+    except NoDeviceMemory as error:
+        logger.warning("aurora: %s", error)

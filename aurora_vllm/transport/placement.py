@@ -6,9 +6,9 @@ Who creates, who opens, and when:
    there from the beginning.
 2. The worker, once vLLM has measured the GPU, taken its KV cache and captured its graphs (:func:`place`): where the
    target is on a device that has memory to share, it makes two pieces of it, has another process open them for a
-   trial, lays ring and bank out again over them, and gives the room in POSIX shared memory back. It writes the names
-   into its part of the control block. Where any of it fails it frees what it made, says so in one warning, and ring
-   and bank stay where they are. Then it lends the learner the target's embedding and lm_head (:func:`lend_ends`).
+   trial, lays ring and bank out again over them, writes the names into its part of the control block, and gives the
+   room in POSIX shared memory back. Where any of it fails it lays ring and bank out as they were, frees what it made,
+   and says so in one warning. Then it lends the learner the target's embedding and lm_head (:func:`lend_ends`).
 3. The learner, started after that (:func:`join`), opens what the control block names, and trains on that device; where
    nothing is named, on the CPU. It only ever opens: killed and started again it opens the same memory, and goes on at
    its own counter.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from aurora_vllm.errors import AuroraError
-from aurora_vllm.transport.bank import WeightBank, bank_bytes, weights_bytes
+from aurora_vllm.transport.bank import CRC_CHUNK, WeightBank, bank_bytes, weights_bytes
 from aurora_vllm.transport.block import Block
 from aurora_vllm.transport.memory import NamedMemory, memory_for
 from aurora_vllm.transport.probe import try_elsewhere
@@ -54,13 +54,20 @@ def place(
     where = memory_for(device) if wanted else None
     if where is None:
         return producer, weights
-    sizes = {"ring_memory": producer.row_bytes * producer.capacity, "bank_memory": weights_bytes(weights.specs)}
+    row_bytes, capacity, specs = producer.row_bytes, producer.capacity, weights.specs
     made: list[NamedMemory] = []
     try:
-        for kind, size in sizes.items():
+        for kind, size in {"ring_memory": row_bytes * capacity, "bank_memory": weights_bytes(specs)}.items():
             made.append(where.create(kind, size, device))
+        made[1].crc32(0, min(CRC_CHUNK, len(made[1].bytes)), 0)  # takes what it needs now, not while requests run
         try_elsewhere(device, [one.name for one in made])
+        producer = RingProducer.create(ring, row_bytes, capacity, made[0])
+        weights = WeightBank.create(bank, specs, made[1])
+        worker.ring_memory, worker.bank_memory = (one.name for one in made)
+        worker.memory_device = str(device)  # last: with it the learner opens the others
     except Exception as error:  # whatever it is, serving does not depend on it
+        # Laid out again: what failed may have made them over for the memory that is freed now.
+        producer, weights = RingProducer.create(ring, row_bytes, capacity), WeightBank.create(bank, specs)
         for one in made:
             one.release()
         logger.warning(
@@ -70,12 +77,8 @@ def place(
             _in_one_line(error),
         )
         return producer, weights
-    producer = RingProducer.create(ring, producer.row_bytes, producer.capacity, made[0])
-    weights = WeightBank.create(bank, weights.specs, made[1])
     ring.give_back(HEADER_BYTES)
-    bank.give_back(bank_bytes(weights.specs, weights_elsewhere=True))
-    worker.ring_memory, worker.bank_memory = (one.name for one in made)
-    worker.memory_device = str(device)
+    bank.give_back(bank_bytes(specs, weights_elsewhere=True))
     return producer, weights
 
 
@@ -141,7 +144,8 @@ def join(ring: Segment, bank: Segment, worker: Block) -> Joined:
     try:
         rows, weights, *ends = [where.open(name) for name in (worker.ring_memory, worker.bank_memory, *lent)]
     except Exception as error:  # of the driver, of the system, of torch: all of them end here
-        raise AuroraError(f"the learner cannot open the ring and the bank on {named}: {error}") from error
+        why = _in_one_line(error)
+        raise AuroraError(f"the learner cannot open the ring and the bank on {named} ({why})") from error
     for one in ends:
         one.take_over()
     target = Ends(ends[0].bytes, ends[-1].bytes) if ends else None
@@ -149,4 +153,5 @@ def join(ring: Segment, bank: Segment, worker: Block) -> Joined:
 
 
 def _in_one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """An error's first line: those of CUDA go on with advice to who debugs torch."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

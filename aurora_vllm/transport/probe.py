@@ -32,8 +32,18 @@ def try_elsewhere(device: torch.device, names: Sequence[str], timeout_s: float =
     except subprocess.TimeoutExpired:
         raise NoDeviceMemory(f"another process did not open it within {timeout_s:g} s") from None
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise NoDeviceMemory(f"another process cannot open it: {last[0]}")
+        why = _exception(done.stderr) or f"exit code {done.returncode}"
+        raise NoDeviceMemory(f"another process cannot open it: {why}")
+
+
+def _exception(stderr: str) -> str:
+    """What a process ended with: the line that names the exception, else its last one, or "".
+
+    An exception of CUDA goes on for some lines behind its name, the last of them advice to who debugs torch.
+    """
+    _, traceback, behind = stderr.rpartition("Traceback (most recent call last):\n")
+    named = [line for line in behind.splitlines() if line.strip() and not line[0].isspace()]
+    return "".join(named[:1] if traceback else stderr.strip().splitlines()[-1:])
 
 
 def main(device: str, names: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -97,7 +98,7 @@ class Segment:
         return self._buf
 
     def give_back(self, start: int) -> None:
-        """Return the memory from an offset on to the system; what lies there reads as zeros from now on.
+        """Return the memory from an offset on to the system, where the system takes it; what lies there is lost.
 
         For what was set aside and is not needed: a later store takes new pages, which may not be there (SIGBUS).
         """
@@ -105,7 +106,8 @@ class Segment:
         assert isinstance(mapping, mmap.mmap)
         start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         if start < self.size:
-            mapping.madvise(mmap.MADV_REMOVE, start, self.size - start)
+            with suppress(OSError):  # gVisor has no MADV_REMOVE: there the memory stays taken
+                mapping.madvise(mmap.MADV_REMOVE, start, self.size - start)
 
     def close(self) -> None:
         """Let go of the memory; idempotent.

@@ -40,6 +40,8 @@ class FakeDraft:
 
     refusal = ""
 
+    def rehearse(self, specs: object) -> None: ...
+
     def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> StagedWeights:
         if self.refusal:
             raise SwapRefused(self.refusal)

@@ -9,10 +9,13 @@
 
 typedef unsigned long long CUdeviceptr;
 typedef struct { unsigned char reserved[64]; } CUipcMemHandle;
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, MAP_FAILED_ = 205 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, MAP_FAILED_ = 205 };
 
 static struct { CUdeviceptr base; size_t size; char name[64]; } made[16];
 static int count;
+static char primary[2];           /* of two devices, 0 and 1; a context is the address of its device's */
+static __thread void *current;    /* context */
+static int retained;              /* how often a primary context was */
 
 static int find(CUdeviceptr address) {
     for (int i = 0; i < count; i++)
@@ -30,7 +33,34 @@ static void *map(const char *name, int flags, size_t *size) {
     return memory;
 }
 
+int cuCtxGetCurrent(void **context) {
+    *context = current;
+    return SUCCESS;
+}
+
+int cuDeviceGet(int *device, int ordinal) {
+    *device = 40 + ordinal; /* a handle, not the ordinal */
+    return ordinal < 0 || ordinal > 1 ? INVALID_DEVICE : SUCCESS;
+}
+
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    if (device < 40 || device > 41) return INVALID_DEVICE;
+    retained++;
+    *context = &primary[device - 40];
+    return SUCCESS;
+}
+
+int cuCtxSetCurrent(void *context) {
+    current = context;
+    return SUCCESS;
+}
+
+/* For the tests: the device of this thread's context, and how many were retained. */
+int stand_in_device(void) { return current ? (int)((char *)current - primary) : -1; }
+int stand_in_retained(void) { return retained; }
+
 int cuMemAlloc_v2(CUdeviceptr *address, size_t size) {
+    if (!current) return INVALID_CONTEXT;
     if (size > (size_t)1 << 40 || count == 16) return OUT_OF_MEMORY;
     snprintf(made[count].name, sizeof made[count].name, "/stand-in-cuda-%d-%d", (int)getpid(), count);
     void *memory = map(made[count].name, O_CREAT | O_EXCL, &size);
@@ -41,6 +71,7 @@ int cuMemAlloc_v2(CUdeviceptr *address, size_t size) {
 }
 
 int cuMemFree_v2(CUdeviceptr address) {
+    if (!current) return INVALID_CONTEXT;
     int i = find(address);
     if (i < 0 || made[i].base != address) return INVALID_VALUE;
     made[i].size = 0;
@@ -48,6 +79,7 @@ int cuMemFree_v2(CUdeviceptr address) {
 }
 
 int cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr address) {
+    if (!current) return INVALID_CONTEXT;
     int i = find(address);
     if (i < 0) return INVALID_VALUE;
     *base = made[i].base;
@@ -56,6 +88,7 @@ int cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr address
 }
 
 int cuIpcGetMemHandle(CUipcMemHandle *handle, CUdeviceptr address) {
+    if (!current) return INVALID_CONTEXT;
     int i = find(address);
     if (i < 0) return INVALID_VALUE;
     memcpy(handle->reserved, made[i].name, sizeof handle->reserved);
@@ -63,6 +96,7 @@ int cuIpcGetMemHandle(CUipcMemHandle *handle, CUdeviceptr address) {
 }
 
 int cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle handle, unsigned int flags) {
+    if (!current) return INVALID_CONTEXT;
     if (flags != 1) return INVALID_VALUE; /* CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS is all there is */
     size_t size = 0;
     void *memory = map((const char *)handle.reserved, 0, &size);
@@ -72,8 +106,10 @@ int cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle handle, unsigned 
 }
 
 int cuGetErrorName(int error, const char **name) {
-    *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY"
-          : error == MAP_FAILED_   ? "CUDA_ERROR_MAP_FAILED"
-                                   : "CUDA_ERROR_INVALID_VALUE";
+    *name = error == OUT_OF_MEMORY   ? "CUDA_ERROR_OUT_OF_MEMORY"
+          : error == MAP_FAILED_     ? "CUDA_ERROR_MAP_FAILED"
+          : error == INVALID_DEVICE  ? "CUDA_ERROR_INVALID_DEVICE"
+          : error == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT"
+                                     : "CUDA_ERROR_INVALID_VALUE";
     return SUCCESS;
 }

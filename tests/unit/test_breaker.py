@@ -38,3 +38,15 @@ def test_failures_between_successes_are_said_once(
         breaker.run(lambda: None)
     assert not breaker.open
     assert [record.getMessage() for record in caplog.records] == ["aurora: work failed; it is tried again"]
+
+
+def test_one_failure_may_be_enough_and_is_said_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    breaker = CircuitBreaker("work", limit=1)
+    for _ in range(2):
+        assert not breaker.run(lambda: 1 / 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "aurora: work failed 1 times in a row and is off until restart"
+    ]

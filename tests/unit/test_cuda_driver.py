@@ -6,11 +6,13 @@ It says that what is passed is what the driver's documentation asks for; it says
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ COMPILER = shutil.which("cc") or shutil.which("gcc")
 READER = """
 import ctypes, sys
 from aurora_vllm.transport import cuda_driver
+cuda_driver.use_primary_context(1)
 address = cuda_driver.open_handle(bytes.fromhex(sys.argv[1])) + int(sys.argv[2])
 assert cuda_driver.open_handle(bytes.fromhex(sys.argv[1])) + int(sys.argv[2]) == address  # mapped once
 print(ctypes.string_at(address, 5).decode())
@@ -42,6 +45,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     caches = (cuda_driver._driver, cuda_driver.open_handle)
     for cache in caches:
         cache.cache_clear()
+    cuda_driver.use_primary_context(0)
     yield tmp_path
     for cache in caches:
         cache.cache_clear()
@@ -52,6 +56,23 @@ def heard(driver: Path, handle: bytes, offset: int) -> str:
     environment = os.environ | {"LD_LIBRARY_PATH": str(driver)}
     command = [sys.executable, "-c", READER, handle.hex(), str(offset)]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def in_a_new_thread(work: Callable[[], object]) -> None:
+    """Threads have contexts of their own. Raises what the work raises."""
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    for error in raised:
+        raise error
 
 
 def test_what_one_process_allocates_another_opens(driver: Path) -> None:
@@ -82,7 +103,39 @@ def test_what_the_driver_refuses_is_said_in_its_words() -> None:
         cuda_driver.allocate(1 << 50)
     with pytest.raises(NoDeviceMemory, match=r"no memory of the GPU: CUDA_ERROR_INVALID_VALUE \(1\)"):
         cuda_driver.export(ctypes.addressof(ctypes.create_string_buffer(8)))
+    with pytest.raises(NoDeviceMemory, match=r"cannot allocate .*: CUDA_ERROR_INVALID_CONTEXT \(201\)"):
+        in_a_new_thread(lambda: cuda_driver.allocate(4096))
+    with pytest.raises(NoDeviceMemory, match=r"no GPU 2: CUDA_ERROR_INVALID_DEVICE \(101\)"):
+        in_a_new_thread(lambda: cuda_driver.use_primary_context(2))
     address, handle = cuda_driver.allocate(4096)
     cuda_driver.free(address)
     with pytest.raises(NoDeviceMemory, match=r"cannot open memory of the GPU: CUDA_ERROR_MAP_FAILED \(205\)"):
         cuda_driver.open_handle(handle)
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_thread_without_a_context_takes_the_primary_one_and_keeps_another() -> None:
+    library, devices = cuda_driver._driver(), []
+
+    def work() -> None:
+        for index in (1, 0):
+            cuda_driver.use_primary_context(index)
+            devices.append(library.stand_in_device())
+        cuda_driver.free(cuda_driver.allocate(4096)[0])
+
+    before = library.stand_in_retained()
+    in_a_new_thread(work)
+    assert devices == [1, 1] and library.stand_in_device() == 0
+    assert library.stand_in_retained() == before + 1
+
+
+@pytest.mark.usefixtures("driver")
+def test_memory_that_is_not_freed_is_a_line_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    address, _ = cuda_driver.allocate(4096)
+    cuda_driver.free(address)
+    assert not caplog.messages
+    cuda_driver.free(address)
+    assert caplog.messages == ["aurora: memory of the GPU stays taken: CUDA_ERROR_INVALID_VALUE (1)"]

@@ -16,11 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_vllm.transport import cuda, placement
+from aurora_vllm.transport import cuda, placement, waits
 from aurora_vllm.transport.bank import TensorSpec, TornPublish, WeightBank, bank_bytes, weights_bytes
-from aurora_vllm.transport.cuda import CudaMemory, Description, NoDeviceMemory, OwnerGone, tensor_over, wait_until
+from aurora_vllm.transport.cuda import CudaMemory, Description, NoDeviceMemory, tensor_over
 from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingGauge, RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
+from aurora_vllm.transport.waits import OwnerGone, blaming, wait_for_this_stream, wait_until
 from tests.unit.transport_children import pattern, write_rows
 
 ROW = 192
@@ -181,6 +182,18 @@ def test_without_a_gpu_it_says_so() -> None:
             CudaMemory.open(segment.name)
 
 
+def test_the_driver_s_calls_find_torch_s_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", made.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(cuda.cuda_driver, "use_primary_context", made.append)
+    assert cuda._make_current(torch.device("cuda")) == torch.device("cuda", 3)
+    assert cuda._make_current(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert made == [torch.device("cuda"), 3, torch.device("cuda", 1), 1]
+
+
 def test_what_was_made_can_be_opened_though_its_maker_forgot_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch destroys an event with its last reference, and a learner may come at any time."""
 
@@ -217,6 +230,84 @@ def test_what_was_made_can_be_opened_though_its_maker_forgot_it(monkeypatch: pyt
     assert not any(event() is not None for event in events) and not any(name in CudaMemory._made for name in names)
 
 
+def on_a_device(segment: Segment, content: bytearray, event: object = None) -> CudaMemory:
+    """Another process's device memory, as far as a CPU can be one."""
+    pointer = ctypes.addressof((ctypes.c_ubyte * len(content)).from_buffer(content))
+    return CudaMemory(segment, torch.device("cpu"), pointer, len(content), event, owned=False)  # type: ignore[arg-type]
+
+
+def test_a_checksum_is_of_the_bytes_and_takes_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytearray(i * 7 % 251 for i in range(10_000))
+    pinned: list[bool] = []
+    waited: list[torch.device] = []
+    empty = torch.empty
+
+    def make(*size: int, pin_memory: bool, dtype: torch.dtype) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return empty(*size, dtype=dtype)
+
+    with Segment.create("device", 4096) as segment:
+        memory = on_a_device(segment, content)
+        monkeypatch.setattr(torch, "empty", make)
+        monkeypatch.setattr(cuda, "wait_for_this_stream", waited.append)
+        with torch.inference_mode():  # as whatever vLLM is in when it has warmed up
+            memory.crc32(0, 9_999, 0)
+        assert memory.crc32(0, 9_999, 0) == zlib.crc32(content[:9_999])
+        pinned.clear()
+        waited.clear()
+        for device in (torch.device("cpu"), torch.device("cuda:0")):
+            memory.device, memory._on_host = device, memory._on_host[:0]
+            crc = 5
+            for start, stop in ((0, 4096), (4096, 8192), (8192, 10_000), (0, 4096)):
+                crc = memory.crc32(start, stop, crc)
+            assert crc == zlib.crc32(content[:4096], zlib.crc32(content, 5))
+            content[77] ^= 1  # the buffer stays, what was in it does not
+    assert pinned == [False, True] and waited == [torch.device("cpu")] * 4 + [torch.device("cuda:0")] * 4
+
+
+def test_a_wait_for_a_stream_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            calls.append(blocking)
+
+        def record(self, stream: object) -> None:
+            calls.append(stream)
+
+        def synchronize(self) -> None:
+            calls.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    wait_for_this_stream(torch.device("cpu"))
+    assert not calls
+    wait_for_this_stream(torch.device("cuda:1"))
+    assert calls == [True, "the stream of cuda:1", "waited"]
+
+
+@pytest.mark.parametrize("call", ["take_over", "settle"])
+@pytest.mark.parametrize("lives", [False, True])
+def test_what_fails_on_memory_of_a_dead_owner_says_that_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch, call: str, lives: bool
+) -> None:
+    class Event:
+        def fail(self, stream: object) -> None:
+            raise RuntimeError("CUDA error: invalid resource handle\nadvice")
+
+        wait = record = fail
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: object())
+    monkeypatch.setattr(cuda, "owner_is_alive", lambda name: lives)
+    monkeypatch.setattr(waits, "GRACE_S", 0.05)
+    with Segment.create("device", 4096) as segment:
+        memory = on_a_device(segment, bytearray(64), Event())
+        with pytest.raises(RuntimeError) as raised:
+            getattr(memory, call)()
+    assert (type(raised.value), "\n" in str(raised.value)) == ((RuntimeError, True) if lives else (OwnerGone, False))
+
+
 def test_a_tensor_over_given_memory() -> None:
     buffer = ctypes.create_string_buffer(64)
     tensor = tensor_over(ctypes.addressof(buffer), 64, torch.device("cpu"))
@@ -232,3 +323,17 @@ def test_waiting_ends_with_the_work_or_with_the_owner() -> None:
     wait_until(lambda: next(late), lambda: False, grace_s=5)  # done after the owner's death is done
     with pytest.raises(OwnerGone):
         wait_until(lambda: False, lambda: False, grace_s=0.01)
+
+
+def test_a_failure_is_the_owner_s_where_it_dies_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "GRACE_S", 0.05)
+    dying = iter([True, True, False])
+    with pytest.raises(OwnerGone, match=r"died: CUDA error: unknown error$"), blaming(lambda: next(dying)):
+        raise RuntimeError("CUDA error: unknown error\nadvice")
+    with pytest.raises(OwnerGone, match="as it was"), blaming(lambda: True):
+        raise OwnerGone("as it was")
+    with pytest.raises(RuntimeError) as raised, blaming(lambda: True):
+        raise RuntimeError("a bug")
+    assert type(raised.value) is RuntimeError
+    with pytest.raises(TypeError), blaming(lambda: False):
+        raise TypeError("another bug")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from aurora_vllm.spec_decode.device_copies import DeviceCopies
+from aurora_vllm.transport.segment import process_start_time
 from benchmarks import gpu_capture, gpu_copies, gpu_learner, gpu_ring, gpu_timing
 from benchmarks import gpu_processes as processes
 from benchmarks import gpu_selfcheck as selfcheck
@@ -84,21 +88,79 @@ def test_without_a_gpu_it_says_so_and_needs_no_vllm(tmp_path: Path) -> None:
     assert written["why"] == "no CUDA device here"
 
 
-def test_a_section_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> dict[str, Any]:
-        raise RuntimeError("CUDA error:\ninvalid argument")
+def test_a_section_that_fails_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits: list[float] = []
 
-    pieces = {name: (lambda name=name: dict(GOOD[name])) for name in GOOD} | {"swap": fails}
-    monkeypatch.setattr(selfcheck, "sections", lambda device: pieces)
-    kept: list[list[str]] = []
-    found = selfcheck.check("cpu", lambda so_far: kept.append(list(so_far)))
-    assert kept == [list(GOOD)[: i + 1] for i in range(len(GOOD))]
-    assert found["swap"]["error"] == "RuntimeError: CUDA error: invalid argument"
+    def isolated(limit_s: float, work: Any, device: str, name: str) -> dict[str, Any]:
+        assert work is selfcheck.section and device == "cuda:0"
+        limits.append(limit_s)
+        met = json.loads((tmp_path / "out.json").read_text())["met"] if limits[1:] else {}
+        assert len(met) < len(selfcheck.TARGETS)  # a run that is cut leaves what it has
+        return {"error": "RuntimeError: CUDA error"} if name == "swap" else dict(GOOD[name])
+
+    monkeypatch.setattr(selfcheck, "sections", lambda device: GOOD)
+    monkeypatch.setattr(selfcheck, "ALL_S", 0.0)
+    monkeypatch.setattr(processes, "isolated", isolated)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert selfcheck.main(["--json", str(tmp_path / "out.json")]) == 1
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found == json.loads((tmp_path / "out.json").read_text())
     assert {name for name, met in found["met"].items() if not met} == {
         "swap_outputs",
         "swap_latency",
         "swap_never_waits",
     }
+    assert found["met"].keys() == selfcheck.TARGETS.keys() and limits == [0.0] * len(GOOD)
+    assert [line.split(" (")[0] for line in printed.err.splitlines()] == [
+        f"{name}: {'RuntimeError: CUDA error' if name == 'swap' else 'done'}" for name in GOOD
+    ]
+
+
+def raise_an_error() -> dict[str, Any]:
+    raise RuntimeError("CUDA error:\ninvalid argument")
+
+
+def die() -> dict[str, Any]:
+    os._exit(7)
+
+
+def leave_a_child() -> dict[str, Any]:
+    return {"left": subprocess.Popen(["sleep", "600"]).pid}
+
+
+def lead_a_child() -> dict[str, Any]:
+    process, pipe = processes.start(answer)
+    return {"alive": process.is_alive(), "answer": processes.receive(pipe)}
+
+
+def answer(pipe: Connection) -> None:
+    pipe.send(42)
+
+
+def test_a_section_has_a_process_of_its_own_that_may_start_others() -> None:
+    assert processes.isolated(60, lead_a_child) == {"alive": True, "answer": 42}
+    assert processes.isolated(60, gpu_capture.capture_waits, "cpu", 16, 9)["rows_written"] > 0
+
+
+def test_what_becomes_of_a_section_ends_there() -> None:
+    assert processes.isolated(60, raise_an_error) == {"error": "RuntimeError: CUDA error: invalid argument"}
+    assert processes.isolated(60, die) == {"error": "its process ended with exit code 7"}
+    began = time.monotonic()
+    assert processes.isolated(0.2, leave_a_child) == {"error": "not done within 0 s"}
+    assert time.monotonic() - began < 5
+
+
+def test_nothing_a_section_started_is_left() -> None:
+    left = processes.isolated(60, leave_a_child)["left"]
+    deadline = time.monotonic() + 5
+    while process_start_time(left) is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process_start_time(left) is None
 
 
 def test_every_section_has_its_size_and_every_target_its_section() -> None:
@@ -110,7 +172,7 @@ def test_a_process_that_says_nothing_is_not_waited_for() -> None:
     with pytest.raises(TimeoutError, match=r"said nothing for 0\.01 s"):
         processes.receive(ours, 0.01)
     theirs.close()
-    with pytest.raises(EOFError):
+    with pytest.raises(EOFError, match="the other process ended"):
         processes.receive(ours)
 
 

@@ -67,7 +67,7 @@ class StandIn:
 
     def create(self, kind: str, size: int, device: torch.device) -> Piece:
         if kind == self.refuses:
-            raise NoDeviceMemory(f"cannot allocate {kind}:\nCUDA_ERROR_OUT_OF_MEMORY")
+            raise NoDeviceMemory(f"cannot allocate {kind}: CUDA_ERROR_OUT_OF_MEMORY\nCompile with `TORCH_USE_CUDA_DSA`")
         shared = Device(size)
         if device == DEVICE:
             shared.memory = shared.memory.to(device)
@@ -154,18 +154,46 @@ def test_what_the_worker_places_the_learner_opens(
     assert not warnings(caplog) and not stand_in.released
 
 
-@pytest.mark.parametrize("fault", ["ring_memory", "bank_memory", "elsewhere", "a bug"])
+def test_what_a_checksum_needs_is_taken_before_anything_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: list[list[str]]
+) -> None:
+    use(monkeypatch, StandIn())
+    summed: list[tuple[str, int]] = []
+
+    def crc32(piece: Piece, start: int, stop: int, crc: int) -> int:
+        summed.append((piece.name, stop - start))
+        return 0
+
+    monkeypatch.setattr(Piece, "crc32", crc32)
+    with session(World(), tmp_path) as (shared, _):
+        ring, bank, control = parts(shared)
+        _, weights = place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
+        ((name, size),) = summed
+        assert name == BANK and tried
+        weights._checksum(0, 1, 0)
+        assert max(asked for _, asked in summed[1:]) <= size  # no later one needs more
+
+
+@pytest.mark.parametrize("fault", ["ring_memory", "bank_memory", "elsewhere", "a bug", "late"])
 def test_what_fails_leaves_host_memory_and_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     world, stand_in = World(), use(monkeypatch, StandIn(refuses=fault))
-    faults = {"elsewhere": NoDeviceMemory("exclusive mode"), "a bug": RuntimeError("expandable_segments")}
+    faults = {name: RuntimeError(f"CUDA error: {name}\nadvice") for name in ("elsewhere", "a bug", "late")}
+    create_bank = WeightBank.create
 
     def try_elsewhere(device: torch.device, names: list[str]) -> None:
-        if fault in faults:
+        if fault in faults and fault != "late":
             raise faults[fault]
 
+    def make_over(segment: Segment, specs: Any, memory: Any = None) -> WeightBank:
+        if memory is not None:  # when the ring is made over already
+            raise faults["late"]
+        return create_bank(segment, specs)
+
     monkeypatch.setattr(placement, "try_elsewhere", try_elsewhere)
+    if fault == "late":
+        monkeypatch.setattr(WeightBank, "create", make_over)
     with session(world, tmp_path) as (shared, _):
         ring, bank, control = parts(shared)
         before = pages(ring), pages(bank)
@@ -181,7 +209,7 @@ def test_what_fails_leaves_host_memory_and_one_warning(
         assert weights.published() == 0 and isinstance(producer, RingProducer)
     (said,) = warnings(caplog)
     assert "\n" not in said and "memory of cuda cannot be shared" in said and "POSIX shared memory" in said
-    assert str(faults.get(fault, "OUT_OF_MEMORY")) in said
+    assert (f"(RuntimeError: CUDA error: {fault})" if fault in faults else "CUDA_ERROR_OUT_OF_MEMORY)") in said
 
 
 def padded(matrix: torch.Tensor) -> torch.Tensor:
@@ -287,6 +315,19 @@ def test_another_process_that_cannot_open_it_says_why() -> None:
         probe.try_elsewhere(torch.device("cuda"), [], timeout_s=0.01)
 
 
+def test_of_a_traceback_the_exception_is_told_and_not_the_advice_behind_it() -> None:
+    cuda_error = (
+        "[W1130 a warning]\nTraceback (most recent call last):\n  File a, line 1\n    first()\nValueError: no\n\n"
+        "During handling of the above exception, another exception occurred:\n\n"
+        "Traceback (most recent call last):\n  File a, line 2\n    there.settle()\n    ^^^^\n"
+        "torch.AcceleratorError: CUDA error: out of memory\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+        "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n\n"
+    )
+    assert probe._exception(cuda_error) == "torch.AcceleratorError: CUDA error: out of memory"
+    assert probe._exception("a warning\nnothing is shared on cpu\n") == "nothing is shared on cpu"
+    assert probe._exception("") == ""
+
+
 def test_a_learner_that_cannot_open_it_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tried: list[list[str]]
 ) -> None:
@@ -294,10 +335,15 @@ def test_a_learner_that_cannot_open_it_ends_in_one_line(
     with session(world, tmp_path) as (shared, _):
         ring, bank, control = parts(shared)
         place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
-        del stand_in.made[BANK]
+
+        def open_it(name: str) -> Piece:
+            raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
+
+        monkeypatch.setattr(stand_in, "open", open_it)
         monkeypatch.setenv("AURORA_SESSION", shared.model_dump_json())
         assert process.main() == 2
-    assert "the learner cannot open the ring and the bank on cuda" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot open the ring and the bank on cuda (RuntimeError: CUDA error: out of memory)\n" in said
 
 
 def test_the_worker_places_after_warm_up_and_only_then_may_the_learner_start(

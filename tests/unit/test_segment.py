@@ -127,6 +127,17 @@ def test_no_shm_file_system_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, t
     assert sweep() == []
 
 
+def test_what_is_given_back_leaves_the_rest_as_it_was(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment.buf[0] = segment.buf[4096] = 7
+    with monkeypatch.context() as gvisor:
+        gvisor.setattr(module.mmap, "MADV_REMOVE", -1)  # a system that does not know it
+        segment.give_back(1)
+    assert (segment.buf[0], segment.buf[4096]) == (7, 7)
+    segment.give_back(1)
+    assert (segment.buf[0], segment.buf[4096]) == (7, 0)
+    segment.give_back(8192)
+
+
 def test_sweep_takes_the_segments_of_a_killed_owner_only(segment: Segment) -> None:
     receive, send = multiprocessing.Pipe(duplex=False)
     owner = children.start(children.make_segment_and_wait, send)

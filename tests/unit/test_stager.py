@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +10,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from aurora_vllm.spec_decode import stager as module
+from aurora_vllm.spec_decode.exchange import Exchange, StagedWeights
 from aurora_vllm.spec_decode.stager import POLL_SECONDS, Stager
-from aurora_vllm.spec_decode.swap import StagedWeights, SwapRefused
+from aurora_vllm.spec_decode.swap import SwapRefused
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.placement import CPU
@@ -24,6 +27,10 @@ class OneNumber:
 
     def __init__(self) -> None:
         self.live = torch.ones(1)
+        self.rehearsed: list[list[TensorSpec]] = []
+
+    def rehearse(self, specs: list[TensorSpec]) -> None:
+        self.rehearsed.append(specs)
 
     def stage(self, version: int, tensors: Mapping[str, torch.Tensor]) -> StagedWeights:
         staged = tensors["w"].clone()
@@ -111,6 +118,85 @@ def test_a_newer_version_that_waits_comes_after_the_rollback(world: World) -> No
     assert world.control.worker.rollbacks == 1
 
 
+def fail() -> None:
+    raise RuntimeError("no more")
+
+
+def with_more(monkeypatch: pytest.MonkeyPatch, draft: OneNumber, *exchanges: Exchange) -> None:
+    """What is staged from now on has these exchanges behind its own."""
+    stage = draft.stage
+    monkeypatch.setattr(
+        draft,
+        "stage",
+        lambda version, tensors: StagedWeights(version, [*stage(version, tensors).exchanges, *exchanges]),
+    )
+
+
+def test_an_exchange_that_fails_half_way_costs_its_version_alone(world: World) -> None:
+    worker = world.control.worker
+    world.publish(2)
+    assert world.step() == (2, 1, 2.0)
+    with pytest.MonkeyPatch.context() as broken:
+        with_more(broken, world.draft, fail)
+        world.publish(3)
+    assert world.step() == (2, 1, 2.0)  # whole, and what it was
+    assert (worker.refusals, worker.refusal, worker.swaps) == (1, "version 3: RuntimeError: no more", 1)
+    assert world.bank.held() == (2, 1)
+    world.publish(4)
+    assert world.step() == (4, 2, 4.0)
+    assert world.stager.roll_back() and world.step() == (2, 4, 2.0)
+
+
+def test_a_rollback_that_fails_leaves_the_version_there_is(world: World) -> None:
+    worker, fails = world.control.worker, False
+
+    def fail_later() -> None:
+        if fails:
+            fail()
+
+    with pytest.MonkeyPatch.context() as broken:
+        with_more(broken, world.draft, fail_later)
+        world.publish(2)
+    assert world.step() == (2, 1, 2.0)
+    fails = True
+    world.control.scheduler.roll_back_version = 2
+    for _ in range(3):
+        assert world.step() == (2, 0, 2.0)  # tried once
+    assert (worker.rollbacks, worker.refusals, worker.refusal) == (0, 1, "version 1: RuntimeError: no more")
+    world.publish(3)
+    assert world.step() == (3, 2, 3.0)
+
+
+def test_what_cannot_be_undone_ends_all_swaps_and_no_step(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    runs: list[int] = []
+
+    def once() -> None:
+        if runs:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        runs.append(1)
+
+    with_more(monkeypatch, world.draft, once, fail)
+    world.publish(2)
+    caplog.clear()
+    for _ in range(3):
+        assert world.step()[:2] == (1, 0)
+    assert len(caplog.records) == 1 and "is off until restart" in caplog.text
+    worker = world.control.worker
+    assert worker.refusals == 1 and worker.refusal.startswith("weights are not swapped until restart: HalfExchanged: ")
+    world.stager._thread.join(timeout=5)
+    assert not world.stager._thread.is_alive()  # what could not go live is not staged, which takes memory
+
+
+def test_no_bug_reaches_the_serving_path(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.publish(2)
+    monkeypatch.setattr(world.bank, "hold", lambda live, previous: 1 / 0)
+    assert world.step() == (1, 0, 1.0)
+    assert "ZeroDivisionError" in world.control.worker.refusal
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [(SwapRefused("w: not finite"), "w: not finite"), (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug")],
@@ -147,6 +233,10 @@ def test_a_version_is_staged_once_and_traded_in_once(world: World, monkeypatch: 
         assert world.step() == (2, 1, 2.0)
         time.sleep(1.5 * POLL_SECONDS)  # the watcher looks again
     assert staged == [2] and world.control.worker.swaps == 1
+
+
+def test_what_is_live_is_exchanged_once_before_anything_is_served(world: World) -> None:
+    assert world.draft.rehearsed == [SPECS]
 
 
 def test_once_closed_it_leaves_the_bank_alone(world: World) -> None:
@@ -220,8 +310,11 @@ def test_on_a_gpu_versions_are_staged_on_one_stream_of_their_own(monkeypatch: py
         yield
         current.pop()
 
+    waited: list[list[str]] = []
     monkeypatch.setattr(torch.cuda, "Stream", stream_of)
     monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(module, "wait_for_this_stream", lambda device: waited.append(list(current)))
+    monkeypatch.setattr(OneNumber, "rehearse", lambda draft, specs: staged_on.append(list(current)))
     gpu = torch.device("cuda:0")
     with Segment.create("control", control_bytes()) as block, Segment.create("bank", bank_bytes(SPECS)) as segment:
         control = ControlBlock.create(block)
@@ -233,4 +326,5 @@ def test_on_a_gpu_versions_are_staged_on_one_stream_of_their_own(monkeypatch: py
             made.publish(version)
             assert made.step()[0] == version
         made.stager.close()
-    assert streams == [gpu] and staged_on == [["stream 1"]] * 2
+    assert streams == [gpu] and staged_on == [["stream 1"]] * 3  # first what is live already
+    assert waited == [[], ["stream 1"]]  # for what was live, and until it was exchanged

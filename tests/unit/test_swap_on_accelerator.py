@@ -1,4 +1,4 @@
-"""The swap of a GPU, on plain parameters: one fused copy, addresses kept, the old version kept without a copy of it."""
+"""The swap on plain parameters. On a GPU: one fused copy, addresses kept, the old version kept without a copy."""
 
 from __future__ import annotations
 
@@ -128,6 +128,22 @@ def test_back_and_forth(draft: Any) -> None:
     assert draft.model.fc.weight.data_ptr() == address
 
 
+def test_back_and_forth_on_a_cpu_where_nothing_is_allocated_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = make_draft()
+    live = LiveDraft(draft, target=None)
+    first, second = live.stage(1, version(1)), live.stage(2, version(2))
+    rooms = {exchange.kept.untyped_storage().data_ptr() for exchange in (*first.exchanges, *second.exchanges)}  # type: ignore[attr-defined]
+    assert len(rooms) == 1  # as large as the largest
+    with monkeypatch.context() as step:
+        for forbidden in ("clone", "contiguous", "to"):
+            step.setattr(torch.Tensor, forbidden, lambda *args, **kwargs: pytest.fail("no copies"))
+        first.exchange()
+        second.exchange()
+    assert_is_version(draft, 2)
+    second.exchange()
+    assert_is_version(draft, 1)
+
+
 def test_a_rehearsal_leaves_everything_as_it_was(draft: Any) -> None:
     draft.draft_id_to_target_id.data.copy_(torch.arange(VOCABULARY))
     draft.lm_head.weight.data[VOCABULARY:] = 0.0
@@ -158,6 +174,29 @@ def test_a_swap_copies_every_byte_once_and_allocates_nothing(draft: Any, monkeyp
     total = sum(tensor.nbytes for tensor in version(1).values()) + (PADDED - VOCABULARY) * H * 4
     assert sum(copied) == total
     assert len(copied) == 2
+
+
+def test_what_is_not_finite_is_refused(draft: Any) -> None:
+    live = LiveDraft(draft, target=None)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        tensors = version(1)
+        tensors["midlayer.self_attn.k_proj.weight"][3, 7] = bad
+        with pytest.raises(SwapRefused, match=r"k_proj\.weight .*: not finite"):
+            live.stage(1, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_bad_number_is_found_wherever_it_is(dtype: torch.dtype) -> None:
+    weight = torch.randn(70, 33).to(dtype)
+    weight[1, 1] = torch.finfo(dtype).max
+    assert swap._is_finite(weight) and swap._is_finite(weight[0]) and swap._is_finite(weight[:0])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in ((0, 0), (69, 32), (35, 16)):
+            spoilt = weight.clone()
+            spoilt[place] = bad
+            assert not swap._is_finite(spoilt)
+            spoilt[2, 2] = float("inf")
+            assert not swap._is_finite(spoilt)
 
 
 def test_a_parameter_that_moved_is_noticed(draft: Any) -> None:

@@ -112,6 +112,8 @@ def test_bfloat16_only_where_it_is_fast(
     assert Trainer(draft, head, 1e-3, ttt_length=1).matmul_dtype == dtype
     assert Trainer(draft, head, 1e-3, ttt_length=1, matmul_dtype=torch.float32).matmul_dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in draft.parameters())
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # not in every torch
+    assert fast_matmul_dtype(torch.device("cpu")) == torch.float32
 
 
 def test_refining_begins_with_the_head_alone_and_goes_on_gently() -> None:
