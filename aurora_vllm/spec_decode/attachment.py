@@ -181,9 +181,8 @@ class Attachment:
         try:
             draft = LiveDraft(self._runner.get_draft_model(), self._runner.get_model())
             draft.check(bank.specs)
-            draft.rehearse(bank.specs)
+            return Stager(bank, draft, self.control, self.device)
         except SwapRefused as refusal:
             logger.warning("aurora: weights cannot be swapped: %s", refusal)
             self.control.worker.refusal = str(refusal)
             return None
-        return Stager(bank, draft, self.control, self.device)
