@@ -1,0 +1,198 @@
+"""One kernel writes the rows that torch's operators write, byte for byte. Through Triton's interpreter."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aurora_vllm.spec_decode import rehearsal
+from aurora_vllm.spec_decode.capture_kernel import KernelFill
+from aurora_vllm.spec_decode.rehearsal import prepare_fill, rehearse
+from aurora_vllm.spec_decode.row_fill import RowFill, TorchFill
+from aurora_vllm.spec_decode.trace import StepTrace
+from aurora_vllm.transport.rows import RowLayout
+from tests.unit.capture_world import layout_of, step_of, writer_of
+
+CPU = torch.device("cpu")
+
+
+def by_kernel_alone(layout: RowLayout) -> KernelFill:
+    fill = KernelFill(layout)
+    fill._torch = None  # type: ignore[assignment]
+    return fill
+
+
+def rows_of(layout: RowLayout, fill: RowFill, steps: list[StepTrace], opted_out: int = 0) -> torch.Tensor:
+    writer, sink = writer_of(layout, fill, "cpu", opted_out)
+    for step in steps:
+        writer.write(step)
+    for i in range(4):
+        writer.end(f"r{i}")
+    writer.flush_ends()
+    return sink.all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(rng=st.randoms(use_true_random=False), opted_out=st.integers(0, 15))
+def test_rows_are_those_of_torch(rng: random.Random, opted_out: int) -> None:
+    layout = layout_of(rng)
+    steps = [step_of(rng, layout, "cpu") for _ in range(rng.randint(1, 3))]
+    expected = rows_of(layout, TorchFill(layout), steps, opted_out)
+    assert torch.equal(rows_of(layout, by_kernel_alone(layout), steps, opted_out), expected)
+
+
+@pytest.mark.parametrize("hidden", [4096, 4100, 6143])
+def test_states_longer_than_a_program_copies_at_once(hidden: int) -> None:
+    rng, layout = random.Random(hidden), RowLayout(hidden, 1, torch.float32 if hidden % 2 else torch.bfloat16)
+    steps = [step_of(rng, layout, "cpu")]
+    assert torch.equal(rows_of(layout, by_kernel_alone(layout), steps), rows_of(layout, TorchFill(layout), steps))
+
+
+def misaligned(state: torch.Tensor) -> torch.Tensor:
+    return torch.cat([state.flatten()[:1], state.flatten()])[1:].view(state.shape)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda step: {"last_hidden_states": misaligned(step.last_hidden_states)},
+        lambda step: {"last_hidden_states": step.last_hidden_states.T.contiguous().T},
+        lambda step: {"aux_hidden_states": [state.double() for state in step.aux_hidden_states]},
+        lambda step: {"token_ids": step.token_ids.to(torch.int16)},
+        lambda step: {"positions": step.positions.unsqueeze(1).squeeze(1).to(torch.float64)},
+    ],
+)
+def test_tensors_that_the_kernel_cannot_read_go_torch_s_way_and_are_spoken_of_once(
+    change: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng, layout = random.Random(2), RowLayout(24, 3, torch.bfloat16)
+    step = step_of(rng, layout, "cpu")
+    steps = [replace(step, **change(step))] * 2
+    with caplog.at_level(logging.WARNING):
+        found = rows_of(layout, KernelFill(layout), steps)
+    assert torch.equal(found, rows_of(layout, TorchFill(layout), steps))
+    assert caplog.text.count("not as expected") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda step: {"last_hidden_states": step.last_hidden_states[: sum(step.lengths) - 1]},
+        lambda step: {"aux_hidden_states": step.aux_hidden_states[1:]},
+        lambda step: {"positions": step.positions[:-1]},
+        lambda step: {"sampled": step.sampled[:-1]},
+    ],
+)
+def test_what_is_missing_is_not_read(change: Any) -> None:
+    """On a device, reading it would be the end of the process. A fault of torch's costs the step's rows."""
+    rng, layout = random.Random(2), RowLayout(24, 3, torch.bfloat16)
+    step = step_of(rng, layout, "cpu")
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        rows_of(layout, KernelFill(layout), [replace(step, **change(step))])
+
+
+def test_the_rehearsal_has_steps_of_every_kind() -> None:
+    layout = RowLayout(24, 3, torch.bfloat16)
+    rows = rehearse(TorchFill(layout), layout, CPU, CPU)
+    meta = layout.meta(rows)
+    assert torch.equal(rehearse(by_kernel_alone(layout), layout, CPU, CPU), rows)
+    assert {int(flags) for flags in meta[:, 2]} == {0, 1, 2}
+    assert len(layout.states(rows).unique(dim=0)) > 10
+
+
+class Pretended:
+    """Devices that are none: nothing is rehearsed, and each way to fill rows writes what it is said to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, written: dict[str, Any], compiled: bool = True) -> None:
+        self.reserved: list[int] = []
+        self.rehearsed: list[str] = []
+
+        def act(fill: RowFill, *_: Any) -> torch.Tensor:
+            self.rehearsed.append(fill.name)
+            if isinstance(written[fill.name], Exception):
+                raise written[fill.name]
+            return torch.tensor(written[fill.name])
+
+        monkeypatch.setattr(rehearsal, "rehearse", act)
+        monkeypatch.setattr(rehearsal, "reserve_pinned", lambda size, device: self.reserved.append(size))
+        monkeypatch.setattr("aurora_vllm.spec_decode.capture_kernel.COMPILED", compiled)
+
+
+LAYOUT, CUDA = RowLayout(24, 3, torch.bfloat16), torch.device("cuda")
+
+
+def test_a_kernel_that_writes_what_torch_writes_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = Pretended(monkeypatch, {"torch": [1], "one kernel": [1]})
+    assert isinstance(prepare_fill(LAYOUT, CUDA, CUDA, 8192), KernelFill)
+    assert pretended.rehearsed == ["torch", "one kernel"] and 8192 * 64 < pretended.reserved[0] < 2**20
+
+
+@pytest.mark.parametrize(
+    ("written", "compiled", "says"),
+    [
+        ({"torch": [1], "one kernel": [2]}, True, "it writes other rows than torch does"),
+        ({"torch": [1], "one kernel": RuntimeError("no compiler")}, True, "RuntimeError: no compiler"),
+        ({"torch": RuntimeError("no CUDA"), "one kernel": [1]}, True, "RuntimeError: no CUDA"),
+        ({"torch": [1], "one kernel": [1]}, False, "Triton interprets its kernels here"),
+    ],
+)
+def test_else_it_is_torch_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    written: dict[str, Any],
+    compiled: bool,
+    says: str,
+) -> None:
+    Pretended(monkeypatch, written, compiled)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(prepare_fill(LAYOUT, CUDA, CUDA, 8192), TorchFill)
+    assert says in caplog.text
+
+
+def test_a_ring_on_the_host_is_filled_by_torch_and_rehearsed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretended = Pretended(monkeypatch, {"torch": [1]})
+    assert isinstance(prepare_fill(LAYOUT, CPU, CUDA, 8192), TorchFill)
+    assert pretended.rehearsed == ["torch"] and not caplog.text
+    assert isinstance(prepare_fill(LAYOUT, CPU, CPU, 8192), TorchFill)
+    assert pretended.rehearsed == ["torch"] and len(pretended.reserved) == 1  # nothing waits on a CPU
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from aurora_vllm.spec_decode.capture_kernel import COMPILED, KernelFill, capture_kernel
+from aurora_vllm.transport.rows import RowLayout
+
+assert COMPILED
+for hidden in (4096, 4095):
+    constants = KernelFill(RowLayout(hidden, 3, torch.bfloat16))._constants
+    signature = {"rows_ptr": "*u8", "step_ptr": "*i64", "first": "i32"} | dict.fromkeys(constants, "constexpr")
+    for capability in (80, 90, 100):
+        made = compile(ASTSource(capture_kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+        wide = [made.asm["ptx"].count(f"{op}.global.v4.b32") for op in ("ld", "st")]
+        print(hidden, capability, len(made.asm["cubin"]), *wide)
+"""
+
+
+def test_the_kernel_compiles_for_gpus_and_copies_16_bytes_at_a_time() -> None:
+    """Ampere, Hopper and Blackwell, with the assembler that Triton brings along; no GPU is needed for that."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    lines = [[int(number) for number in line.split()] for line in found.stdout.splitlines()]
+    assert len(lines) == 6 and all(size > 1000 for _, _, size, *_ in lines)
+    assert [wide for hidden, _, _, *wide in lines if hidden == 4096] == [[4, 4]] * 3
