@@ -44,6 +44,7 @@ EMITTED = tl.constexpr(int(Field.EMITTED))
 
 MOST_AT_ONCE = 2048  # words of a state that a program copies in one go: four times 16 bytes for each of its threads
 ALIGNED = 16  # bytes
+INTEGERS = (torch.int32, torch.int64)
 
 
 # Nothing is specialized on: a kernel would be compiled while requests wait. How states lie, the host has looked at.
@@ -119,7 +120,7 @@ class KernelFill:
         }
 
     def __call__(self, views: Sequence[torch.Tensor], trace: StepTrace, known: KnownRows) -> None:
-        head = self._describe(trace, views[0])
+        head = self._describe(views[0], trace, known)
         if head is None:
             if not self._said:
                 logger.warning("aurora: a step's tensors are not as expected; its rows are written by torch, slower")
@@ -139,25 +140,30 @@ class KernelFill:
             capture_kernel[(view.shape[0], self._states)](view, told, first, **self._constants)
             first += view.shape[0]
 
-    def _describe(self, trace: StepTrace, view: torch.Tensor) -> list[int] | None:
-        """The head for these tensors; None where the kernel cannot read them, or not write to where the view lies."""
-        states = (*trace.aux_hidden_states, trace.last_hidden_states)
-        integers = (trace.token_ids, trace.positions, trace.sampled)
-        rows, shape, device = sum(trace.lengths), (self._layout.hidden_size,), view.device
-        addresses = [tensor.data_ptr() for tensor in states]
-        fits = (
-            len(states) == self._states
-            and all(state.dtype == self._layout.dtype and state.shape[1:] == shape for state in states)
-            and all(state.shape[0] >= rows and state.is_contiguous() and state.device == device for state in states)
-            and all(tensor.dtype in (torch.int32, torch.int64) and tensor.device == device for tensor in integers)
-            and (trace.token_ids.dim(), trace.positions.dim(), trace.sampled.dim()) == (1, 1, 2)
-            and min(len(trace.token_ids), len(trace.positions)) >= rows
-            and len(trace.sampled) >= len(trace.request_ids)
-            and not any(address % ALIGNED for address in (view.data_ptr(), *addresses))
-        )
-        if not fits:
-            return None
-        head = []
-        for tensor in integers:  # of an int64 the lower half is read, which is the number
-            head += [tensor.data_ptr(), *(stride * tensor.itemsize // 4 for stride in tensor.stride())]
-        return head + addresses
+    def _describe(self, view: torch.Tensor, trace: StepTrace, known: KnownRows) -> list[int] | None:
+        """The head for these tensors; None where the kernel cannot read them, or not write to where the view lies.
+
+        Plain loops: all of this is the host's time, in each step.
+        """
+        device, dtype, hidden = view.device, self._layout.dtype, self._layout.hidden_size
+        last = len(known.words) - 1 if known.taken is None else int(known.taken[-1])  # row of the batch
+        head, addresses = [], []
+        for tensor, at in ((trace.token_ids, last), (trace.positions, last), (trace.sampled, int(known.owners[-1]))):
+            if tensor.dtype not in INTEGERS or tensor.device != device or tensor.shape[0] <= at:
+                return None
+            words = tensor.itemsize // 4  # of an int64 the lower half is read, which is the number
+            head.append(tensor.data_ptr())
+            for stride in tensor.stride():
+                head.append(stride * words)
+        unaligned = view.data_ptr()
+        for state in (*trace.aux_hidden_states, trace.last_hidden_states):
+            rows, width = state.shape
+            if state.dtype != dtype or state.device != device or rows <= last or width != hidden:
+                return None
+            if not state.is_contiguous():
+                return None
+            address = state.data_ptr()
+            unaligned |= address
+            addresses.append(address)
+        fits = len(head) == STATES.value and trace.sampled.dim() == 2 and len(addresses) == self._states
+        return head + addresses if fits and not unaligned % ALIGNED else None

@@ -196,3 +196,50 @@ def test_the_kernel_compiles_for_gpus_and_copies_16_bytes_at_a_time() -> None:
     lines = [[int(number) for number in line.split()] for line in found.stdout.splitlines()]
     assert len(lines) == 6 and all(size > 1000 for _, _, size, *_ in lines)
     assert [wide for hidden, _, _, *wide in lines if hidden == 4096] == [[4, 4]] * 3
+
+
+VARIANTS = """
+import random
+from types import SimpleNamespace
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from aurora_vllm.spec_decode.capture_kernel import KernelFill, capture_kernel
+from aurora_vllm.spec_decode.rehearsal import rehearse
+from aurora_vllm.transport.rows import RowLayout
+from tests.unit.capture_world import step_of, writer_of
+
+class NoDriver:
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (1, 1, 32, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 200_000}
+    )
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = get_current_stream = lambda self, _=None: 0
+
+    def launcher_cls(self, *_):
+        return lambda *arguments: launches.append(arguments[:2])
+
+launches = []
+driver.set_active(NoDriver())
+layout, cpu = RowLayout(24, 3, torch.bfloat16), torch.device("cpu")
+fill = KernelFill(layout)
+rehearse(fill, layout, cpu, cpu)
+variants = capture_kernel.device_caches[0][0]
+print(len(launches), len(variants))
+rng = random.Random(0)
+writer, _ = writer_of(layout, fill, "cpu", opted_out=4)
+for _ in range(50):
+    writer.write(step_of(rng, layout, "cpu"))
+print(len(launches), len(variants))
+"""
+
+
+def test_nothing_is_compiled_behind_the_rehearsal() -> None:
+    """Triton's own launcher, with a driver that launches nothing."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", VARIANTS]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    (rehearsed, before), (launches, after) = (map(int, line.split()) for line in found.stdout.splitlines())
+    assert before == after == 1 and rehearsed == 2 * 6 and launches > rehearsed + 50
