@@ -14,16 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from aurora_vllm.spec_decode import rehearsal
 from aurora_vllm.spec_decode.capture_kernel import KernelFill
-from aurora_vllm.spec_decode.rehearsal import prepare_fill, rehearse
 from aurora_vllm.spec_decode.row_fill import RowFill, TorchFill
 from aurora_vllm.spec_decode.trace import StepTrace
 from aurora_vllm.transport.rows import RowLayout
 from tests.unit.capture_world import layout_of, step_of, writer_of
-
-CPU = torch.device("cpu")
 
 
 def by_kernel_alone(layout: RowLayout) -> KernelFill:
@@ -101,72 +98,37 @@ def test_what_is_missing_is_not_read(change: Any) -> None:
         rows_of(layout, KernelFill(layout), [replace(step, **change(step))])
 
 
-def test_the_rehearsal_has_steps_of_every_kind() -> None:
+class Calls(TorchDispatchMode):
+    """Counts torch's operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+def test_torch_is_called_for_the_upload_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch is left out: interpreted, it calls torch itself."""
+    launches: list[tuple[int, int]] = []
+
+    class Launch:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            return lambda *_, **__: launches.append(grid)
+
+    monkeypatch.setattr("aurora_vllm.spec_decode.capture_kernel.capture_kernel", Launch())
     layout = RowLayout(24, 3, torch.bfloat16)
-    rows = rehearse(TorchFill(layout), layout, CPU, CPU)
-    meta = layout.meta(rows)
-    assert torch.equal(rehearse(by_kernel_alone(layout), layout, CPU, CPU), rows)
-    assert {int(flags) for flags in meta[:, 2]} == {0, 1, 2}
-    assert len(layout.states(rows).unique(dim=0)) > 10
-
-
-class Pretended:
-    """Devices that are none: nothing is rehearsed, and each way to fill rows writes what it is said to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, written: dict[str, Any], compiled: bool = True) -> None:
-        self.reserved: list[int] = []
-        self.rehearsed: list[str] = []
-
-        def act(fill: RowFill, *_: Any) -> torch.Tensor:
-            self.rehearsed.append(fill.name)
-            if isinstance(written[fill.name], Exception):
-                raise written[fill.name]
-            return torch.tensor(written[fill.name])
-
-        monkeypatch.setattr(rehearsal, "rehearse", act)
-        monkeypatch.setattr(rehearsal, "reserve_pinned", lambda size, device: self.reserved.append(size))
-        monkeypatch.setattr("aurora_vllm.spec_decode.capture_kernel.COMPILED", compiled)
-
-
-LAYOUT, CUDA = RowLayout(24, 3, torch.bfloat16), torch.device("cuda")
-
-
-def test_a_kernel_that_writes_what_torch_writes_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretended = Pretended(monkeypatch, {"torch": [1], "one kernel": [1]})
-    assert isinstance(prepare_fill(LAYOUT, CUDA, CUDA, 8192), KernelFill)
-    assert pretended.rehearsed == ["torch", "one kernel"] and 8192 * 64 < pretended.reserved[0] < 2**20
-
-
-@pytest.mark.parametrize(
-    ("written", "compiled", "says"),
-    [
-        ({"torch": [1], "one kernel": [2]}, True, "it writes other rows than torch does"),
-        ({"torch": [1], "one kernel": RuntimeError("no compiler")}, True, "RuntimeError: no compiler"),
-        ({"torch": RuntimeError("no CUDA"), "one kernel": [1]}, True, "RuntimeError: no CUDA"),
-        ({"torch": [1], "one kernel": [1]}, False, "Triton interprets its kernels here"),
-    ],
-)
-def test_else_it_is_torch_and_the_log_says_why(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    written: dict[str, Any],
-    compiled: bool,
-    says: str,
-) -> None:
-    Pretended(monkeypatch, written, compiled)
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(prepare_fill(LAYOUT, CUDA, CUDA, 8192), TorchFill)
-    assert says in caplog.text
-
-
-def test_a_ring_on_the_host_is_filled_by_torch_and_rehearsed(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pretended = Pretended(monkeypatch, {"torch": [1]})
-    assert isinstance(prepare_fill(LAYOUT, CPU, CUDA, 8192), TorchFill)
-    assert pretended.rehearsed == ["torch"] and not caplog.text
-    assert isinstance(prepare_fill(LAYOUT, CPU, CPU, 8192), TorchFill)
-    assert pretended.rehearsed == ["torch"] and len(pretended.reserved) == 1  # nothing waits on a CPU
+    step = step_of(random.Random(2), layout, "cpu")
+    counts = {}
+    for fill in (TorchFill(layout), KernelFill(layout)):
+        writer, sink = writer_of(layout, fill, "cpu", 0)
+        views = [torch.cat(sink.reserve(sum(step.lengths)))]  # the ring does not wrap
+        monkeypatch.setattr(sink, "reserve", lambda _, views=views: views)
+        with Calls() as calls:
+            assert writer.write(step)
+        counts[fill.name] = calls.count
+    assert launches == [(sum(step.lengths), 4)]
+    assert counts["torch"] >= 30 and counts["one kernel"] == 1
 
 
 COMPILE = """
