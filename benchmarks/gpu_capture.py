@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from aurora_vllm.spec_decode.rehearsal import prepare_fill
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.ring import RingConsumer
 from aurora_vllm.transport.rows import RowLayout
@@ -17,7 +18,10 @@ from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
 
 
 def capture_cost(device: str, hidden: int, batches: Sequence[int], steps: int = 50, drafts: int = 3) -> dict[str, Any]:
-    """What TraceWriter.write costs in a step that verifies three drafts a request, by requests in the batch."""
+    """What TraceWriter.write costs in a step that verifies three drafts a request, by requests in the batch.
+
+    ``rows_by`` says who wrote the rows: one kernel or, where that failed its rehearsal, torch in a dozen launches.
+    """
     found = {}
     for batch in batches:
         rows = batch * (drafts + 1)
@@ -38,6 +42,7 @@ def capture_cost(device: str, hidden: int, batches: Sequence[int], steps: int = 
             "device_us": percentile(device_us, 0.5),
             "host_p99_us": percentile(host_us, 0.99),
             "rows_a_step": rows,
+            "rows_by": writer.rows_by,
             "rows_written": writer.control.worker.rows_written,
         }
     return found
@@ -46,7 +51,7 @@ def capture_cost(device: str, hidden: int, batches: Sequence[int], steps: int = 
 def capture_waits(device: str, hidden: int, batch: int = 512, drafts: int = 3) -> dict[str, Any]:
     """Whether the host waits in a large step with a request that is not captured, behind the end of another.
 
-    Two steps go before, one of them behind an end: they allocate pinned memory, for which the host may wait.
+    As in a server, capture has been rehearsed and pinned memory is there. Two steps go before, one behind an end.
     """
     rows = batch * (drafts + 1)
     writer, _, names = _writer(device, hidden, 3 * (rows + batch))
@@ -88,4 +93,5 @@ def _writer(device: str, hidden: int, capacity: int) -> tuple[TraceWriter, RingC
     consumer = RingConsumer(Segment.attach(names[0]), producer.memory if names[1] else None)
     counters = ("requests_seen", "requests_captured", "requests_dropped", "requests_opted_out", "rows_written")
     control: Any = SimpleNamespace(worker=SimpleNamespace(**dict.fromkeys(counters, 0)))
-    return TraceWriter(producer, layout, control, seed=0), consumer, names
+    fill = prepare_fill(layout, producer.device, torch.device(device), capacity)
+    return TraceWriter(producer, layout, control, seed=0, fill=fill), consumer, names

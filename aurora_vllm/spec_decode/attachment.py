@@ -13,6 +13,8 @@ from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.consent import may_learn
 from aurora_vllm.spec_decode.device_copying import DeviceCopying
+from aurora_vllm.spec_decode.rehearsal import prepare_fill
+from aurora_vllm.spec_decode.row_fill import RowFill
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.stager import Stager
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = logging.getLogger("vllm.aurora")
+
+MOST_ROWS = 8192  # of a step, where a runner does not say: vLLM's largest default on a GPU
 
 
 def find_adapter(runner: Any) -> type[V1Adapter] | type[V2Adapter] | None:
@@ -92,6 +96,7 @@ class Attachment:
                 layout=session.row_layout,
                 control=self.control,
                 sample_rate=session.config.sample_rate,
+                fill=self._prepare_fill(producer.device) if session.config.learn else None,
             )
             self.stager = self._make_stager(weights)
         except Exception as error:
@@ -175,6 +180,10 @@ class Attachment:
         worker.capture_errors += 1
         worker.message = message
         worker.capture_on = self._captures
+
+    def _prepare_fill(self, ring: torch.device) -> RowFill:
+        most_rows = getattr(self._runner, "max_num_tokens", MOST_ROWS)
+        return prepare_fill(self.session.row_layout, ring, self.device, most_rows)
 
     def _make_stager(self, bank: WeightBank) -> Stager | None:
         """The swapper, or None (said in the control block) where this draft cannot take other weights."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from aurora_vllm.spec_decode.open_request import OpenRequest
+from aurora_vllm.spec_decode.row_fill import KnownRows, RowFill, TorchFill
 from aurora_vllm.spec_decode.upload import upload
 from aurora_vllm.transport.rows import META_WORDS, Field, RowLayout
 
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
     from aurora_vllm.transport.control import ControlBlock
 
 
-_FLAGS, _POSITION, _TOKEN, _STEP, _EMITTED, _DRAFT_VERSION = (
-    int(word) for word in (Field.FLAGS, Field.POSITION, Field.TOKEN, Field.STEP, Field.EMITTED, Field.DRAFT_VERSION)
-)
+_STEP, _DRAFT_VERSION = int(Field.STEP), int(Field.DRAFT_VERSION)
 
 
 class RowSink(Protocol):
@@ -67,6 +66,7 @@ class TraceWriter:
         control: control block; the ``worker`` part is updated here.
         sample_rate: share of requests that are captured.
         seed: of the sampling and of the request numbers.
+        fill: how rows are filled; by torch where nothing is said.
     """
 
     sink: RowSink
@@ -74,13 +74,20 @@ class TraceWriter:
     control: ControlBlock
     sample_rate: float = 1.0
     seed: int | None = None
+    fill: RowFill | None = None
     _open: dict[str, OpenRequest] = field(default_factory=dict)
     _ended: deque[OpenRequest] = field(default_factory=deque)
     _step: int = 0
 
     def __post_init__(self) -> None:
+        self._fill = self.fill or TorchFill(self.layout)
         # Request numbers must not be guessable from one another, hence the operating system's randomness by default.
         self._random = random.Random(self.seed) if self.seed is not None else random.SystemRandom()
+
+    @property
+    def rows_by(self) -> str:
+        """What fills the rows: ``"one kernel"`` or ``"torch"``."""
+        return self._fill.name
 
     def begin(self, request_id: str, prompt_length: int, temperature: float, may_learn: bool) -> None:
         """A request entered the batch. Known ones (resumed after preemption) keep their number."""
@@ -121,13 +128,7 @@ class TraceWriter:
         views = self.sink.reserve(total)
         if views is None:  # the consumer cannot take room away, so _fit makes this unreachable; stay safe anyway
             return 0
-        row_index = self._row_index(trace, chosen)
-        meta = self._meta(trace, chosen, row_index)
-        start = 0
-        for view in views:
-            rows = slice(start, start + view.shape[0])
-            self._fill(view, meta[rows], trace, row_index if row_index is None else row_index[rows], rows)
-            start += view.shape[0]
+        self._fill(views, trace, self._known(trace, chosen))
         self.sink.commit()
         self.control.worker.rows_written += total
         return total
@@ -149,74 +150,28 @@ class TraceWriter:
             self.control.worker.requests_dropped += 1
         return chosen
 
-    @staticmethod
-    def _row_index(trace: StepTrace, chosen: list[int]) -> torch.Tensor | None:
-        """Rows to take from the batch, or None for the first rows in order (no gather needed). int64 [n]"""
-        if len(chosen) == len(trace.request_ids):
-            return None
-        starts = [0]
-        for length in trace.lengths:
-            starts.append(starts[-1] + length)
-        rows = array("q")
-        for i in chosen:
-            rows.extend(range(starts[i], starts[i + 1]))
-        return upload(rows, trace.token_ids.device)
-
-    def _meta(self, trace: StepTrace, chosen: list[int], row_index: torch.Tensor | None) -> torch.Tensor:
-        """Metadata words of every row. int32 [n, 16], on the trace's device.
-
-        What the host knows is laid out here and sent in one piece. The device adds three words and nothing that
-        follows from them: position, token, and what was emitted, which ``sampled`` itself has as -1 behind the first
-        rejected draft.
-        """
-        known, places, silent = self._known_to_the_host(trace, chosen)
-        device = trace.token_ids.device
-        meta = upload(known, device).view(-1, META_WORDS)
-        emitted = trace.sampled.take(upload(places, device))
-        if silent:
-            emitted.masked_fill_(meta[:, _EMITTED] < 0, -1)
-        if any(trace.num_drafts):
-            meta[:, _FLAGS].mul_(emitted < 0)  # as an assignment it would be copied onto itself
-        take = slice(len(places)) if row_index is None else row_index
-        meta[:, _POSITION] = trace.positions[take]
-        meta[:, _TOKEN] = trace.token_ids[take]
-        meta[:, _EMITTED] = emitted
-        return meta
-
-    def _known_to_the_host(self, trace: StepTrace, chosen: list[int]) -> tuple[array[int], array[int], bool]:
+    def _known(self, trace: StepTrace, chosen: list[int]) -> KnownRows:
         """What is known of every row before the verdict.
 
         A request's rows in one go, decoding ones as they were laid out the last time: between two steps each small
         call costs microseconds, because the target's weights have just swept the caches.
-
-        Returns:
-            Words as :meth:`OpenRequest.rows` has them, step and version added, int32 [n, 16] flat; the place of each
-            row's token in ``sampled`` flat, int64 [n]; whether any EMITTED is -1.
         """
-        rows, places, silent = array("i"), array("q"), False
-        width = trace.sampled.shape[1]
+        rows = array("i")
         for i in chosen:
             request, drafts = self._open[trace.request_ids[i]], trace.num_drafts[i]
             request.wrote = True
             before = trace.lengths[i] - 1 - drafts  # rows before the last certain token
             rows += request.rows(before, drafts, trace.emits[i])
-            places += array("q", [i * width]) * before
-            places.extend(range(i * width, i * width + 1 + drafts))
-            silent |= before > 0 or not trace.emits[i]
         words = np.frombuffer(rows, dtype=np.int32).reshape(-1, META_WORDS)
         words[:, _STEP], words[:, _DRAFT_VERSION] = self._step, trace.draft_version
-        return rows, places, silent
-
-    def _fill(
-        self, view: torch.Tensor, meta: torch.Tensor, trace: StepTrace, row_index: torch.Tensor | None, rows: slice
-    ) -> None:
-        """Copy one reserved piece. view: uint8 [k, row_bytes], meta: int32 [k, 16]."""
-        take = rows if row_index is None else row_index
-        self.layout.meta(view).copy_(meta)
-        # One after the other: all of them in one piece would be hundreds of MB of a GPU in a step with a long prompt.
-        columns = self.layout.states(view).split(self.layout.hidden_size, dim=1)
-        for column, state in zip(columns, (*trace.aux_hidden_states, trace.last_hidden_states), strict=True):
-            column.copy_(state[take])
+        requests = len(trace.request_ids)
+        owners = np.repeat(np.arange(requests), trace.lengths)
+        if len(chosen) == requests:
+            return KnownRows(words, owners, None)
+        is_chosen = np.zeros(requests, dtype=bool)
+        is_chosen[chosen] = True
+        taken = np.flatnonzero(is_chosen[owners])
+        return KnownRows(words, owners[taken], taken)
 
     def _write_end(self, request: OpenRequest) -> bool:
         views = self.sink.reserve(1)

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-DTYPES = {"i": torch.int32, "q": torch.int64}
+SMALLEST = 64  # bytes of the least pinned block that is reserved: an end row's
 
 
-def upload(values: array[int], device: torch.device) -> torch.Tensor:
-    """A flat tensor of these values, int32 or int64 as the array is. On a CPU it shares their memory.
+def upload(values: array[int] | NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A tensor of these values, int32 or int64 and shaped as they are. On a CPU it shares their memory.
 
     A plain copy to a GPU waits until the stream has come to it, and of larger ones (64 KiB) so does a "non-blocking"
     one, unless what it reads is pinned. Torch keeps pinned blocks, and gives one out again when the copy from it is
     done.
     """
-    dtype = DTYPES[values.typecode]
-    on_host = torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
+    on_host = torch.from_numpy(np.asarray(values))
     if device.type == "cuda":
-        on_host = torch.empty(len(values), dtype=dtype, pin_memory=True).copy_(on_host)
+        on_host = torch.empty(on_host.shape, dtype=on_host.dtype, pin_memory=True).copy_(on_host)
     return on_host.to(device, non_blocking=True)
+
+
+def reserve_pinned(largest: int, device: torch.device, blocks: int = 4) -> None:
+    """Have torch keep pinned blocks for uploads of up to this many bytes, so that serving does not wait for new ones.
+
+    Pinning is a call of the driver, milliseconds long. Torch gives out blocks of powers of two, each of its own size
+    only; a few of each, since the host is ahead of its GPU by a step or two.
+    """
+    if device.type != "cuda":
+        return
+    sizes = [SMALLEST]
+    while sizes[-1] < largest:
+        sizes.append(2 * sizes[-1])
+    held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(blocks)]
+    del held  # all at once: one given back before the next is asked for would be that next one

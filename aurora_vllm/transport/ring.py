@@ -116,6 +116,11 @@ class RingProducer(_Ring):
         return cls(segment, memory)
 
     @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self._rows.device
+
+    @property
     def written(self) -> int:
         """Rows ever published, by this producer and those before it."""
         return self._head

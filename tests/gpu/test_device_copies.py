@@ -1,40 +1,20 @@
 """Copies by compiled kernels, against the self-check's model of them. Written without a GPU: see docs/gpu.md.
 
-In processes of their own: in this one Triton has been told to interpret its kernels (tests/conftest.py).
+In processes of their own (conftest.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import gpu_copies
-from benchmarks import gpu_processes as processes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda:0"
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Calls a function in a process in which Triton compiles, and returns what it returns there."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-    def call(function: Callable[..., Any], *arguments: Any) -> Any:
-        process, pipe = processes.start(_call, function, arguments)
-        result = processes.receive(pipe)  # EOFError where it failed, which it says on stderr
-        process.join()
-        return result
-
-    return call
-
-
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], pipe: Connection) -> None:
-    pipe.send(function(*arguments))
 
 
 def kind_of_kernel() -> str:

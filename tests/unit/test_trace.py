@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from array import array
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
-from aurora_vllm.spec_decode.upload import upload
 from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
 from tests.unit import pretend_device
 from tests.unit.pretend_device import Far
@@ -205,12 +203,6 @@ def test_a_resumed_request_keeps_its_number() -> None:
     keys = sink.meta()[:, [Field.REQUEST_LOW, Field.REQUEST_HIGH]]
     assert len(keys.unique(dim=0)) == 1
     assert worker.requests_seen == 1
-
-
-@pytest.mark.parametrize(("code", "dtype"), [("i", torch.int32), ("q", torch.int64)])
-def test_what_is_uploaded_arrives(code: str, dtype: torch.dtype) -> None:
-    for values in ([], [3, -1, 2**31 - 1]):
-        assert torch.equal(upload(array(code, values), torch.device("cpu")), torch.tensor(values, dtype=dtype))
 
 
 def test_on_a_device_no_copy_makes_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
