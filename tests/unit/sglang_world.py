@@ -23,6 +23,7 @@ from aurora_vllm.learner.learner import Learner
 from aurora_vllm.server.metrics import AuroraCollector
 from aurora_vllm.server.routes import AuroraEndpoints
 from aurora_vllm.session import Session
+from aurora_vllm.spec_decode import undrafted
 from aurora_vllm.spec_decode.stager import Stager
 from aurora_vllm.spec_decode.swap import StagedWeights, SwapRefused
 from aurora_vllm.transport.bank import WeightBank, bank_bytes
@@ -101,6 +102,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         )
         control.worker.live_version, control.worker.attached = 1, 1
         monkeypatch.setenv("AURORA_SESSION", session.model_dump_json())
+        monkeypatch.setattr(undrafted, "accept_requests", lambda: None)  # vLLM stays as it is for other tests
         draft = FakeDraft()
         stager = Stager(bank, draft, control)  # type: ignore[arg-type]
         app, plugin = FastAPI(), AuroraEndpoints()

@@ -25,6 +25,7 @@ from aurora_vllm.server.metrics import METRICS, AuroraCollector
 from aurora_vllm.server.routes import AuroraEndpoints, StatusReader
 from aurora_vllm.server.status import LEARNER_DOWN_S, learner, status
 from aurora_vllm.session import ENVIRONMENT_KEY, Session
+from aurora_vllm.spec_decode import undrafted
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
@@ -195,6 +196,7 @@ def clean_registry() -> Iterator[None]:
 
 def client_of(session: Session | None, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     monkeypatch.delenv(ENVIRONMENT_KEY, raising=False)
+    monkeypatch.setattr(undrafted, "accept_requests", lambda: None)  # vLLM stays as it is for other tests
     if session is not None:
         monkeypatch.setenv(ENVIRONMENT_KEY, session.model_dump_json())
     app = FastAPI()
