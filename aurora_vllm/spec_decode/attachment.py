@@ -13,12 +13,13 @@ from aurora_vllm.session import CHECKPOINT_VERSION, Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.consent import may_learn
 from aurora_vllm.spec_decode.device_copying import DeviceCopying
+from aurora_vllm.spec_decode.draft_layout import SwapRefused
 from aurora_vllm.spec_decode.rehearsal import prepare_fill
 from aurora_vllm.spec_decode.row_fill import RowFill
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.stager import Stager
-from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
+from aurora_vllm.spec_decode.swap import LiveDraft
 from aurora_vllm.spec_decode.target_ends import find_ends
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.bank import WeightBank

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
+from aurora_vllm.spec_decode.draft_layout import SwapRefused
 from aurora_vllm.spec_decode.exchange import HalfExchanged, StagedWeights
-from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
+from aurora_vllm.spec_decode.swap import LiveDraft
 from aurora_vllm.transport.bank import Publication, TornPublish, WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.placement import CPU

@@ -11,35 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Exchange, HandlerExchange, Standing, TensorExchange
-from aurora_vllm.spec_decode.exchange import StagedWeights as StagedWeights
+from aurora_vllm.spec_decode.draft_layout import Destination, SwapRefused, destinations_in
+from aurora_vllm.spec_decode.exchange import (
+    AcceleratorExchange,
+    Exchange,
+    HandlerExchange,
+    StagedWeights,
+    Standing,
+    TensorExchange,
+)
 from aurora_vllm.transport.bank import TensorSpec
 from aurora_vllm.transport.waits import wait_for_this_stream
-
-
-class SwapRefused(ValueError):
-    """These weights cannot go into this draft. The text says which tensor and why; the live version stays."""
-
-
-@dataclass(frozen=True)
-class _Destination:
-    """Where some checkpoint tensors live in vLLM's draft: stacked along dim 0 in this order."""
-
-    sources: tuple[str, ...]
-    module: Any
-    parameter: str
-    rows: int  # of the live tensor; a vocabulary padded by vLLM has more rows than the checkpoint
-    columns: int | None  # None for vectors
-    dtype: torch.dtype
-
-    @property
-    def label(self) -> str:
-        return " + ".join(self.sources)
 
 
 class LiveDraft:
@@ -57,11 +43,10 @@ class LiveDraft:
     def __init__(self, draft: Any, target: Any) -> None:
         if _shares(draft.lm_head, getattr(target, "lm_head", None)):
             raise SwapRefused("the draft's lm_head is the target's own module; writing it would change the target")
-        self._destinations = _destinations(draft)
+        self._destinations = destinations_in(draft)
         self._vocab_size = draft.config.vocab_size
-        kinds = [_kind(destination) for destination in self._destinations]  # raises where weights cannot be reached
-        self._parameters = [d for d, kind in zip(self._destinations, kinds, strict=True) if kind == "parameter"]
-        self._addresses = [_live(destination).data_ptr() for destination in self._parameters]
+        self._parameters = [destination for destination in self._destinations if destination.handler is None]
+        self._addresses = [destination.live.data_ptr() for destination in self._parameters]
         self._standing: dict[torch.dtype, Standing] = {}  # on an accelerator, from the first staging on
         self._room = torch.empty(0, dtype=torch.uint8)  # on a CPU, likewise
 
@@ -78,7 +63,7 @@ class LiveDraft:
             raise SwapRefused(f"the bank and the running draft have different tensors: {different}")
         for destination in self._destinations:
             parts = [given[name] for name in destination.sources]
-            _check_shape(destination, [part.shape for part in parts], [part.dtype for part in parts])
+            destination.check([part.shape for part in parts], [part.dtype for part in parts])
 
     def rehearse(self, specs: Sequence[TensorSpec]) -> None:
         """On an accelerator: stage and exchange what is live already, while nothing is served.
@@ -89,13 +74,13 @@ class LiveDraft:
         Args:
             specs: of the bank, checked.
         """
-        if not self._parameters or not _on_accelerator(_live(self._parameters[0])):
+        if not self._parameters or not _on_accelerator(self._parameters[0].live):
             return
         rows = {spec.name: spec.shape[0] for spec in specs}
         tensors: dict[str, torch.Tensor] = {}
         for destination in self._parameters:
             sizes = [rows[name] for name in destination.sources]
-            parts = _live(destination)[: sum(sizes)].split(sizes)  # vLLM pads a vocabulary
+            parts = destination.live[: sum(sizes)].split(sizes)  # vLLM pads a vocabulary
             tensors |= zip(destination.sources, parts, strict=True)
         self.stage(0, tensors).exchange()
 
@@ -107,19 +92,19 @@ class LiveDraft:
                 longer where it was, so that captured graphs read something else.
         """
         for destination, address in zip(self._parameters, self._addresses, strict=True):
-            if _live(destination).data_ptr() != address:
+            if destination.live.data_ptr() != address:
                 raise SwapRefused(f"{destination.label}: the running draft's parameter has moved")
         exchanges: list[Exchange] = []
         there: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # live and staged, on an accelerator
         for destination in self._destinations:
             weight = self._checked(destination, tensors)
-            if _kind(destination) == "onednn":
+            if destination.handler is not None:
                 from vllm import _custom_ops
 
                 packed = _custom_ops.create_onednn_mm(weight.t(), 32)
-                exchanges.append(HandlerExchange(_onednn_handler(destination.module), packed))
+                exchanges.append(HandlerExchange(destination.handler, packed))
                 continue
-            live = _live(destination)
+            live = destination.live
             if _on_accelerator(live):
                 there.setdefault(live.dtype, []).append((live, weight.to(live.device)))
             else:
@@ -127,13 +112,13 @@ class LiveDraft:
         exchanges += [self._fuse(dtype, pairs) for dtype, pairs in there.items()]
         return StagedWeights(version, exchanges)
 
-    def _checked(self, destination: _Destination, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _checked(self, destination: Destination, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A copy of what goes there, padded as the live tensor is. Raises SwapRefused."""
         missing = [name for name in destination.sources if name not in tensors]
         if missing:
             raise SwapRefused(f"{missing[0]}: not in the published version")
         parts = [tensors[name] for name in destination.sources]
-        _check_shape(destination, [tuple(part.shape) for part in parts], [part.dtype for part in parts])
+        destination.check([tuple(part.shape) for part in parts], [part.dtype for part in parts])
         weight = torch.cat(parts) if len(parts) > 1 else parts[0].clone()
         if weight.is_floating_point() and not _is_finite(weight):
             raise SwapRefused(f"{destination.label}: not finite")
@@ -145,7 +130,7 @@ class LiveDraft:
     def _kept(self, live: torch.Tensor) -> torch.Tensor:
         """Room for one tensor's content while it is exchanged: as large as the largest, the same for all of them."""
         if not len(self._room):
-            largest = max(_live(destination).nbytes for destination in self._parameters)
+            largest = max(destination.live.nbytes for destination in self._parameters)
             self._room = torch.zeros(largest, dtype=torch.uint8)  # written to, so that its pages are there
         return self._room[: live.nbytes].view(live.dtype).view(live.shape)
 
@@ -168,12 +153,6 @@ def _on_accelerator(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _live(destination: _Destination) -> torch.Tensor:
-    """The live tensor of a destination that is a parameter."""
-    found: torch.Tensor = getattr(destination.module, destination.parameter).data
-    return found
-
-
 def _shares(module: Any, other: Any) -> bool:
     if other is None:
         return False
@@ -183,93 +162,6 @@ def _shares(module: Any, other: Any) -> bool:
     if mine is None or theirs is None or not mine.numel():
         return False
     return mine.data_ptr() == theirs.data_ptr()
-
-
-def _destinations(draft: Any) -> list[_Destination]:
-    """vLLM's parameters for each checkpoint tensor (llama_eagle3.py, ``hf_to_vllm_mapper`` read backwards)."""
-    model, layer = draft.model, draft.model.layers[0]
-    attention, mlp = layer.self_attn, layer.mlp
-    prefix = "midlayer."
-    linears: list[tuple[tuple[str, ...], Any]] = [
-        (("fc.weight",), model.fc),
-        (tuple(f"{prefix}self_attn.{name}_proj.weight" for name in "qkv"), attention.qkv_proj),
-        ((f"{prefix}self_attn.o_proj.weight",), attention.o_proj),
-        (tuple(f"{prefix}mlp.{name}_proj.weight" for name in ("gate", "up")), mlp.gate_up_proj),
-        ((f"{prefix}mlp.down_proj.weight",), mlp.down_proj),
-        (("lm_head.weight",), draft.lm_head),
-    ]
-    norms: list[tuple[str, Any]] = [
-        (f"{prefix}hidden_norm.weight", layer.hidden_norm),
-        (f"{prefix}input_layernorm.weight", layer.input_layernorm),
-        (f"{prefix}post_attention_layernorm.weight", layer.post_attention_layernorm),
-        ("norm.weight", model.norm),
-    ]
-    optional = [
-        ("input_norm.weight", getattr(model, "input_norm", None)),
-        *((f"fc_norm.{i}.weight", module) for i, module in enumerate(getattr(model, "fc_norm", None) or ())),
-        *((f"{prefix}self_attn.{name}_norm.weight", getattr(attention, f"{name}_norm", None)) for name in "qk"),
-    ]
-    norms += [(name, module) for name, module in optional if module is not None]
-    found = []
-    for sources, module in linears:
-        if getattr(module, "bias", None) is not None:
-            raise SwapRefused(f"{sources[0]}: a draft layer with a bias is not supported")
-        rows, columns = _linear_shape(sources[0], module)
-        found.append(_Destination(sources, module, "weight", rows, columns, module.weight.dtype))
-    for name, module in norms:
-        found.append(_Destination((name,), module, "weight", module.weight.shape[0], None, module.weight.dtype))
-    mapping = getattr(draft, "draft_id_to_target_id", None)
-    if mapping is not None:
-        found.append(_Destination(("d2t",), draft, "draft_id_to_target_id", mapping.shape[0], None, mapping.dtype))
-    return found
-
-
-def _linear_shape(name: str, module: Any) -> tuple[int, int]:
-    weight = getattr(module, "weight", None)
-    method = type(getattr(module, "quant_method", None)).__name__
-    if weight is None or not method.startswith("Unquantized"):
-        raise SwapRefused(f"{name}: quantised draft layers ({method}) cannot be updated in place")
-    if weight.numel():
-        return weight.shape[0], weight.shape[1]
-    handler = _onednn_handler(module)
-    if handler is None:
-        raise SwapRefused(f"{name}: vLLM repacked this layer in a way that is not known here")
-    return handler.n, handler.k
-
-
-def _onednn_handler(module: Any) -> Any | None:
-    """The oneDNN handler in the closure of ``layer.cpu_linear`` (vllm dispatch_cpu_unquantized_gemm), if any."""
-    for cell in getattr(getattr(module, "cpu_linear", None), "__closure__", None) or ():
-        if type(cell.cell_contents).__name__ == "CPUDNNLGEMMHandler":
-            return cell.cell_contents
-    return None
-
-
-def _kind(destination: _Destination) -> str:
-    module = destination.module
-    if destination.columns is None or not hasattr(module, "cpu_linear"):
-        return "parameter"
-    if _onednn_handler(module) is not None:
-        return "onednn"
-    if module.cpu_linear is torch.nn.functional.linear or not getattr(module.cpu_linear, "__closure__", None):
-        return "parameter"  # vLLM's fallback multiplies by layer.weight itself
-    raise SwapRefused(f"{destination.label}: vLLM repacked this layer in a way that is not known here")
-
-
-def _check_shape(destination: _Destination, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
-    for name, dtype in zip(destination.sources, dtypes, strict=True):
-        if dtype != destination.dtype:
-            raise SwapRefused(f"{name}: dtype {dtype}, the running draft has {destination.dtype}")
-    rows = sum(shape[0] if shape else 0 for shape in shapes)
-    columns = {shape[1:] for shape in shapes}
-    wanted_columns = () if destination.columns is None else (destination.columns,)
-    padded = destination.sources == ("lm_head.weight",)
-    fits = rows <= destination.rows if padded else rows == destination.rows
-    if columns != {wanted_columns} or not fits:
-        got = " + ".join(str(list(shape)) for shape in shapes)
-        raise SwapRefused(
-            f"{destination.label}: shape {got}, the running draft has [{destination.rows}, {destination.columns}]"
-        )
 
 
 def _check_vocabulary(d2t: torch.Tensor, vocab_size: int) -> None:

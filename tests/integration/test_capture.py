@@ -96,11 +96,12 @@ def test_preempted_requests_are_logged_right(served: Served) -> None:
 
 def test_finish_at_prefill_and_length_limit(served: Served) -> None:
     counters = served.engine.spec_decode_counters()
-    served.generate([served.text(40, 0)], max_tokens=1)
-    served.generate([served.text(240, 5)], max_tokens=16)  # max_model_len is 256
+    for length, tokens in (255, 1), (240, 16):  # max_model_len is 256
+        (output,) = served.generate([served.text(length, length % 7)], max_tokens=20)
+        assert len(output.outputs[0].token_ids) == tokens
     rows = served.finish()
     requests = list(sort_rows(rows, served.layout).values())
-    assert len(requests[0].path) == 40
+    assert len(requests[0].path) == 255
     assert all(request.ended for request in requests)
     assert_states_agree(served.reference, requests, {})
     served.assert_vllm_counted_the_same(rows, counters)

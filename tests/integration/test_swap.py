@@ -13,8 +13,8 @@ from aurora_vllm.learner.draft import bank_tensors, load_draft
 from aurora_vllm.learner.remap import move_to_vocabulary
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.vocabulary import day0_order
+from aurora_vllm.spec_decode.draft_layout import SwapRefused
 from aurora_vllm.spec_decode.stager import Stager
-from aurora_vllm.spec_decode.swap import SwapRefused
 from aurora_vllm.transport.rows import Field, RowFlag
 from benchmarks.engine import Engine
 

@@ -84,7 +84,8 @@ class InspectableWorker(AuroraWorker):
 
     def share_lm_head_message(self) -> str:
         """What LiveDraft says to a draft whose lm_head is the target's."""
-        from aurora_vllm.spec_decode.swap import LiveDraft, SwapRefused
+        from aurora_vllm.spec_decode.draft_layout import SwapRefused
+        from aurora_vllm.spec_decode.swap import LiveDraft
 
         draft, target = self.model_runner.get_draft_model(), self.model_runner.get_model()
         own = draft.lm_head

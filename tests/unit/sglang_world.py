@@ -24,8 +24,9 @@ from aurora_vllm.server.metrics import AuroraCollector
 from aurora_vllm.server.routes import AuroraEndpoints
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode import undrafted
+from aurora_vllm.spec_decode.draft_layout import SwapRefused
+from aurora_vllm.spec_decode.exchange import StagedWeights
 from aurora_vllm.spec_decode.stager import Stager
-from aurora_vllm.spec_decode.swap import StagedWeights, SwapRefused
 from aurora_vllm.transport.bank import WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer, ring_bytes

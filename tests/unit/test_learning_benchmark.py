@@ -13,7 +13,7 @@ import typer
 from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.target import load_target_head
-from aurora_vllm.spec_decode.prompt_lookup import EarlierAnswers
+from aurora_vllm.spec_decode.prompt_lookup import KINDS, EarlierAnswers
 from benchmarks.copies import Walk, simulate_with_copies
 from benchmarks.learning import ARMS, DRAFT_LENGTH, RELEASE_BATCH, WINDOW, Arm, Run, _names, learn, summary
 from tests.unit.tiny_world import LAYOUT, World
@@ -91,16 +91,17 @@ def test_a_replay_scores_what_it_has_not_trained_on_and_leaves_the_draft_alone(t
 def test_copies_are_walked_as_a_server_would() -> None:
     """A phrase of five tokens three times; the draft is right about one token of every step."""
     text, drafted, none = [*range(10, 15)] * 3, [1] * 8, EarlierAnswers(100)
+    of_two = KINDS.number(2, from_others=False, is_sampled=False)
     alone = Walk(3, none, always=True)
     alone.answer(text, 5, drafted)
     # nothing to copy before the phrase begins again with two tokens; then every step gains four
     assert alone.score == Score(4, (2, 2, 2))
     chosen = Walk(3, none, always=False)
     chosen.answer(text, 5, drafted)
-    assert chosen.score == Score(3, (3, 2, 2)) and chosen._copies.preferred(2)
+    assert chosen.score == Score(3, (3, 2, 2)) and chosen._copies.preferred(of_two)
     wrong = Walk(3, none, always=False)
     for _ in range(9):
-        wrong._copies.compare(2, False, True)
+        wrong._copies.compare(of_two, False, True)
     wrong.answer(text[:10], 5, [1] * 3)
     assert wrong.score == Score(2, (2, 0, 0))  # copies have been wrong
 

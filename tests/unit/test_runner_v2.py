@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.spec_decode.attachment import Attachment, find_adapter
+from aurora_vllm.spec_decode.draft_layout import SwapRefused
 from aurora_vllm.spec_decode.model_runner import ModelRunner, choose_runner
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter, emitted_tokens
-from aurora_vllm.spec_decode.swap import SwapRefused
 from aurora_vllm.spec_decode.trace import StepTrace
 from tests.unit.tiny_world import World, session
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from aurora_vllm.spec_decode import stager as module
+from aurora_vllm.spec_decode.draft_layout import SwapRefused
 from aurora_vllm.spec_decode.exchange import Exchange, StagedWeights
 from aurora_vllm.spec_decode.stager import POLL_SECONDS, Stager
-from aurora_vllm.spec_decode.swap import SwapRefused
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.placement import CPU

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from aurora_vllm.spec_decode import swap
-from aurora_vllm.spec_decode.exchange import AcceleratorExchange
-from aurora_vllm.spec_decode.swap import LiveDraft, StagedWeights, SwapRefused
+from aurora_vllm.spec_decode.draft_layout import SwapRefused
+from aurora_vllm.spec_decode.exchange import AcceleratorExchange, StagedWeights
+from aurora_vllm.spec_decode.swap import LiveDraft
 from aurora_vllm.transport.bank import TensorSpec
 
 H, MLP, VOCABULARY, PADDED = 8, 12, 10, 16
