@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from aurora_vllm.config_json import read_config, read_text_config
-from aurora_vllm.errors import AuroraError, DamagedFile
+from aurora_vllm.errors import AuroraError, DamagedFile, unreadable
 from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs
 from aurora_vllm.learner.draft_files import canonical_name, flatten, read_tensors, weight_files
 from aurora_vllm.transport.bank import TensorSpec
@@ -81,7 +81,7 @@ def read_shapes(directory: Path) -> dict[str, Shape]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DamagedFile(f"{file} is not a safetensors file", "download it again") from None
         except OSError as error:
-            raise DamagedFile(f"cannot read {file}: {error.strerror}") from None
+            raise unreadable(error)(f"cannot read {file}: {error.strerror}") from None
         if file.stat().st_size < 8 + size + end:
             raise DamagedFile(f"{file} is cut short", "download it again")
     return shapes

@@ -143,8 +143,8 @@ class AuroraConfig(BaseModel):
     @field_validator("learner_threads")
     @classmethod
     def _no_more_than_cpus(cls, threads: int) -> int:
-        if threads > (cpus := os.cpu_count() or threads):  # OpenMP would make them all, and the server has none left
-            raise ValueError(f"this machine has {cpus} CPUs")
+        if threads > (cpus := len(os.sched_getaffinity(0))):  # OpenMP would make them all, and the server has none left
+            raise ValueError(f"there are {cpus} CPUs for it")
         return threads
 
     @field_validator("draft", "cache_dir", "checkpoint_dir", "resume")

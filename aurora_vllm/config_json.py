@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aurora_vllm.errors import DamagedFile
+from aurora_vllm.errors import DamagedFile, unreadable
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -19,7 +19,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DamagedFile(f"{directory} is no checkpoint: cannot read its config.json ({error.strerror})") from None
+        raise unreadable(error)(
+            f"{directory} is no checkpoint: cannot read its config.json ({error.strerror})"
+        ) from None
     except ValueError as error:
         raise DamagedFile(f"{file} is not JSON: {error}") from None
     if not isinstance(config, dict):

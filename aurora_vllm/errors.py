@@ -25,6 +25,11 @@ class DamagedFile(AuroraError):
     """A file that is not there, or not whole, where one should be."""
 
 
+def unreadable(error: OSError) -> type[AuroraError]:
+    """What kind of error it is that a file cannot be read: one that may not be read, or not now, is not damaged."""
+    return DamagedFile if isinstance(error, FileNotFoundError | NotADirectoryError) else AuroraError
+
+
 class SettingsError(AuroraError):
     """One or more settings are wrong; ``lines`` holds one message each."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config_json import read_text_config
 from aurora_vllm.errors import PLAIN, AuroraError
 from aurora_vllm.learner.memory import MIB
 from aurora_vllm.transport.segment import SHM, free_bytes, sweep
@@ -92,11 +93,19 @@ def check_kv_cache(plan: ServePlan, args: Namespace) -> None:
     )
     if given is None or longest is None or target is None or getattr(args, "kv_cache_dtype", "auto") != "auto":
         return
+    if getattr(args, "max_model_len", None) == -1 or _forgets(read_text_config(plan.target.directory)):
+        return  # vLLM makes it fit, or needs less
     if longest * target <= given < (needed := longest * (target + plan.draft_kv_bytes)):
         raise AuroraError(
             f"--kv-cache-memory-bytes {given}: a request of {longest} tokens takes {needed} with the draft's part",
             f"give more, or a smaller --max-model-len; {PLAIN}",
         )
+
+
+def _forgets(config: Mapping[str, Any]) -> bool:
+    """Whether a target's attention looks back a bounded way in some layer."""
+    kinds = set(config.get("layer_types") or ())
+    return bool(config.get("sliding_window")) or bool(kinds - {"full_attention"})
 
 
 def host_total_bytes() -> int | None:

@@ -28,6 +28,7 @@ def resumed_draft(config: AuroraConfig, target: Target) -> Draft | None:
     for found in checkpoints.find(config.resume, config.checkpoint_dir):
         try:
             checkpoints.Checkpoint.read(found)
+            checkpoint.read_shapes(found / checkpoints.LEARNER)
             return replace(checkpoint.read_draft(found, target), origin="resumed")
         except DamagedFile as error:
             if config.resume != Path(checkpoints.LATEST):

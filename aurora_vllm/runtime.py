@@ -14,7 +14,7 @@ from aurora_vllm.errors import AuroraError
 from aurora_vllm.plan import ServePlan
 from aurora_vllm.provenance import without_secrets
 from aurora_vllm.session import Session
-from aurora_vllm.supervisor import HANG_S, SAVE_S, STOP_S, Supervisor
+from aurora_vllm.supervisor import HANG_CPU_S, HANG_S, SAVE_S, STOP_S, Supervisor
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer
@@ -80,6 +80,7 @@ class Runtime:
                 stop_s=stop_s,
                 heartbeat=lambda: int(control.learner.heartbeat_ns),
                 hang_s=HANG_S,
+                hang_cpu_s=HANG_CPU_S,
             )
             self._supervisor.start()
             # With the signal, not after vLLM: the learner reads memory of the target's that goes with its engine.

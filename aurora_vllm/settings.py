@@ -28,7 +28,7 @@ ENVIRONMENT_PREFIX = "AURORA_"
 # Ours, but no settings: the session (aurora_vllm.session), the YAML file, and the switch.
 RESERVED_ENVIRONMENT = frozenset({"AURORA_SESSION", "AURORA_CONFIG", "AURORA_OFF"})
 LIKE_A_SETTING = 0.7  # difflib's ratio, from which a variable is taken for a setting misspelt
-# What Kubernetes and Docker's links make of a service: AURORA_LEARNER_PORT_80_TCP of one called aurora-learner.
+# What Kubernetes makes of a service: AURORA_LEARNER_PORT_80_TCP of one called aurora-learner.
 OF_A_SERVICE = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 FLAG_PREFIX = "--aurora-"
 SWITCHES = {

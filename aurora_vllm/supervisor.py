@@ -22,6 +22,7 @@ from typing import Protocol
 
 from aurora_vllm.errors import notice
 from aurora_vllm.parent import end_with_parent
+from aurora_vllm.pulse import Pulse
 
 LEARNER = (sys.executable, "-m", "aurora_vllm.learner.process")
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
@@ -29,9 +30,9 @@ STABLE_S = 60.0  # a learner that lived this long starts over at the first wait
 STOP_S = 3.0  # from SIGTERM to SIGKILL
 SAVE_S = 15.0  # the same for a learner that writes a last checkpoint
 LOOK_S = 0.2  # between two looks at a learner that runs
-# A learner that shows no sign of life for longer hangs. Far more than a piece of work takes, beside a full load too: to
-# end one that works would cost what it learned since its last checkpoint.
-HANG_S = 1800.0
+# A learner that shows no sign of life for so long, or for so much CPU time, hangs (pulse.py). Far more than it needs:
+# to end one that works would cost what it learned since its last checkpoint.
+HANG_S, HANG_CPU_S = 1800.0, 600.0
 
 
 class ServerBlock(Protocol):
@@ -59,6 +60,7 @@ class Supervisor(threading.Thread):
         stop_s: float = STOP_S,
         heartbeat: Callable[[], int] = lambda: 0,
         hang_s: float = math.inf,
+        hang_cpu_s: float = math.inf,
     ) -> None:
         """
         Args:
@@ -72,7 +74,8 @@ class Supervisor(threading.Thread):
             stable_s: a learner that lived this long starts over at the first wait.
             stop_s: from SIGTERM to SIGKILL.
             heartbeat: a number that changes as long as the learner lives.
-            hang_s: a learner whose heartbeat stays the same for longer is ended, and another one started.
+            hang_s, hang_cpu_s: a learner whose heartbeat stays the same for so long without using the CPU, or while it
+                uses so much of it, is ended, and another one started.
         """
         super().__init__(name="aurora-learner-supervisor", daemon=True)
         self._block = block
@@ -81,7 +84,7 @@ class Supervisor(threading.Thread):
         self._command = (str(nice), *command)
         self._first_wait, self._longest_wait = waits
         self._stable_s, self._stop_s = stable_s, stop_s
-        self._heartbeat, self._hang_looks = heartbeat, hang_s / LOOK_S
+        self._heartbeat, self._hang_looks, self._hang_cpu_s = heartbeat, hang_s / LOOK_S, hang_cpu_s
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -119,25 +122,22 @@ class Supervisor(threading.Thread):
         except OSError as error:
             return 0.0, f"could not be started ({error.strerror})"
         self._block.learner_pid = process.pid
-        # Looks, not seconds: while the container is paused the clock goes on, and nobody's heart beats.
-        beat, looks, hangs = self._heartbeat(), 0, False
+        pulse, hangs = Pulse(process.pid, self._heartbeat, self._hang_looks, self._hang_cpu_s), False
         try:
             while process.poll() is None:
                 if self._stopping.wait(LOOK_S):
                     end_process(process, self._stop_s)
                     break
-                beat, before = self._heartbeat(), beat
-                looks = looks + 1 if beat == before else 0
-                if hangs := looks > self._hang_looks:
+                if hangs := pulse.hangs():
                     end_process(process, STOP_S)
                     break
         finally:
             self._block.learner_pid = 0
         code = process.returncode
-        if hangs:
-            end = f"showed no sign of life for {looks * LOOK_S:.0f} s and was ended"
-        elif code is None:
+        if code is None:
             end = "does not end"
+        elif hangs:
+            end = "showed no sign of life and was ended"
         else:
             end = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with code {code}"
         return time.monotonic() - started, end

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from aurora_vllm.spec_decode.rehearsal import prepare_fill
-from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
+from aurora_vllm.spec_decode.trace import COUNTERS, StepTrace, TraceWriter
 from aurora_vllm.transport.ring import RingConsumer
 from aurora_vllm.transport.rows import RowLayout
 from aurora_vllm.transport.segment import Segment
@@ -91,7 +91,6 @@ def _writer(device: str, hidden: int, capacity: int) -> tuple[TraceWriter, RingC
     layout = RowLayout(hidden, 3, torch.bfloat16)
     producer, names = processes.make_ring(device, layout.row_bytes, capacity)
     consumer = RingConsumer(Segment.attach(names[0]), producer.memory if names[1] else None)
-    counters = ("requests_seen", "requests_captured", "requests_dropped", "requests_opted_out", "rows_written")
-    control: Any = SimpleNamespace(worker=SimpleNamespace(**dict.fromkeys(counters, 0)))
+    control: Any = SimpleNamespace(worker=SimpleNamespace(**dict.fromkeys(COUNTERS, 0)))
     fill = prepare_fill(layout, producer.device, torch.device(device), capacity)
     return TraceWriter(producer, layout, control, seed=0, fill=fill), consumer, names

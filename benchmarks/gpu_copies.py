@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from aurora_vllm.control.copy_counts import KINDS, ORIGINS, CountsLayout
+from aurora_vllm.control.copy_counts import NUM_KINDS, ORIGINS, CountsLayout
 from aurora_vllm.transport.cuda import tensor_over
 from benchmarks.gpu_copies_model import Model
 from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
@@ -24,7 +24,7 @@ WORDS, WORD_TOKENS, PHRASES, PHRASE_WORDS = 20, 3, 24, 5  # texts are phrases, a
 TOKENS = 150_000  # a vocabulary
 DRAFT = TOKENS  # the first of the tokens that the draft proposes; no text has them
 EACH_VERSION = 10  # steps that a version of the draft proposes for
-ALL = (1 << KINDS) - 1  # kinds of copies that are preferred to the draft
+ALL = (1 << NUM_KINDS) - 1  # kinds of copies that are preferred to the draft
 WARM = 5  # steps that are not measured
 
 

@@ -17,7 +17,7 @@ from aurora_vllm.control.copy_kinds import CopyKinds
 from aurora_vllm.control.copying import Copies
 
 ORDERS = (2, 3, 5, 8)  # tokens of context that a copy may rest on
-KINDS = CopyKinds(ORDERS).count
+NUM_KINDS = CopyKinds(ORDERS).count
 COPIED, ORIGINS = 2, 3  # who proposed: 0 and 1 are the newest two versions of the draft, which take turns
 
 
@@ -26,9 +26,9 @@ class CountsLayout:
     """Where which count stands, for proposals of at most ``positions`` tokens. All are int64 and only ever grow.
 
     ========== ============================================ ==================================================
-    seen       [KINDS]                                      proposals for which there was such a copy
-    compared   [KINDS, 4]                                   2 * (copy's first token right) + (draft's right)
-    simulated  [KINDS, positions + 1]                       copies by how many of their tokens came true
+    seen       [NUM_KINDS]                                      proposals for which there was such a copy
+    compared   [NUM_KINDS, 4]                                   2 * (copy's first token right) + (draft's right)
+    simulated  [NUM_KINDS, positions + 1]                       copies by how many of their tokens came true
     verdicts   [ORIGINS, positions + 1, positions + 1]      by tokens verified, then tokens accepted
     versions   [2]                                          no counts: which versions origins 0 and 1 are
     ========== ============================================ ==================================================
@@ -42,15 +42,15 @@ class CountsLayout:
 
     @property
     def compared(self) -> int:
-        return KINDS
+        return NUM_KINDS
 
     @property
     def simulated(self) -> int:
-        return self.compared + 4 * KINDS
+        return self.compared + 4 * NUM_KINDS
 
     @property
     def verdicts(self) -> int:
-        return self.simulated + KINDS * (self.positions + 1)
+        return self.simulated + NUM_KINDS * (self.positions + 1)
 
     @property
     def versions(self) -> int:
@@ -92,9 +92,9 @@ class CountsReader:
         layout, width = self._layout, self._layout.positions + 1
         now = np.array(sums[: layout.size])
         added, self._before = now[: layout.versions] - self._before, now[: layout.versions]
-        outcomes = added[layout.compared : layout.simulated].reshape(KINDS, 2, 2)  # copy right, draft right
+        outcomes = added[layout.compared : layout.simulated].reshape(NUM_KINDS, 2, 2)  # copy right, draft right
         gains = zip((outcomes[:, 1, 0] - outcomes[:, 0, 1]).tolist(), outcomes.sum((1, 2)).tolist(), strict=True)
-        right = added[layout.simulated : layout.verdicts].reshape(KINDS, width)
+        right = added[layout.simulated : layout.verdicts].reshape(NUM_KINDS, width)
         copies.take(
             added[: layout.compared].tolist(),
             {kind: (gain, count) for kind, (gain, count) in enumerate(gains) if count},

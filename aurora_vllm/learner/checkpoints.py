@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from aurora_vllm.errors import AuroraError, DamagedFile
+from aurora_vllm.errors import AuroraError, DamagedFile, unreadable
 from aurora_vllm.learner.draft import Eagle3Draft, save_draft
 from aurora_vllm.learner.staging import PARTIAL, alone_in, appears_whole, flush
 
@@ -34,7 +34,7 @@ FORMAT = 1
 KEEP = 2  # of a run and of the runs it goes on from, together
 LATEST = "latest"
 _PREFIX = "checkpoint-"
-_LEARNER, _TENSORS, _FACTS = "learner", "state.safetensors", "state.json"
+LEARNER, _TENSORS, _FACTS = "learner", "state.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Checkpoint:
     @classmethod
     def read(cls, directory: Path) -> Checkpoint:
         """Raises DamagedFile where it is none, AuroraError where it is of another format."""
-        file = directory / _LEARNER / _FACTS
+        file = directory / LEARNER / _FACTS
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
             written = facts["format"]
             if not all(isinstance(facts[part], dict) for part in ("statistics", "provenance")):
                 raise TypeError
-        except OSError:
-            raise DamagedFile(f"{directory} is no checkpoint", f"one holds {_LEARNER}/{_FACTS}") from None
+        except OSError as error:
+            raise unreadable(error)(f"{directory} is no checkpoint", f"one holds {LEARNER}/{_FACTS}") from None
         except (ValueError, KeyError, TypeError):
             raise DamagedFile(f"{file} is damaged, and with it the checkpoint") from None
         if written != FORMAT:
@@ -63,7 +63,7 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Raises AuroraError where the file is damaged."""
-        file = self.directory / _LEARNER / _TENSORS
+        file = self.directory / LEARNER / _TENSORS
         try:
             return load_file(file)
         except (OSError, SafetensorError) as error:
@@ -86,7 +86,7 @@ def find(path: Path, checkpoint_dir: Path | None) -> list[Path]:
         return _newest_first(checkpoint_dir)
     if not path.is_dir():
         raise AuroraError(f"checkpoint {path} is no directory")
-    if not (path / _LEARNER / _FACTS).is_file() and (inside := newest(path)) is not None:
+    if not (path / LEARNER / _FACTS).is_file() and (inside := newest(path)) is not None:
         return [inside]
     return [Checkpoint.read(path.resolve()).directory]
 
@@ -100,7 +100,7 @@ def _newest_first(checkpoint_dir: Path) -> list[Path]:
     pointed = checkpoint_dir / LATEST  # a directory where somebody copied what it pointed to: as old as the copy
     candidates = [path for _, path in reversed(_numbered(checkpoint_dir))]
     candidates = [pointed, *candidates] if pointed.is_symlink() else candidates
-    whole = (path.resolve() for path in candidates if (path / _LEARNER / _FACTS).is_file())
+    whole = (path.resolve() for path in candidates if (path / LEARNER / _FACTS).is_file())
     return list(dict.fromkeys(whole))
 
 
@@ -157,12 +157,12 @@ class Checkpoints:
             out = self.directory / f"{_PREFIX}{(existing[-1][0] if existing else 0) + 1:06d}"
             with appears_whole(out, private=True) as staging:
                 save_draft(draft, staging, config)
-                (staging / _LEARNER).mkdir()
+                (staging / LEARNER).mkdir()
                 save_file(
-                    {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / _LEARNER / _TENSORS
+                    {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staging / LEARNER / _TENSORS
                 )
                 text = json.dumps(facts | {"provenance": self._provenance}, indent=2)
-                (staging / _LEARNER / _FACTS).write_text(text + "\n", encoding="utf-8")
+                (staging / LEARNER / _FACTS).write_text(text + "\n", encoding="utf-8")
             self._point_to(out)
             self._prune()
         return out

@@ -172,7 +172,12 @@ class Learner:
         try:
             return simulate(draft, self.head, trajectory, self.config.num_speculative_tokens)
         except RuntimeError as error:
-            self.control.learner.message = f"{type(error).__name__} in scoring a request: it is no evidence"
+            why = (
+                f"{type(error).__name__} in scoring a request, which is no evidence: {str(error).partition(chr(10))[0]}"
+            )
+            if self.control.learner.message != why:
+                notice(why)
+            self.control.learner.message = why
             return None
 
     def show_live(self, score: Score) -> None:

@@ -14,13 +14,6 @@ ROWS_FOR_TURN = 2  # times the hidden size: with fewer, rows are taken for moved
 TURN_RIDGE = 1e-4  # relative to the mean square of a channel
 
 
-def move_to_vocabulary(
-    draft: Eagle3Draft, head: TargetHead, target_ids: torch.Tensor, optimizer: torch.optim.Optimizer | None = None
-) -> int:
-    """Change a draft's vocabulary in place. Returns how many tokens are new. Arguments, errors: :func:`plan_move`."""
-    return plan_move(draft, head, target_ids, optimizer)()
-
-
 @torch.no_grad()
 def plan_move(
     draft: Eagle3Draft, head: TargetHead, target_ids: torch.Tensor, optimizer: torch.optim.Optimizer | None = None

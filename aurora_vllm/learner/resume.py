@@ -89,7 +89,7 @@ class Keeper:
             if saved is None or not fits:
                 return ""
             restore(learner, saved)
-        except (AuroraError, ValueError, KeyError) as error:
+        except (AuroraError, ValueError, KeyError, TypeError) as error:
             notice(f"what the learner had learned is lost ({error}); training starts anew from the published draft")
             return f"training starts anew from the published draft: {error}"
         self._carried = saved.facts["statistics"]

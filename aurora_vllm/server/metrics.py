@@ -63,7 +63,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "aurora_acceptance_length",
         "mean_acceptance_length",
-        "Mean, bonus token included, of the live draft version and the one before",
+        'Mean, bonus token included, of the draft version that is "live" and the "previous" one',
         VERSION,
     ),
     Metric("aurora_drafts_total", "versions.total.num_drafts", "Verifications of the draft's own proposals"),

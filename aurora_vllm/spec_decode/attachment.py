@@ -195,4 +195,7 @@ class Attachment:
         except SwapRefused as refusal:
             logger.warning("aurora: weights cannot be swapped: %s", refusal)
             self.control.worker.refusal = str(refusal)
-            return None
+        except Exception as error:  # of the rehearsal: no room, most likely. Capture needs none of it
+            logger.exception("aurora: weights cannot be swapped")
+            self.control.worker.refusal = f"{type(error).__name__}: {error}"
+        return None

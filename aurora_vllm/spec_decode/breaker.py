@@ -40,9 +40,8 @@ class CircuitBreaker:
             if self._on_failure is not None:
                 self._on_failure(f"{type(error).__name__}: {error}")
             if self._failures >= self._limit:
-                logger.exception(
-                    "aurora: %s failed %d times in a row and is off until restart", self._name, self._limit
-                )
+                often = f" {self._limit} times in a row" if self._limit > 1 else ""
+                logger.exception("aurora: %s failed%s and is off until restart", self._name, often)
             elif not self._told:  # once: failures that alternate with successes never open it
                 self._told = True
                 logger.exception("aurora: %s failed; it is tried again", self._name)

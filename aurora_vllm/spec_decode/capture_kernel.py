@@ -144,9 +144,6 @@ class KernelFill:
         """The head for these tensors; None where the kernel cannot read them, or not write to where the view lies.
 
         Plain loops: all of this is the host's time, in each step.
-
-        Raises:
-            ValueError: ``sampled`` has too few columns, for which torch's way would end the process.
         """
         device, dtype, hidden = view.device, self._layout.dtype, self._layout.hidden_size
         last = len(known.words) - 1 if known.taken is None else int(known.taken[-1])  # row of the batch
@@ -158,8 +155,6 @@ class KernelFill:
             head.append(tensor.data_ptr())
             for stride in tensor.stride():
                 head.append(stride * words)
-        if trace.sampled.shape[-1] <= max(trace.num_drafts):
-            raise ValueError("fewer sampled tokens than drafts under verification")
         unaligned = view.data_ptr()
         for state in (*trace.aux_hidden_states, trace.last_hidden_states):
             rows, width = state.shape

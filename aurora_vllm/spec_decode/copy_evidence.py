@@ -6,7 +6,7 @@ taken from the counts, which know it, and come a few steps late.
 
 from __future__ import annotations
 
-from aurora_vllm.control.copy_counts import KINDS, CountsReader, TakeVerdicts
+from aurora_vllm.control.copy_counts import NUM_KINDS, CountsReader, TakeVerdicts
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.transport.control import ControlBlock
 
@@ -25,7 +25,7 @@ class CopyEvidence:
     def __init__(self, control: ControlBlock, positions: int, take_verdicts: TakeVerdicts) -> None:
         self._control, self._take_verdicts = control, take_verdicts
         self._reader = CountsReader(positions)
-        self._copies = Copies(positions, KINDS, ROWS)
+        self._copies = Copies(positions, NUM_KINDS, ROWS)
         self._taken = 0
         self._on = False
         self._say_preferred()
@@ -47,5 +47,5 @@ class CopyEvidence:
             self._say_preferred()
 
     def _say_preferred(self) -> None:
-        preferred = (1 << kind for kind in range(KINDS) if self._copies.preferred(kind))
+        preferred = (1 << kind for kind in range(NUM_KINDS) if self._copies.preferred(kind))
         self._control.scheduler.preferred_copies = sum(preferred)

@@ -1,6 +1,7 @@
 """What becomes of proposals on their way from the worker to vLLM's scheduler: replaced, cut, or taken away.
 
-Only where they pass through the scheduler: V1 runner, no overlapping steps.
+Only where they pass through the scheduler, so where steps do not overlap. (In the V2 runner what passes are
+placeholders, of which some are taken away.)
 """
 
 from __future__ import annotations

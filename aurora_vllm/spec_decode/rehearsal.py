@@ -16,7 +16,7 @@ import torch
 
 from aurora_vllm.spec_decode.row_fill import RowFill, TorchFill
 from aurora_vllm.spec_decode.runner_v2 import emitted_tokens
-from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
+from aurora_vllm.spec_decode.trace import COUNTERS, StepTrace, TraceWriter
 from aurora_vllm.spec_decode.upload import reserve_pinned
 from aurora_vllm.transport.rows import META_WORDS, RowLayout
 
@@ -60,7 +60,7 @@ def prepare_fill(layout: RowLayout, ring: torch.device, target: torch.device, mo
 def rehearse(fill: RowFill, layout: RowLayout, ring: torch.device, target: torch.device) -> torch.Tensor:
     """Steps of every kind into rows that are nobody's. Returns these, on the host; uint8 [n, row_bytes]."""
     sink = _Scratch(layout, ring)
-    control: Any = SimpleNamespace(worker=_Uncounted())
+    control: Any = SimpleNamespace(worker=SimpleNamespace(**dict.fromkeys(COUNTERS, 0)))
     writer = TraceWriter(sink, layout, control, seed=0, fill=fill)
     for name in "abc":
         writer.begin(name, prompt_length=5, temperature=0.0, may_learn=name != "b")
@@ -120,9 +120,3 @@ class _Scratch:
 
     def commit(self) -> None:
         pass
-
-
-class _Uncounted:
-    """The counters that a TraceWriter keeps, read by nobody."""
-
-    requests_seen = requests_captured = requests_opted_out = requests_dropped = rows_written = 0

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _STEP, _DRAFT_VERSION = int(Field.STEP), int(Field.DRAFT_VERSION)
 
 
+# What a TraceWriter counts in the worker's part of the control block.
+COUNTERS = ("requests_seen", "requests_captured", "requests_opted_out", "requests_dropped", "rows_written")
+
+
 class RowSink(Protocol):
     """The producer's side of the ring (transport.ring.RingProducer)."""
 
@@ -117,7 +121,13 @@ class TraceWriter:
             self._ended.popleft()
 
     def write(self, trace: StepTrace) -> int:
-        """Write the captured requests' rows of one step. Returns the number of rows written."""
+        """Write the captured requests' rows of one step. Returns the number of rows written.
+
+        Raises:
+            ValueError: the verdict has fewer tokens than there are drafts; what it says would be read past its end.
+        """
+        if trace.sampled.shape[-1] <= max(trace.num_drafts, default=0):
+            raise ValueError("fewer sampled tokens than drafts under verification")
         self._step = (self._step + 1) & 0x7FFFFFFF
         self.flush_ends()
         chosen = [i for i, name in enumerate(trace.request_ids) if self._is_capturing(name)]

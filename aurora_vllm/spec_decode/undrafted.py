@@ -20,7 +20,7 @@ def goes_without_drafts(params: Any) -> bool:
     """Whether a request's tokens have to be sampled one by one. params: vLLM's ``SamplingParams``.
 
     With a thinking budget V1 guesses, across drafts, how much of a forced end marker is out already, and tears one of
-    several tokens apart. (V2 counts them right, and is asked nothing here.)
+    several tokens apart. (V2 counts them right.)
     """
     is_seeded = params.seed is not None and params.temperature > 0
     has_budget = getattr(params, "thinking_token_budget", None) is not None

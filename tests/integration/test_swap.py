@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_vllm.learner.draft import bank_tensors, load_draft
-from aurora_vllm.learner.remap import move_to_vocabulary
+from aurora_vllm.learner.remap import plan_move
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.learner.vocabulary import day0_order
 from aurora_vllm.spec_decode.draft_layout import SwapRefused
@@ -224,7 +224,7 @@ def test_output_is_the_same_with_and_without_speculation_while_swaps_happen(
 def with_vocabulary(engine: Engine, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """The draft the engine started with, over another vocabulary, as the learner would make it."""
     draft = load_draft(engine.session.draft)
-    move_to_vocabulary(draft, load_target_head(engine.session.target), ids)
+    plan_move(draft, load_target_head(engine.session.target), ids)()
     return bank_tensors(draft)
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from aurora_vllm.spec_decode.row_fill import RowFill
-from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
+from aurora_vllm.spec_decode.trace import COUNTERS, StepTrace, TraceWriter
 from aurora_vllm.transport.rows import RowLayout
-
-COUNTERS = ("requests_seen", "requests_captured", "requests_dropped", "requests_opted_out", "rows_written")
 
 
 class Rows:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from aurora_vllm.control.copy_counts import KINDS, ORDERS, CountsLayout
+from aurora_vllm.control.copy_counts import NUM_KINDS, ORDERS, CountsLayout
 from aurora_vllm.control.copy_kinds import NO_COPY, CopyKinds
 from aurora_vllm.spec_decode.consent import LEARN_KEY, note_salt
 from aurora_vllm.spec_decode.device_copies import DeviceCopies
 from benchmarks.v2_states import request_states
 
-SLOTS, LONGEST_TEXT, VOCABULARY, ALL = 4, 400, 1000, (1 << KINDS) - 1
+SLOTS, LONGEST_TEXT, VOCABULARY, ALL = 4, 400, 1000, (1 << NUM_KINDS) - 1
 DRAFT = 90  # the first of the tokens that the draft proposes; no text has them
 
 
@@ -106,8 +106,8 @@ class Straw:
         all_, layout, width = self.copies._counts, self.layout, self.positions + 1
         return {
             "seen": all_[: layout.compared],
-            "compared": all_[layout.compared : layout.simulated].view(KINDS, 2, 2),
-            "simulated": all_[layout.simulated : layout.verdicts].view(KINDS, width),
+            "compared": all_[layout.compared : layout.simulated].view(NUM_KINDS, 2, 2),
+            "simulated": all_[layout.simulated : layout.verdicts].view(NUM_KINDS, width),
             "verdicts": all_[layout.verdicts : layout.versions].view(3, width, width),
         }
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_vllm.control.acceptance import Acceptance, faded_sum
-from aurora_vllm.control.copy_counts import COPIED, KINDS, CountsLayout, CountsReader
+from aurora_vllm.control.copy_counts import COPIED, NUM_KINDS, CountsLayout, CountsReader
 from aurora_vllm.control.copying import Copies
 
 POSITIONS = 3
@@ -35,7 +35,7 @@ class Noted:
         self.told.update({("verdict", version, *pair): count for pair, count in those.items()})
 
 
-KIND, TOKENS = st.integers(0, KINDS - 1), st.integers(0, POSITIONS)
+KIND, TOKENS = st.integers(0, NUM_KINDS - 1), st.integers(0, POSITIONS)
 EVENTS = st.one_of(
     st.tuples(st.just("seen"), KIND),
     st.tuples(st.just("compared"), KIND, st.booleans(), st.booleans()),
@@ -93,16 +93,16 @@ def test_verdicts_that_are_alike_may_come_together(verdicts: list[tuple[int, int
 
 
 def test_what_is_known_of_copies_does_not_grow_for_ever() -> None:
-    copies = Copies(POSITIONS, KINDS)
-    copies.take([0, 0, 0, 1_000_000, *[0] * (KINDS - 4)], {}, {})
-    copies.take([1000, *[0] * (KINDS - 1)], {}, {})
+    copies = Copies(POSITIONS, NUM_KINDS)
+    copies.take([0, 0, 0, 1_000_000, *[0] * (NUM_KINDS - 4)], {}, {})
+    copies.take([1000, *[0] * (NUM_KINDS - 1)], {}, {})
     assert dict(copies.shares())[0] > 0.2  # what is new counts
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 def test_many_verdicts_at_once_say_what_few_do(batch: int) -> None:
     """A fetch of a large batch holds more than estimators remember: by outcome, all that failed would come first."""
-    rng, layout, copies, drafts = random.Random(0), CountsLayout(POSITIONS), Copies(POSITIONS, KINDS), []
+    rng, layout, copies, drafts = random.Random(0), CountsLayout(POSITIONS), Copies(POSITIONS, NUM_KINDS), []
     reader, sums, estimate = CountsReader(POSITIONS), [0] * layout.size, Acceptance(POSITIONS)
 
     def right() -> int:

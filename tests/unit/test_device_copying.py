@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from aurora_vllm.control.copy_counts import KINDS, CountsLayout
+from aurora_vllm.control.copy_counts import NUM_KINDS, CountsLayout
 from aurora_vllm.control.profit import Decision
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode import device_copies
@@ -147,7 +147,7 @@ def test_the_draft_runs_where_the_scheduler_s_side_says_so(
     current: Session, drafting: int, length: int, sits_out: bool, drafted: list[int], proposed: list[int]
 ) -> None:
     runner, _, control = hooked(current, sits_out)
-    control.scheduler.draft_length, control.scheduler.preferred_copies = drafting, (1 << KINDS) - 1
+    control.scheduler.draft_length, control.scheduler.preferred_copies = drafting, (1 << NUM_KINDS) - 1
     assert runner.step(TEXT, length) == proposed
     assert runner.drafted == drafted
     runner.step([*TEXT, 3], length)
@@ -195,7 +195,7 @@ def test_the_scheduler_s_side_learns_what_was_counted(current: Session, monkeypa
     scheduler = control.scheduler
     assert scheduler.copying == "on"
     assert [(row.version, row.num_drafts, row.num_accepted) for row in scheduler.acceptance()] == [(4, 1, 0)]
-    assert scheduler.preferred_copies == sum(1 << kind for kind in range(1, KINDS))  # a copy was right, none wrong
+    assert scheduler.preferred_copies == sum(1 << kind for kind in range(1, NUM_KINDS))  # a copy was right, none wrong
     runner.step([*TEXT, 3, 4], verified=3)  # again the draft's: the worker saw the word of before
     runner.step([*TEXT, 3, 4, 1, 2, 8], verified=3)  # copied: two of three
     look()
@@ -284,7 +284,7 @@ def test_copies_come_and_go_with_the_worker_s_word(current: Session) -> None:
         assert advisor._started.pop().drafted == control.scheduler.draft_length == 0
         if number == 20:
             assert controller.copies is not None
-            controller.copies.take([0, 100, *[0] * (KINDS - 2)], {}, {1: {(3, 3): 100}})
+            controller.copies.take([0, 100, *[0] * (NUM_KINDS - 2)], {}, {1: {(3, 3): 100}})
         if number == 60:
             control.worker.copies_on_device = False
     assert set(asked[:20]) == {0} and set(asked[50:60]) == {3} and set(asked[70:]) == {0}

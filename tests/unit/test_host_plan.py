@@ -16,6 +16,7 @@ from aurora_vllm import plan as plans
 from aurora_vllm import preflight
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config_json import write_config
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.host_plan import HostPlan
 from aurora_vllm.learner.memory import LearnerMemory
@@ -55,8 +56,9 @@ def test_more_than_the_host_has_is_refused() -> None:
     assert plans.plan_host(without, Namespace(gpu_memory_utilization=0.9), 20 * GIB).ours == 2
 
 
-def test_a_kv_cache_of_a_given_size_has_room_for_the_draft_s_part() -> None:
-    target = Target("t", Path("t"), 16, 8, 100, "float32", max_model_len=100, kv_width=64)
+def test_a_kv_cache_of_a_given_size_has_room_for_the_draft_s_part(tmp_path: Path) -> None:
+    write_config(tmp_path, {})
+    target = Target("t", tmp_path, 16, 8, 100, "float32", max_model_len=100, kv_width=64)
     spec = TensorSpec("midlayer.self_attn.k_proj.weight", (16, 32), torch.float32)
     draft, layout = Draft(Path("d"), "given", (2, 4, 5), 64, (spec,)), RowLayout(16, 3, torch.float32)
     plan = ServePlan(AuroraConfig(), "0", target, draft, layout, 1, 1, 1, LearnerMemory(1, 0, 0, 0, 0, 0), ())
@@ -67,6 +69,10 @@ def test_a_kv_cache_of_a_given_size_has_room_for_the_draft_s_part() -> None:
         with pytest.raises(AuroraError, match=f"a request of 100 tokens takes {both} with the draft's part"):
             preflight.check_kv_cache(plan, Namespace(kv_cache_memory_bytes=too_small))
     preflight.check_kv_cache(plan, Namespace(kv_cache_memory_bytes=alone, kv_cache_dtype="fp8"))
+    preflight.check_kv_cache(plan, Namespace(kv_cache_memory_bytes=alone, max_model_len=-1))  # vLLM makes it fit
+    for forgetful in {"sliding_window": 32}, {"text_config": {"layer_types": ["full_attention", "sliding_attention"]}}:
+        write_config(tmp_path, forgetful)
+        preflight.check_kv_cache(plan, Namespace(kv_cache_memory_bytes=alone))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from aurora_vllm.learner.evaluate import simulate
 from aurora_vllm.learner.from_disk import read_replacement
 from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.objective import Objective
-from aurora_vllm.learner.remap import move_to_vocabulary
+from aurora_vllm.learner.remap import plan_move
 from aurora_vllm.learner.standing import follow_rollback
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.train import Trainer
@@ -83,7 +83,7 @@ def test_another_vocabulary(device: torch.device, tmp_path: Path) -> None:
     assert coverage.share(draft.target_ids) == 0
     chosen = Reselection(tmp_path, 0.9, enough=100).propose(coverage, draft.target_ids)
     assert chosen is not None and V - 1 in chosen.tolist()
-    assert move_to_vocabulary(draft, head, chosen, trainer.optimizer) == 1
+    assert plan_move(draft, head, chosen, trainer.optimizer)() == 1
     assert coverage.share(draft.target_ids) == 1
     trainer.step(collate([trajectory(world)], device))
 

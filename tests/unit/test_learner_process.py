@@ -86,7 +86,7 @@ def test_a_request_that_there_is_no_memory_to_score_is_trained_on_unscored(
         monkeypatch.setattr(learner_module, "simulate", fails)
         serve(world, learner, producer, range(6))
         block = learner.control.learner
-        assert block.message == "OutOfMemoryError in scoring a request: it is no evidence"
+        assert block.message == "OutOfMemoryError in scoring a request, which is no evidence: no room"
         assert block.steps_taken > 0 and learner.evidence.verdict(0.0).tokens == 0
 
 
@@ -356,7 +356,7 @@ def test_on_a_gpu_the_process_counts_the_gpus_time(tmp_path: Path, monkeypatch: 
 
 
 def test_the_process_takes_as_many_threads_as_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
     with session(World(), tmp_path, learner_threads=3) as (shared, _):
         it = Rehearsal(monkeypatch, shared, [(False, 0.0, False)])
         assert process.main() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from aurora_vllm.learner import remap
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.evaluate import simulate
-from aurora_vllm.learner.remap import move_to_vocabulary
+from aurora_vllm.learner.remap import plan_move
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.train import Trainer
 from aurora_vllm.learner.trajectory import Trajectory
@@ -22,6 +23,10 @@ from tests.unit.test_lesson import day0_draft
 
 SIZES = Sizes([9, 7], [3, 2], vocab=30, draft_vocab=11)
 VOCABULARIES = st.permutations(range(SIZES.vocab)).map(lambda ids: torch.tensor(sorted(ids[: SIZES.draft_vocab])))
+
+
+def move_to_vocabulary(*arguments: Any) -> int:
+    return plan_move(*arguments)()
 
 
 def trained(steps: int = 2) -> tuple[Trainer, TargetHead]:

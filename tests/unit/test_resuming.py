@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -68,11 +69,16 @@ def facts_that_are_none(kept: Path) -> None:
     (kept / "learner" / "state.json").write_text('{"format": 1, "statistics": null, "provenance": null}')
 
 
+def state_cut_short(kept: Path) -> None:
+    file = kept / "learner" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
 def no_config(kept: Path) -> None:
     (kept / "config.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [cut_short, empty_facts, facts_that_are_none, no_config])
+@pytest.mark.parametrize("damage", [cut_short, empty_facts, facts_that_are_none, no_config, state_cut_short])
 def test_a_damaged_latest_is_passed_over(
     tmp_path: Path, target: Target, kept: Path, damage: Callable[[Path], None], capsys: Any
 ) -> None:
@@ -86,6 +92,17 @@ def test_a_damaged_latest_is_passed_over(
     assert capsys.readouterr().err.endswith("to go on from: learning begins from the start\n")
     with pytest.raises(AuroraError):  # who names one means it
         models.resolve_draft(AuroraConfig(resume=kept), target)
+
+
+def test_a_file_that_may_not_be_read_now_is_not_damaged(
+    tmp_path: Path, target: Target, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(AuroraError, match="is no checkpoint"):
+        resuming.resumed_draft(AuroraConfig(resume="latest", checkpoint_dir=tmp_path / "kept"), target)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_for_is_refused(tmp_path: Path, target: Target) -> None:

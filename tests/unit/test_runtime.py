@@ -17,7 +17,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.runtime import Runtime
 from aurora_vllm.session import ENVIRONMENT_KEY, Session
-from aurora_vllm.supervisor import HANG_S, SAVE_S, STOP_S
+from aurora_vllm.supervisor import HANG_CPU_S, HANG_S, SAVE_S, STOP_S
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.ring import RingProducer
@@ -33,10 +33,18 @@ class Keeper:
     made: Keeper
 
     def __init__(
-        self, block: Any, ready: Any, threads: int, nice: int, stop_s: float, heartbeat: Any, hang_s: float
+        self,
+        block: Any,
+        ready: Any,
+        threads: int,
+        nice: int,
+        stop_s: float,
+        heartbeat: Any,
+        hang_s: float,
+        hang_cpu_s: float,
     ) -> None:
         self.block, self.ready, self.options, self.calls = block, ready, (threads, nice, stop_s), []
-        self.heartbeat, self.hang_s = heartbeat, hang_s
+        self.heartbeat, self.hangs = heartbeat, (hang_s, hang_cpu_s)
         Keeper.made = self
 
     def start(self) -> None:
@@ -81,7 +89,7 @@ def test_a_run_makes_its_memory_says_where_it_is_and_leaves_nothing(
         assert said.row_layout == serve_plan.layout
         assert (said.target, said.draft, said.resume) == (serve_plan.target.directory, serve_plan.draft.directory, None)
         keeper = Keeper.made
-        assert keeper.calls == ["start"] and keeper.options == (2, 5, STOP_S) and keeper.hang_s == HANG_S
+        assert keeper.calls == ["start"] and keeper.options == (2, 5, STOP_S) and keeper.hangs == (HANG_S, HANG_CPU_S)
         asleep = keeper.heartbeat()
         ControlBlock.attach(Segment.attach(said.control)).learner.beat()
         assert keeper.heartbeat() != asleep

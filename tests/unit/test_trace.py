@@ -248,3 +248,15 @@ def test_on_a_device_no_copy_makes_the_host_wait(monkeypatch: pytest.MonkeyPatch
         found = torch.cat([rows.here for rows in sink.rows])  # type: ignore[attr-defined]
     assert len(crossed) > 3 and not waits
     assert torch.equal(found, torch.cat(at_home.rows))
+
+
+def test_a_verdict_on_fewer_tokens_than_there_are_drafts_is_refused() -> None:
+    """Whoever fills the rows would read the next request's, or past the end."""
+    writer, sink, _ = make_writer()
+    step = make_step([4, 4], [3, 3], [1, 1])
+    step.sampled = step.sampled[:, :3]
+    for name in step.request_ids:
+        writer.begin(name, prompt_length=3, temperature=0.0, may_learn=True)
+    with pytest.raises(ValueError, match="fewer sampled tokens than drafts"):
+        writer.write(step)
+    assert not sink.rows
