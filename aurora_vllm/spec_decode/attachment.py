@@ -14,6 +14,7 @@ from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.consent import may_learn
 from aurora_vllm.spec_decode.device_copying import DeviceCopying
 from aurora_vllm.spec_decode.draft_layout import SwapRefused
+from aurora_vllm.spec_decode.kernel_trial import try_kernels
 from aurora_vllm.spec_decode.rehearsal import prepare_fill
 from aurora_vllm.spec_decode.row_fill import RowFill
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
@@ -25,6 +26,7 @@ from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.placement import CPU, lend_ends, place
+from aurora_vllm.transport.rows import RowLayout
 from aurora_vllm.transport.segment import Segment
 
 if TYPE_CHECKING:
@@ -91,20 +93,21 @@ class Attachment:
             ring, bank = Segment.attach(session.ring), Segment.attach(session.bank)
             producer, weights = place(ring, bank, self.device, worker, wanted=session.on_device)
             layout = session.row_layout
+            kernels_work = self._try_kernels(layout)
             lend_ends(lambda: find_ends(self._runner.get_model(), layout.hidden_size, layout.dtype), worker)
             self.writer = TraceWriter(
                 sink=producer,
                 layout=session.row_layout,
                 control=self.control,
                 sample_rate=session.config.sample_rate,
-                fill=self._prepare_fill(producer.device) if session.config.learn else None,
+                fill=self._prepare_fill(producer.device, kernels_work) if session.config.learn else None,
             )
             self.stager = self._make_stager(weights)
         except Exception as error:
             logger.exception("aurora: could not start; serving goes on without capture and swaps")
             worker.message = f"could not start: {type(error).__name__}: {error}"
             return
-        if isinstance(self._adapter, V2Adapter):
+        if isinstance(self._adapter, V2Adapter) and kernels_work:
             self._copying = DeviceCopying.begin(session, self._runner, self.control, self.device)
             self._adapter.copying = self._copying
         worker.capture_on = self._captures
@@ -182,9 +185,19 @@ class Attachment:
         worker.message = message
         worker.capture_on = self._captures
 
-    def _prepare_fill(self, ring: torch.device) -> RowFill:
+    def _try_kernels(self, layout: RowLayout) -> bool:
+        positions = getattr(getattr(self._runner, "speculator", None), "num_speculative_steps", 0)
+        if why_not := try_kernels(layout, self.device, int(positions)):
+            logger.warning(
+                "aurora: kernels of its own do not work on %s (%s): nothing is copied, rows are written by torch",
+                self.device,
+                why_not,
+            )
+        return not why_not
+
+    def _prepare_fill(self, ring: torch.device, with_kernel: bool) -> RowFill:
         most_rows = getattr(self._runner, "max_num_tokens", MOST_ROWS)
-        return prepare_fill(self.session.row_layout, ring, self.device, most_rows)
+        return prepare_fill(self.session.row_layout, ring, self.device, most_rows, with_kernel)
 
     def _make_stager(self, bank: WeightBank) -> Stager | None:
         """The swapper, or None (said in the control block) where this draft cannot take other weights."""

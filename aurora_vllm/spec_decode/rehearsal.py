@@ -25,13 +25,16 @@ logger = logging.getLogger("vllm.aurora")
 HEAD_BYTES = 4096  # more than goes up beside the words of a step's rows
 
 
-def prepare_fill(layout: RowLayout, ring: torch.device, target: torch.device, most_rows: int) -> RowFill:
+def prepare_fill(
+    layout: RowLayout, ring: torch.device, target: torch.device, most_rows: int, with_kernel: bool = True
+) -> RowFill:
     """The way to fill rows that a server is to use, rehearsed. Does not raise. Takes seconds on a GPU.
 
     Args:
         layout: of the rows.
         ring, target: devices that the ring's rows and the target lie on.
         most_rows: of one step.
+        with_kernel: whether the kernel may be loaded.
     """
     by_torch = TorchFill(layout)
     if target.type == "cpu":
@@ -39,8 +42,8 @@ def prepare_fill(layout: RowLayout, ring: torch.device, target: torch.device, mo
     try:
         reserve_pinned(most_rows * META_WORDS * 4 + HEAD_BYTES, target)
         expected = rehearse(by_torch, layout, ring, target)
-        if ring.type != "cuda":
-            return by_torch  # no kernel reaches it
+        if ring.type != "cuda" or not with_kernel:
+            return by_torch  # where the ring is elsewhere, no kernel reaches it
         from aurora_vllm.spec_decode.capture_kernel import COMPILED, KernelFill
 
         if not COMPILED:

@@ -32,11 +32,11 @@ def try_elsewhere(device: torch.device, names: Sequence[str], timeout_s: float =
     except subprocess.TimeoutExpired:
         raise NoDeviceMemory(f"another process did not open it within {timeout_s:g} s") from None
     if done.returncode:
-        why = _exception(done.stderr) or f"exit code {done.returncode}"
+        why = exception_line(done.stderr) or f"exit code {done.returncode}"
         raise NoDeviceMemory(f"another process cannot open it: {why}")
 
 
-def _exception(stderr: str) -> str:
+def exception_line(stderr: str) -> str:
     """What a process ended with: the line that names the exception, else its last one, or "".
 
     An exception of CUDA goes on for some lines behind its name, the last of them advice to who debugs torch.

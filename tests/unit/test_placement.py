@@ -323,9 +323,9 @@ def test_of_a_traceback_the_exception_is_told_and_not_the_advice_behind_it() -> 
         "torch.AcceleratorError: CUDA error: out of memory\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
         "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n\n"
     )
-    assert probe._exception(cuda_error) == "torch.AcceleratorError: CUDA error: out of memory"
-    assert probe._exception("a warning\nnothing is shared on cpu\n") == "nothing is shared on cpu"
-    assert probe._exception("") == ""
+    assert probe.exception_line(cuda_error) == "torch.AcceleratorError: CUDA error: out of memory"
+    assert probe.exception_line("a warning\nnothing is shared on cpu\n") == "nothing is shared on cpu"
+    assert probe.exception_line("") == ""
 
 
 def test_a_learner_that_cannot_open_it_ends_in_one_line(

@@ -86,6 +86,9 @@ def test_a_ring_on_the_host_is_filled_by_torch_and_rehearsed(
     pretended = Pretended(monkeypatch, {"torch": [1]})
     assert isinstance(prepare_fill(LAYOUT, CPU, CUDA, 8192), TorchFill)
     assert pretended.rehearsed == ["torch"] and not caplog.text
+    assert isinstance(prepare_fill(LAYOUT, CUDA, CUDA, 8192, with_kernel=False), TorchFill)
+    assert pretended.rehearsed == ["torch", "torch"] and not caplog.text
+    pretended.rehearsed.pop(), pretended.reserved.pop()
     assert isinstance(prepare_fill(LAYOUT, CPU, CPU, 8192), TorchFill)
     assert pretended.rehearsed == ["torch"] and len(pretended.reserved) == 1  # nothing waits on a CPU
 
@@ -107,5 +110,5 @@ def test_a_worker_rehearses_before_it_serves_if_anything_will_be_captured(
         worker = Attachment(shared, runner, V2Adapter)
         worker.start_serving()
         assert worker.serving and worker.writer.rows_by == "torch"
-        assert asked == [(shared.row_layout, CPU, CPU, 321)] * learn
+        assert asked == [(shared.row_layout, CPU, CPU, 321, True)] * learn
         worker.close()
