@@ -30,6 +30,11 @@ def unreadable(error: OSError) -> type[AuroraError]:
     return DamagedFile if isinstance(error, FileNotFoundError | NotADirectoryError) else AuroraError
 
 
+def first_line(error: BaseException) -> str:
+    """Of what it says; errors of CUDA go on with advice to who debugs torch."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 class SettingsError(AuroraError):
     """One or more settings are wrong; ``lines`` holds one message each."""
 

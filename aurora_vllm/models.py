@@ -15,7 +15,7 @@ from aurora_vllm import checkpoint, resuming
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.config_json import read_config
-from aurora_vllm.errors import PLAIN, AuroraError
+from aurora_vllm.errors import PLAIN, AuroraError, first_line
 from aurora_vllm.learner.target import check_learnable
 
 GIVE_ONE = f"give one with --aurora-draft; {PLAIN}"
@@ -158,7 +158,7 @@ def fetch(name: str, kind: str, weights: bool, revision: str | None = None, cach
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
     except Exception as error:  # the hub's client has a dozen kinds, network errors come bare
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        reason = first_line(error).rstrip(".") or type(error).__name__
         raise AuroraError(
             f"{kind} {name} is no directory here and cannot be had from the Hugging Face hub ({reason})",
             "check the name and the network",

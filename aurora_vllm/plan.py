@@ -135,7 +135,7 @@ def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> Learn
 
 def least_rows_on_gpu(args: Namespace) -> int:
     """Rows of a ring that a step of nothing but prompts does not fill alone."""
-    return 2 * (getattr(args, "max_num_batched_tokens", None) or LARGEST_STEP)
+    return 2 * _largest_step(args)
 
 
 def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
@@ -175,18 +175,24 @@ def plan_host(plan: ServePlan, args: Namespace, total: int) -> HostPlan:
 
 
 def _copies_bytes(plan: ServePlan, args: Namespace) -> int:
-    requests = getattr(args, "max_num_seqs", None) or MOST_REQUESTS
-    return device_bytes(requests, plan.config.prompt_lookup_answers) if plan.copied_tokens else 0
+    return device_bytes(_most_requests(args), plan.config.prompt_lookup_answers) if plan.copied_tokens else 0
 
 
 def _logits_bytes(plan: ServePlan, args: Namespace) -> int:
     """Proposals leave half of a step to those who wait (``DraftLengthAdvisor``); the target's logits of all that is
     verified lie side by side."""
-    config, requests = plan.config, getattr(args, "max_num_seqs", None) or MOST_REQUESTS
+    config, requests = plan.config, _most_requests(args)
     tokens = 0 if config.speculate == "never" else max(config.num_speculative_tokens, plan.copied_tokens)
-    half = (getattr(args, "max_num_batched_tokens", None) or LARGEST_STEP) // 2
-    unmeasured = max(0, min(requests * (1 + tokens), half) - requests)
+    unmeasured = max(0, min(requests * (1 + tokens), _largest_step(args) // 2) - requests)
     return unmeasured * plan.target.vocab_size * plan.layout.dtype.itemsize
+
+
+def _largest_step(args: Namespace) -> int:
+    return getattr(args, "max_num_batched_tokens", None) or LARGEST_STEP
+
+
+def _most_requests(args: Namespace) -> int:
+    return getattr(args, "max_num_seqs", None) or MOST_REQUESTS
 
 
 def _lends_ends(args: Namespace) -> bool:

@@ -63,7 +63,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     switches = {name: flags.pop(name) for name in SWITCHES if name in flags}
     off = bool(switches.get("off")) or _is_true("AURORA_OFF", environment.get("AURORA_OFF", ""))
     aurora_file = None
-    layers = [{key: (f"{FLAG_PREFIX}{_dashed(key)}", value) for key, value in flags.items()}]
+    layers = [{key: (flag_of(key), value) for key, value in flags.items()}]
     if not off:  # then nobody asked for settings; a stray variable must not stop plain vLLM
         file = switches.get("config") or environment.get("AURORA_CONFIG")
         from_file, aurora_file = settings_file.read(Path(file).expanduser()) if file else ({}, None)
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     )
     group.add_argument(f"{FLAG_PREFIX}config", metavar="FILE.yaml", help=SWITCHES["config"])
     for name, field in AuroraConfig.model_fields.items():
-        flag = f"{FLAG_PREFIX}{_dashed(name)}"
+        flag = flag_of(name)
         default = "" if field.default is None else f" (default: {field.default})"
         text = f"{field.description}{default}".replace("%", "%%")
         if field.annotation is bool:
@@ -174,7 +174,7 @@ def _validate(settings: Settings) -> AuroraConfig:
         lines = []
         for fault in error.errors():
             field = str(fault["loc"][0])
-            where, value = settings.get(field, (f"{FLAG_PREFIX}{_dashed(field)}, not given", fault["input"]))
+            where, value = settings.get(field, (f"{flag_of(field)}, not given", fault["input"]))
             reason = fault["msg"][:1].lower() + fault["msg"][1:]
             lines.append(f"{where}: {reason}, not {value!r}")
         raise SettingsError(lines) from None
@@ -191,8 +191,9 @@ def _is_true(variable: str, text: str) -> bool:
         raise SettingsError([f"{variable}: input should be a valid boolean, not {text!r}"]) from None
 
 
-def _dashed(field: str) -> str:
-    return field.replace("_", "-")
+def flag_of(field: str) -> str:
+    """The option that sets one of AuroraConfig's fields."""
+    return FLAG_PREFIX + field.replace("_", "-")
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.errors import GET_VLLM, AuroraError
+from aurora_vllm.settings import flag_of
 
 PLUGIN = "aurora"
 READ = "aurora_settings"  # where vLLM's parser puts what is ours
@@ -67,8 +68,9 @@ class VllmServer:
             self._parser = parser_class(prog="vllm")
             serve = self._command.subparser_init(self._parser.add_subparsers(dest="subparser"))
             for name in AuroraConfig.model_fields:  # in a file of vLLM's: settings_file.in_vllms has read them
-                flag = f"--aurora-{name.replace('_', '-')}"
-                serve.add_argument(flag, nargs="*", dest=READ, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+                serve.add_argument(
+                    flag_of(name), nargs="*", dest=READ, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+                )
         except (ImportError, AttributeError, TypeError, StopIteration) as error:
             raise UnknownLayout(f"{type(error).__name__}: {error}") from error
         (prepare or _spawn_workers)()

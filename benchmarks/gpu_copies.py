@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from aurora_vllm.control.copy_counts import NUM_KINDS, ORIGINS, CountsLayout
+from aurora_vllm.spec_decode.request_states import request_states
 from aurora_vllm.transport.cuda import tensor_over
 from benchmarks.gpu_copies_model import Model
 from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
-from benchmarks.v2_states import request_states
 
 ANSWERS = 50_000  # tokens of answers that are remembered for others
 WORDS, WORD_TOKENS, PHRASES, PHRASE_WORDS = 20, 3, 24, 5  # texts are phrases, and those share their words

@@ -55,7 +55,8 @@ def isolated(limit_s: float, work: Callable[..., dict[str, Any]], *args: Any) ->
         if not why:
             wait([process.sentinel], LEAVE_S)
         with suppress(ProcessLookupError):  # before the join: until then its number is nobody else's
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            assert process.pid is not None  # it was started; group 0 would be our own
+            os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
         ours.close()

@@ -29,9 +29,9 @@ from rich.progress import track
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.evaluate import Score
 from aurora_vllm.spec_decode.prompt_lookup import EarlierAnswers
+from aurora_vllm.spec_decode.request_states import request_states
 from benchmarks.copies import Walk, count_right
 from benchmarks.report import median_and_spread, write_report
-from benchmarks.v2_states import request_states
 
 LENGTHS = (3, 8)  # tokens of a proposal
 RESAMPLES = 500

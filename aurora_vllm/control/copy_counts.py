@@ -26,9 +26,9 @@ class CountsLayout:
     """Where which count stands, for proposals of at most ``positions`` tokens. All are int64 and only ever grow.
 
     ========== ============================================ ==================================================
-    seen       [NUM_KINDS]                                      proposals for which there was such a copy
-    compared   [NUM_KINDS, 4]                                   2 * (copy's first token right) + (draft's right)
-    simulated  [NUM_KINDS, positions + 1]                       copies by how many of their tokens came true
+    seen       [NUM_KINDS]                                  proposals for which there was such a copy
+    compared   [NUM_KINDS, 4]                               2 * (copy's first token right) + (draft's right)
+    simulated  [NUM_KINDS, positions + 1]                   copies by how many of their tokens came true
     verdicts   [ORIGINS, positions + 1, positions + 1]      by tokens verified, then tokens accepted
     versions   [2]                                          no counts: which versions origins 0 and 1 are
     ========== ============================================ ==================================================

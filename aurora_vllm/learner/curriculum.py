@@ -122,7 +122,8 @@ class Curriculum:
         Args:
             owed: whether training has to keep up with it.
         """
-        passes, self.fault = self._config.replay_passes if owed else 0.0, ""
+        self.fault = ""
+        passes = self._config.replay_passes if owed else 0.0
         with self._forgetting():
             is_held = self.replay.add(trajectory, passes)
         self._owed += passes * len(trajectory.token_ids) if is_held else 0.0

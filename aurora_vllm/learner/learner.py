@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from aurora_vllm.errors import AuroraError, notice
+from aurora_vllm.errors import AuroraError, first_line, notice
 from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget, DeviceClock
 from aurora_vllm.learner.curriculum import Curriculum
@@ -172,9 +172,7 @@ class Learner:
         try:
             return simulate(draft, self.head, trajectory, self.config.num_speculative_tokens)
         except RuntimeError as error:
-            why = (
-                f"{type(error).__name__} in scoring a request, which is no evidence: {str(error).partition(chr(10))[0]}"
-            )
+            why = f"{type(error).__name__} in scoring a request, which is no evidence: {first_line(error)}"
             if self.control.learner.message != why:
                 notice(why)
             self.control.learner.message = why
@@ -192,7 +190,8 @@ class Learner:
         if self.curriculum.add(trajectory, owed=not self.sleep.asleep):
             self._candidate_is_another("the draft vocabulary was chosen anew")
         block, curriculum = self.control.learner, self.curriculum
-        block.message = curriculum.fault or block.message
+        if curriculum.fault:
+            block.message = curriculum.fault
         block.vocabulary_coverage = curriculum.coverage.share(self.incumbent.target_ids)
         block.vocabulary_changes = curriculum.vocabulary_changes
         block.tokens_seen = curriculum.tokens_seen

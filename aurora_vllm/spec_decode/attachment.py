@@ -97,10 +97,10 @@ class Attachment:
             lend_ends(lambda: find_ends(self._runner.get_model(), layout.hidden_size, layout.dtype), worker)
             self.writer = TraceWriter(
                 sink=producer,
-                layout=session.row_layout,
+                layout=layout,
                 control=self.control,
                 sample_rate=session.config.sample_rate,
-                fill=self._prepare_fill(producer.device, kernels_work) if session.config.learn else None,
+                fill=self._prepare_fill(layout, producer.device, kernels_work) if session.config.learn else None,
             )
             self.stager = self._make_stager(weights)
         except Exception as error:
@@ -186,6 +186,8 @@ class Attachment:
         worker.capture_on = self._captures
 
     def _try_kernels(self, layout: RowLayout) -> bool:
+        if not (self.session.config.learn or self.session.config.prompt_lookup):
+            return True  # nobody is going to launch any
         positions = getattr(getattr(self._runner, "speculator", None), "num_speculative_steps", 0)
         if why_not := try_kernels(layout, self.device, int(positions)):
             logger.warning(
@@ -195,9 +197,9 @@ class Attachment:
             )
         return not why_not
 
-    def _prepare_fill(self, ring: torch.device, with_kernel: bool) -> RowFill:
+    def _prepare_fill(self, layout: RowLayout, ring: torch.device, with_kernel: bool) -> RowFill:
         most_rows = getattr(self._runner, "max_num_tokens", MOST_ROWS)
-        return prepare_fill(self.session.row_layout, ring, self.device, most_rows, with_kernel)
+        return prepare_fill(layout, ring, self.device, most_rows, with_kernel)
 
     def _make_stager(self, bank: WeightBank) -> Stager | None:
         """The swapper, or None (said in the control block) where this draft cannot take other weights."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -53,26 +52,16 @@ def main(device_name: str, hidden_size: int, num_aux: int, dtype: str, positions
     from aurora_vllm.spec_decode.capture_kernel import KernelFill
     from aurora_vllm.spec_decode.device_copies import DeviceCopies
     from aurora_vllm.spec_decode.rehearsal import rehearse
+    from aurora_vllm.spec_decode.request_states import request_states
 
     layout = RowLayout(hidden_size, num_aux, getattr(torch, dtype))
     rehearse(KernelFill(layout), layout, device, device)  # ends with a copy to the host, which waits
     if positions:
-        copies = DeviceCopies(_one_request(device), positions, 1024, device)
-        copies.rehearse()
+        tokens = torch.ones(1, 64, dtype=torch.int32, device=device)
+        states = request_states(tokens, tokens[:, 0].clone(), np.ones(1, dtype=np.int32), vocabulary=64)
+        DeviceCopies(states, positions, 1024, device).rehearse()
         torch.zeros(1, device=device).cpu()
     return 0
-
-
-def _one_request(device: torch.device) -> SimpleNamespace:
-    """What of vLLM's ``RequestState`` the copies look at."""
-    tokens, total = torch.ones(1, 64, dtype=torch.int32, device=device), torch.ones(1, dtype=torch.int32, device=device)
-    return SimpleNamespace(
-        max_num_reqs=1,
-        vocab_size=64,
-        all_token_ids=SimpleNamespace(gpu=tokens),
-        total_len=SimpleNamespace(gpu=total),
-        prompt_len=SimpleNamespace(np=np.ones(1, dtype=np.int32)),
-    )
 
 
 if __name__ == "__main__":

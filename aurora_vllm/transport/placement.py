@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aurora_vllm.errors import AuroraError
+from aurora_vllm.errors import AuroraError, first_line
 from aurora_vllm.transport.bank import CRC_CHUNK, WeightBank, bank_bytes, weights_bytes
 from aurora_vllm.transport.block import Block
 from aurora_vllm.transport.memory import NamedMemory, memory_for
@@ -153,5 +153,4 @@ def join(ring: Segment, bank: Segment, worker: Block) -> Joined:
 
 
 def _in_one_line(error: Exception) -> str:
-    """An error's first line: those of CUDA go on with advice to who debugs torch."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    return f"{type(error).__name__}: {first_line(error)}"

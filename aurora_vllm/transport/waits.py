@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from aurora_vllm.errors import first_line
+
 GRACE_S = 2.0  # after the owner's death, for work that was enqueued before it
 
 
@@ -60,5 +62,4 @@ def blaming(owner_lives: Callable[[], bool]) -> Iterator[None]:
             if time.monotonic() > patience:
                 raise
             time.sleep(0.01)
-        why = str(error).splitlines()[:1]
-        raise OwnerGone(f"the process that made the device memory died: {''.join(why)}") from error
+        raise OwnerGone(f"the process that made the device memory died: {first_line(error)}") from error

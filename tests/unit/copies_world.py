@@ -13,7 +13,7 @@ from aurora_vllm.control.copy_counts import NUM_KINDS, ORDERS, CountsLayout
 from aurora_vllm.control.copy_kinds import NO_COPY, CopyKinds
 from aurora_vllm.spec_decode.consent import LEARN_KEY, note_salt
 from aurora_vllm.spec_decode.device_copies import DeviceCopies
-from benchmarks.v2_states import request_states
+from aurora_vllm.spec_decode.request_states import request_states
 
 SLOTS, LONGEST_TEXT, VOCABULARY, ALL = 4, 400, 1000, (1 << NUM_KINDS) - 1
 DRAFT = 90  # the first of the tokens that the draft proposes; no text has them

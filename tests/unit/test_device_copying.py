@@ -22,10 +22,10 @@ from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
 from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.spec_decode.device_copying import DeviceCopying
 from aurora_vllm.spec_decode.draft_layout import SwapRefused
+from aurora_vllm.spec_decode.request_states import request_states
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
-from benchmarks.v2_states import request_states
 from tests.unit.tiny_world import World, session
 
 POSITIONS = 3
