@@ -1,0 +1,55 @@
+"""What the worker carries for the learner: what is on, and what is left of it where something fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aurora_vllm.spec_decode.attachment import Attachment
+from aurora_vllm.spec_decode.runner_v2 import V2Adapter
+from aurora_vllm.spec_decode.trace import StepTrace
+from tests.unit.test_runner_v2 import StrawRunner
+from tests.unit.tiny_world import World, session
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_nothing_is_captured_where_nobody_learns(tmp_path: Path, learn: bool) -> None:
+    with session(World(), tmp_path, learn=learn) as (shared, _):
+        attachment = Attachment(shared, StrawRunner(), V2Adapter)
+        attachment.start_serving()
+        assert attachment.serving and attachment.control.worker.capture_on == learn
+        asked: list[int] = []
+
+        def build() -> StepTrace:
+            asked.append(1)
+            raise RuntimeError("no step")
+
+        attachment._on_step(build)
+        assert len(asked) == attachment.control.worker.capture_errors == learn
+        attachment.close()
+
+
+def test_a_hook_that_never_captures_is_switched_off_though_requests_are_followed(tmp_path: Path) -> None:
+    with session(World(), tmp_path) as (shared, _):
+        attachment = Attachment(shared, StrawRunner(), V2Adapter)
+        attachment.start_serving()
+        step: Any = SimpleNamespace(finished_req_ids=[], scheduled_new_reqs=[], total_num_scheduled_tokens=1)
+        for turn in range(4):
+            attachment.step_starts(step)
+            assert attachment.control.worker.capture_on == (turn < 3)
+            attachment._on_step(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+        assert attachment.control.worker.capture_errors == 3
+        attachment.close()
+
+
+def test_a_worker_that_cannot_start_serves_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with session(World(), tmp_path) as (shared, _):
+        attachment = Attachment(shared, StrawRunner(), V2Adapter)
+        monkeypatch.setattr("aurora_vllm.spec_decode.attachment.place", lambda *args, **kwargs: 1 / 0)
+        attachment.start_serving()
+        assert not attachment.serving and not attachment.control.worker.attached
+        attachment.step_starts(None)  # type: ignore[arg-type]
+        attachment.close()
