@@ -70,7 +70,7 @@ class Runtime:
         )
         self.session.export()
         if plan.config.learn:
-            ready = engine_is_up.is_set if told_when_up else (lambda: bool(control.worker.attached))
+            ready = engine_is_up.is_set if told_when_up else (lambda: control.worker.attached)
             stop_s = SAVE_S if plan.config.checkpoint_dir else STOP_S
             self._supervisor = Supervisor(
                 control.server,
@@ -78,7 +78,7 @@ class Runtime:
                 plan.config.learner_threads,
                 plan.config.learner_nice,
                 stop_s=stop_s,
-                heartbeat=lambda: int(control.learner.heartbeat_ns),
+                heartbeat=lambda: control.learner.heartbeat_ns,
                 hang_s=HANG_S,
                 hang_cpu_s=HANG_CPU_S,
             )

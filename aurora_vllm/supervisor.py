@@ -18,11 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from aurora_vllm.errors import notice
 from aurora_vllm.parent import end_with_parent
 from aurora_vllm.pulse import Pulse
+
+if TYPE_CHECKING:
+    from aurora_vllm.transport.control import ServerBlock
 
 LEARNER = (sys.executable, "-m", "aurora_vllm.learner.process")
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
@@ -33,13 +36,6 @@ LOOK_S = 0.2  # between two looks at a learner that runs
 # A learner that shows no sign of life for so long, or for so much CPU time, hangs (pulse.py). Far more than it needs:
 # to end one that works would cost what it learned since its last checkpoint.
 HANG_S, HANG_CPU_S = 1800.0, 600.0
-
-
-class ServerBlock(Protocol):
-    """The server's part of the control block (aurora_vllm.transport.control)."""
-
-    learner_pid: int
-    learner_restarts: int
 
 
 class Supervisor(threading.Thread):

@@ -183,7 +183,7 @@ class SglangApi:
         return {"status": "ok" if learner["alive"] else learner["state"], "pool_size": self._pool_size()}
 
     def _pool_size(self) -> int:
-        return int(self._control.learner.replay_trajectories)
+        return self._control.learner.replay_trajectories
 
     def _refusal(self, request: Request) -> Response | None:
         """Of a request that changes something."""

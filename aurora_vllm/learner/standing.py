@@ -7,27 +7,27 @@ from typing import TYPE_CHECKING
 from aurora_vllm.learner.draft import Eagle3Draft, load_draft
 from aurora_vllm.session import CHECKPOINT_VERSION
 from aurora_vllm.transport.bank import TornPublish, WeightBank
-from aurora_vllm.transport.block import Block
+from aurora_vllm.transport.control import WorkerBlock
 
 if TYPE_CHECKING:
     from aurora_vllm.learner.learner import Learner
 
 
-def standing_version(bank: WeightBank, worker: Block) -> int:
+def standing_version(bank: WeightBank, worker: WorkerBlock) -> int:
     """The newest published version, unless it was rolled back: then the live one. 0 before the first publish."""
     published = bank.published()
     rolled_back = published != 0 and published == worker.rolled_back_version
-    return int(worker.live_version) if rolled_back else published
+    return worker.live_version if rolled_back else published
 
 
-def take_standing(draft: Eagle3Draft, bank: WeightBank, worker: Block) -> tuple[int, int]:
+def take_standing(draft: Eagle3Draft, bank: WeightBank, worker: WorkerBlock) -> tuple[int, int]:
     """Put the weights of the version that stands into a draft. Returns which that is, and its lineage: version 1, and
     the draft is as it was, where the bank does not hold it.
 
     A learner that was killed in a publish may have torn the newest version, which the worker had not taken yet, while
     the live one is held and whole.
     """
-    for version in (standing_version(bank, worker), int(worker.live_version)):
+    for version in (standing_version(bank, worker), worker.live_version):
         if version <= CHECKPOINT_VERSION:
             break
         try:

@@ -79,7 +79,7 @@ class Attachment:
             runner,
             on_step=self._on_step,
             on_propose=self._on_propose,
-            sits_out=lambda: bool(self.control.scheduler.draft_sits_out),
+            sits_out=lambda: self.control.scheduler.draft_sits_out,
         )
 
     def start_serving(self) -> None:
@@ -172,7 +172,7 @@ class Attachment:
     def _on_propose(self) -> int:
         worker = self.control.worker
         worker.proposed_step = worker.step
-        return int(worker.live_version)
+        return worker.live_version
 
     @property
     def _captures(self) -> bool:

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
-from aurora_vllm.transport.block import Block
+from aurora_vllm.transport.control import WorkerBlock
 
 logger = logging.getLogger("vllm.aurora")
 
@@ -24,7 +24,7 @@ class CachedPrompts:
         manager: vLLM's ``KVCacheManager``.
     """
 
-    def __init__(self, worker: Block, manager: Any) -> None:
+    def __init__(self, worker: WorkerBlock, manager: Any) -> None:
         self._worker, self._manager = worker, manager
         self._lineage = worker.live_lineage
         self._breaker = CircuitBreaker("forgetting cached prompts")

@@ -38,7 +38,7 @@ class CopyEvidence:
     def look(self) -> None:
         """Take in what the worker has counted. Call once a step; there is something new every few steps."""
         worker = self._control.worker
-        if (on := bool(worker.copies_on_device)) != self._on:
+        if (on := worker.copies_on_device) != self._on:
             self._on = on
             self._control.scheduler.copying = "on" if on else "failed in the worker: its log says how"
         if (taken := worker.copy_counts_taken) != self._taken:

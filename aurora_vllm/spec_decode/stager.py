@@ -105,7 +105,7 @@ class Stager:
 
         False where a newer publish has taken the slot meanwhile; that one will be staged in its turn.
         """
-        self.bank.hold(live=ready.weights.version, previous=int(self._worker.live_version))
+        self.bank.hold(live=ready.weights.version, previous=self._worker.live_version)
         if ready.publication.still_valid():
             return True
         self._hold()
@@ -125,7 +125,7 @@ class Stager:
             return False
         stall = time.perf_counter_ns() - started
         worker = self._worker
-        previous, before = int(worker.live_version), int(worker.live_lineage)
+        previous, before = worker.live_version, worker.live_lineage
         worker.live_version, worker.previous_version = staged.version, previous
         worker.live_lineage = lineage
         worker.swaps += 1
@@ -167,7 +167,7 @@ class Stager:
         self._thread.join(timeout=2.0)
 
     def _hold(self) -> None:
-        self.bank.hold(live=int(self._worker.live_version), previous=int(self._worker.previous_version))
+        self.bank.hold(live=self._worker.live_version, previous=self._worker.previous_version)
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):

@@ -24,7 +24,6 @@ learner's copies are over before it says so, so the worker waits for nothing.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,32 +31,55 @@ from typing import Any
 import torch
 
 from aurora_vllm.transport.bank_layout import (
-    ALIGNMENT,
     EVIDENCE_BYTES,
     PAGE,
     SLOTS,
     SPECS_AT,
     TensorSpec,
-    aligned,
     bank_bytes,
     decode,
     encode,
     sizes,
     weights_bytes,
 )
+from aurora_vllm.transport.bank_slot import Slot, SlotWords
+from aurora_vllm.transport.block import Block, Bool, Int
 from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.memory import HostMemory, Memory
 from aurora_vllm.transport.segment import Segment
 
 MAGIC = int.from_bytes(b"AURORABK", "little")
 FORMAT = 1
-CRC_CHUNK = 8 << 20  # bytes; large, because the GIL is taken back between two chunks
 
 __all__ = ["Publication", "TensorSpec", "TornPublish", "WeightBank", "bank_bytes", "weights_bytes"]
 
-# Indices of int64 words in the header; slot i has its own cache line at _SLOT + 8 * i.
-_MAGIC, _FORMAT, _SPEC_BYTES, _ELSEWHERE, _PUBLISHED, _HELD, _SLOT = 0, 1, 2, 3, 8, 16, 24
-_SEQUENCE, _VERSION, _CHECKSUM, _EVIDENCE = 0, 1, 2, 3
+
+class _Layout(Block):
+    """Written once, when the bank is made."""
+
+    __slots__ = ()
+
+    magic = Int()
+    format = Int()
+    spec_bytes = Int()
+    weights_elsewhere = Bool()
+
+
+class _LearnerWords(Block):
+    __slots__ = ()
+
+    published = Int()
+
+
+class _WorkerWords(Block):
+    __slots__ = ()
+
+    held = Int()  # live << 32 | previous, in one store: between two, a version could be held by neither
+
+
+_LEARNER_AT = _Layout.size()
+_WORKER_AT = _LEARNER_AT + _LearnerWords.size()
+_SLOTS_AT = _WORKER_AT + _WorkerWords.size()
 
 
 class TornPublish(RuntimeError):
@@ -71,8 +93,7 @@ class Publication:
     version: int
     tensors: dict[str, torch.Tensor]
     evidence: dict[str, Any]
-    _bank: WeightBank
-    _slot: int
+    _slot: Slot
     _sequence: int
 
     @property
@@ -84,33 +105,37 @@ class Publication:
     def still_valid(self) -> bool:
         """Whether the slot has not been written to since the read; what was copied out before this is then whole."""
         fence()
-        return bool(self._bank._slot_word(self._slot, _SEQUENCE) == self._sequence)
+        return self._slot.words.sequence == self._sequence
 
 
 class WeightBank:
     """Use :meth:`create` or :meth:`attach`."""
 
     def __init__(self, segment: Segment, memory: Memory | None = None) -> None:
-        words = segment.buf[:PAGE].cast("q") if segment.size >= PAGE else None
-        if words is None or words[_MAGIC] != MAGIC or words[_FORMAT] != FORMAT:
+        layout = _Layout(segment.buf) if segment.size >= PAGE else None
+        if layout is None or layout.magic != MAGIC or layout.format != FORMAT:
             raise ValueError(f"segment {segment.name} holds no weight bank of format {FORMAT}")
-        encoded = bytes(segment.buf[SPECS_AT : SPECS_AT + words[_SPEC_BYTES]])
+        encoded = bytes(segment.buf[SPECS_AT : SPECS_AT + layout.spec_bytes])
         self.specs = decode(encoded)
-        if (memory is not None) != bool(words[_ELSEWHERE]):
+        if (memory is not None) != layout.weights_elsewhere:
             where = "in other memory, which is to be given" if memory is None else "in it, nowhere else"
             raise ValueError(f"segment {segment.name} holds a bank whose weights lie {where}")
-        header, self._weights_bytes = sizes(self.specs, encoded)
+        header, weights = sizes(self.specs, encoded)
         if memory is None:
             memory = HostMemory(segment, header)
-            self._stride, evidence_at = self._weights_bytes + EVIDENCE_BYTES, header + self._weights_bytes
-            evidence_stride = self._stride
+            stride, evidence_at, evidence_stride = weights + EVIDENCE_BYTES, header + weights, weights + EVIDENCE_BYTES
         else:
-            self._stride, evidence_at, evidence_stride = self._weights_bytes, header, EVIDENCE_BYTES
+            stride, evidence_at, evidence_stride = weights, header, EVIDENCE_BYTES
         enough = segment.size >= evidence_at + (SLOTS - 1) * evidence_stride + EVIDENCE_BYTES
-        if not enough or len(memory.bytes) < (SLOTS - 1) * self._stride + self._weights_bytes:
+        if not enough or len(memory.bytes) < (SLOTS - 1) * stride + weights:
             raise ValueError(f"segment {segment.name} is too small for its weight bank")
-        self._words, self._memory = words, memory
-        self._evidence = [segment.buf[evidence_at + i * evidence_stride :][:EVIDENCE_BYTES] for i in range(SLOTS)]
+        self._learner = _LearnerWords(segment.buf[_LEARNER_AT:])
+        self._worker = _WorkerWords(segment.buf[_WORKER_AT:])
+        self._slots = []
+        for i in range(SLOTS):
+            words = SlotWords(segment.buf[_SLOTS_AT + i * SlotWords.size() :])
+            evidence = segment.buf[evidence_at + i * evidence_stride :][:EVIDENCE_BYTES]
+            self._slots.append(Slot(words, evidence, memory, i * stride, weights, self.specs))
 
     @classmethod
     def create(cls, segment: Segment, specs: Sequence[TensorSpec], memory: Memory | None = None) -> WeightBank:
@@ -129,11 +154,11 @@ class WeightBank:
         if segment.size < wanted:
             raise ValueError(f"a weight bank of {wanted} bytes does not fit into {segment.size} bytes")
         encoded = encode(specs)
-        words = segment.buf[:PAGE].cast("q")
-        words[_FORMAT], words[_SPEC_BYTES], words[_ELSEWHERE] = FORMAT, len(encoded), memory is not None
+        layout = _Layout(segment.buf)
+        layout.format, layout.spec_bytes, layout.weights_elsewhere = FORMAT, len(encoded), memory is not None
         segment.buf[SPECS_AT : SPECS_AT + len(encoded)] = encoded
         fence()
-        words[_MAGIC] = MAGIC  # last: whoever finds it finds the rest
+        layout.magic = MAGIC  # last: whoever finds it finds the rest
         return cls(segment, memory)
 
     @classmethod
@@ -164,23 +189,15 @@ class WeightBank:
             raise ValueError(f"version {version} is not newer than {self.newest()}, which the bank holds")
         self._check(tensors)
         slot = self._claim_slot()
-        with torch.no_grad():
-            for name, view in self._views(slot).items():
-                view.copy_(tensors[name])
-        self._memory.settle()
-        self._evidence[slot][: len(encoded)] = encoded
-        self._set_slot_word(slot, _EVIDENCE, len(encoded))
-        self._set_slot_word(slot, _CHECKSUM, self._checksum(slot, version, len(encoded)))
-        self._set_slot_word(slot, _VERSION, version)
+        slot.write(version, tensors, encoded)
+        slot.close()
         fence()
-        self._set_slot_word(slot, _SEQUENCE, self._slot_word(slot, _SEQUENCE) + 1)  # even again
-        fence()
-        self._words[_PUBLISHED] = version
+        self._learner.published = version
 
     def newest(self) -> int:
         """The highest version a slot is marked with; 0 for none. A writer killed before it said so left it unpublished:
         two slots of one number would be mistaken for each other."""
-        return max(self.published(), *(self._slot_word(i, _VERSION) for i in range(SLOTS)))
+        return max(self.published(), *(slot.words.version for slot in self._slots))
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         expected = {spec.name for spec in self.specs}
@@ -195,38 +212,32 @@ class WeightBank:
                     f"{spec.name}: {tuple(tensor.shape)} {tensor.dtype}, the bank holds {spec.shape} {spec.dtype}"
                 )
 
-    def _claim_slot(self) -> int:
-        """Mark a slot that is not held as being written: a torn one, else the oldest. Its index."""
+    def _claim_slot(self) -> Slot:
+        """Open a slot that is not held: a torn one, else the oldest."""
         while True:
             held = self.held()  # once: at most two versions, so a slot is left
-            free = [i for i in range(SLOTS) if not self._is_held(i, held)]
-            slot = min(free, key=lambda i: (self._slot_word(i, _SEQUENCE) % 2 == 0, self._slot_word(i, _VERSION)))
-            sequence = self._slot_word(slot, _SEQUENCE)
-            writing = sequence + 1 + sequence % 2  # odd, and new even where a dead writer left an odd one
-            self._set_slot_word(slot, _SEQUENCE, writing)
+            free = [slot for slot in self._slots if not _is_held(slot, held)]
+            slot = min(free, key=lambda slot: (not slot.is_torn, slot.words.version))
+            slot.open()
             fence()  # store the mark before looking at what is held: see the module's docstring
-            if not self._is_held(slot, self.held()):
+            if not _is_held(slot, self.held()):
                 return slot
-            self._set_slot_word(slot, _SEQUENCE, writing + 1)  # the worker claimed it meanwhile; nothing was written
-
-    def _is_held(self, slot: int, held: tuple[int, int]) -> bool:
-        version = self._slot_word(slot, _VERSION)
-        return version > 0 and version in held
+            slot.close()  # the worker claimed it meanwhile; nothing was written
 
     # --- worker ---
 
     def published(self) -> int:
         """The newest version, 0 before the first. One load: may be asked at every step."""
-        return int(self._words[_PUBLISHED])
+        return self._learner.published
 
     def hold(self, live: int, previous: int) -> None:
         """Only the worker calls this: the slots of these versions (below 2**31; 0: none) must not be overwritten."""
-        self._words[_HELD] = live << 32 | previous  # one store: between two, a version could be held by neither
+        self._worker.held = live << 32 | previous
         fence()
 
     def held(self) -> tuple[int, int]:
         """The versions the worker holds: (live, previous)."""
-        held = int(self._words[_HELD])
+        held = self._worker.held
         return held >> 32, held & 0xFFFFFFFF
 
     def read(self, version: int) -> Publication:
@@ -235,46 +246,22 @@ class WeightBank:
         Raises:
             TornPublish: the version is not in the bank (any more), or changed during the read, or its checksum is off.
         """
-        for slot in range(SLOTS):
-            sequence = self._slot_word(slot, _SEQUENCE)
+        for slot in self._slots:
+            sequence = slot.words.sequence
             fence()
-            if sequence % 2 == 0 and version > 0 and self._slot_word(slot, _VERSION) == version:
+            if sequence % 2 == 0 and version > 0 and slot.words.version == version:
                 break
         else:
             raise TornPublish(f"version {version} is not in the bank, or its publish was not finished")
-        stored, length = self._slot_word(slot, _CHECKSUM), self._slot_word(slot, _EVIDENCE)
-        checksum = self._checksum(slot, version, length, sequence)
-        encoded = bytes(self._evidence[slot][:length])
+        stored, encoded = slot.words.checksum, slot.evidence()
+        checksum = slot.crc32(version, encoded, sequence)
         fence()
-        if self._slot_word(slot, _SEQUENCE) != sequence:
+        if slot.words.sequence != sequence:
             raise TornPublish(f"version {version} was overwritten while it was read")
         if checksum != stored:
             raise TornPublish(f"version {version}: checksum {checksum:08x}, published as {stored:08x}")
-        return Publication(version, self._views(slot), json.loads(encoded), self, slot, sequence)
+        return Publication(version, slot.views(), json.loads(encoded), slot, sequence)
 
-    # --- slots ---
 
-    def _slot_word(self, slot: int, word: int) -> int:
-        return int(self._words[_SLOT + 8 * slot + word])
-
-    def _set_slot_word(self, slot: int, word: int, value: int) -> None:
-        self._words[_SLOT + 8 * slot + word] = value
-
-    def _views(self, slot: int) -> dict[str, torch.Tensor]:
-        memory = self._memory.bytes[slot * self._stride :][: self._weights_bytes]
-        views, start = {}, 0
-        for spec in self.specs:
-            views[spec.name] = memory[start : start + spec.nbytes].view(spec.dtype).view(spec.shape)
-            start += aligned(spec.nbytes, ALIGNMENT)
-        return views
-
-    def _checksum(self, slot: int, version: int, evidence_length: int, sequence: int | None = None) -> int:
-        """CRC-32 of version, evidence and tensors. With `sequence` it stops once the slot is being overwritten."""
-        crc = zlib.crc32(version.to_bytes(8, "little"))
-        crc = zlib.crc32(self._evidence[slot][: max(0, evidence_length)], crc)
-        first = slot * self._stride
-        for start in range(first, first + self._weights_bytes, CRC_CHUNK):
-            if sequence is not None and self._slot_word(slot, _SEQUENCE) != sequence:
-                break
-            crc = self._memory.crc32(start, min(start + CRC_CHUNK, first + self._weights_bytes), crc)
-        return crc
+def _is_held(slot: Slot, held: tuple[int, int]) -> bool:
+    return slot.words.version > 0 and slot.words.version in held

@@ -1,6 +1,16 @@
 """One process's fields in shared memory, as attributes.
 
-An integer or float is one aligned 8-byte store. A text or a list of floats is wider than that: it has several
+A block is a class whose fields are declared in it, and lie in memory in that order::
+
+    class WorkerBlock(Block):
+        __slots__ = ()
+        swaps = Int()
+        message = Text()
+
+    block = WorkerBlock(buf)
+    block.swaps += 1
+
+An integer or float is one aligned 8-byte store. A text or a list of numbers is wider than that: it has several
 copies, written in turn, and a counter that says which one is good, so a reader sees the old value or the new one, and a
 writer killed midway leaves the old one. (Two copies would do for a rare writer; beside one that writes without pause a
 reader then collides most of the time.)
@@ -10,134 +20,171 @@ from __future__ import annotations
 
 import math
 import struct
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 from aurora_vllm.transport.fence import fence
 
 COPIES = 8  # of a wide field
 POSITIONS = 8  # draft positions, the largest K
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What a field holds: "int", "bool", "float", "text" (UTF-8 of at most `width` bytes), "floats" (8 of them) or
-    "ints" (as many as fit into `width` bytes)."""
-
-    name: str
-    width: int = 8
-
-
-INT, BOOL, FLOAT = Kind("int"), Kind("bool"), Kind("float")
-TEXT, STATE = Kind("text", 200), Kind("text", 32)
-REQUEST, ANSWER = Kind("text", 4128), Kind("text", 1024)  # a path of 4096 bytes and a number; a sentence
-FLOATS = Kind("floats", 8 * POSITIONS)
-COUNTS = Kind("ints", 4096)
+T = TypeVar("T")
 
 
 class Block:
-    """The fields of one process, as attributes. Unknown names raise AttributeError."""
+    """Use a subclass that declares fields and empty ``__slots__``: unknown names then raise AttributeError."""
 
-    __slots__ = ("_buf", "_fields", "_floats", "_ints")
+    __slots__ = ("buf", "floats", "ints")
 
-    def __init__(self, buf: memoryview, fields: dict[str, Kind]) -> None:
-        place, at = {}, 0
-        for name, kind in fields.items():
-            place[name] = (kind, at)
-            at += _field_bytes(kind)
-        for slot, value in {
-            "_buf": buf,
-            "_ints": buf.cast("q"),
-            "_floats": buf.cast("d"),
-            "_fields": place,
-        }.items():
-            object.__setattr__(self, slot, value)
+    fields: ClassVar[dict[str, Field[Any]]] = {}  # in the order in which they lie; a base class's come first
 
-    def __getattr__(self, name: str) -> Any:
-        kind, at = self._place(name)
-        if kind.name == "float":
-            return self._floats[at // 8]
-        if kind.name == "int":
-            return self._ints[at // 8]
-        if kind.name == "bool":
-            return bool(self._ints[at // 8])
-        raw = self._read_wide(kind, at)
-        if kind.name == "text":
-            return raw.rstrip(b"\0").decode(errors="replace")
-        return memoryview(raw).cast("d" if kind.name == "floats" else "q").tolist()
+    def __init__(self, buf: memoryview) -> None:
+        """Over the first :meth:`size` bytes of `buf`, aligned to 8 bytes."""
+        buf = buf[: self.size()]
+        self.buf, self.ints, self.floats = buf, buf.cast("q"), buf.cast("d")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        kind, at = self._place(name)
-        if kind.name == "float":
-            self._floats[at // 8] = float(value)
-        elif kind.name in ("int", "bool"):
-            self._ints[at // 8] = int(value)
-        elif kind.name == "text":
-            self._write_wide(kind, at, _encode_text(value, kind.width))
-        else:
-            self._write_wide(kind, at, _encode_floats(value) if kind.name == "floats" else _encode_ints(value, kind))
+    def __init_subclass__(cls) -> None:
+        at = sum(field.size for field in cls.fields.values())
+        own = {name: field for name, field in vars(cls).items() if isinstance(field, Field)}
+        for field in own.values():
+            field.at, at = at, at + field.size
+        cls.fields = cls.fields | own
 
-    def beat(self) -> None:
-        """Set heartbeat_ns to now."""
-        self.heartbeat_ns = time.monotonic_ns()
+    @classmethod
+    def size(cls) -> int:
+        """Bytes, in whole cache lines, so that no two writers share one."""
+        return -(-sum(field.size for field in cls.fields.values()) // 64) * 64
 
     def snapshot(self) -> dict[str, Any]:
         """All fields as plain Python values that JSON can hold: a float that is not finite becomes None."""
-        return {name: _finite(getattr(self, name)) for name in self._fields}
+        return {name: _finite(getattr(self, name)) for name in self.fields}
 
-    def _place(self, name: str) -> tuple[Kind, int]:
-        try:
-            return self._fields[name]
-        except KeyError:
-            raise AttributeError(f"the control block has no field {name!r}") from None
 
-    def _read_wide(self, kind: Kind, at: int) -> bytes:
+class Field(ABC, Generic[T]):
+    """A descriptor: what a field holds, and where."""
+
+    at: int  # byte in the block
+    width = 8  # bytes of a value
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes in the block."""
+        return self.width
+
+    @overload
+    def __get__(self, block: None, owner: type[Block]) -> Self: ...
+    @overload
+    def __get__(self, block: Block, owner: type[Block]) -> T: ...
+    def __get__(self, block: Block | None, owner: type[Block]) -> Self | T:
+        return self if block is None else self._load(block)
+
+    @abstractmethod
+    def _load(self, block: Block) -> T: ...
+
+
+class Int(Field[int]):
+    """int64."""
+
+    def _load(self, block: Block) -> int:
+        return block.ints[self.at // 8]
+
+    def __set__(self, block: Block, value: int) -> None:
+        block.ints[self.at // 8] = int(value)
+
+
+class Bool(Field[bool]):
+    """An int64 that is 0 or 1."""
+
+    def _load(self, block: Block) -> bool:
+        return bool(block.ints[self.at // 8])
+
+    def __set__(self, block: Block, value: bool) -> None:
+        block.ints[self.at // 8] = int(value)
+
+
+class Float(Field[float]):
+    """float64."""
+
+    def _load(self, block: Block) -> float:
+        return block.floats[self.at // 8]
+
+    def __set__(self, block: Block, value: float) -> None:
+        block.floats[self.at // 8] = float(value)
+
+
+class Wide(Field[T]):
+    """A counter and :data:`COPIES` copies of `width` bytes."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    @property
+    def size(self) -> int:
+        return 8 + COPIES * self.width
+
+    def _read(self, block: Block) -> bytes:
         for _ in range(100):  # only a reader that loses the CPU in the middle looks twice; bounded all the same
-            count = self._ints[at // 8]
+            count = block.ints[self.at // 8]
             fence()
-            start = at + 8 + count % COPIES * kind.width
-            raw = bytes(self._buf[start : start + kind.width])
+            start = self.at + 8 + count % COPIES * self.width
+            raw = bytes(block.buf[start : start + self.width])
             fence()
-            if self._ints[at // 8] - count < COPIES - 1:  # the writer has not come round to this copy
+            if block.ints[self.at // 8] - count < COPIES - 1:  # the writer has not come round to this copy
                 break
         return raw
 
-    def _write_wide(self, kind: Kind, at: int, raw: bytes) -> None:
-        count = self._ints[at // 8] + 1
-        start = at + 8 + count % COPIES * kind.width
-        self._buf[start : start + kind.width] = raw.ljust(kind.width, b"\0")
+    def _write(self, block: Block, raw: bytes) -> None:
+        count = block.ints[self.at // 8] + 1
+        start = self.at + 8 + count % COPIES * self.width
+        block.buf[start : start + self.width] = raw.ljust(self.width, b"\0")
         fence()
-        self._ints[at // 8] = count
+        block.ints[self.at // 8] = count
 
 
-def _field_bytes(kind: Kind) -> int:
-    return 8 if kind.name in ("int", "bool", "float") else 8 + COPIES * kind.width
+class Text(Wide[str]):
+    """UTF-8 of at most `width` bytes: longer texts are cut between two characters."""
+
+    def __init__(self, width: int = 200) -> None:
+        super().__init__(width)
+
+    def _load(self, block: Block) -> str:
+        return self._read(block).rstrip(b"\0").decode(errors="replace")
+
+    def __set__(self, block: Block, value: str) -> None:
+        raw = str(value).replace("\0", "").encode(errors="replace")
+        fits = raw if len(raw) <= self.width else raw[: self.width].decode(errors="ignore").encode()
+        self._write(block, fits)
 
 
-def block_bytes(fields: dict[str, Kind]) -> int:
-    """Rounded up to whole cache lines, so that no two writers share one."""
-    return -(-sum(map(_field_bytes, fields.values())) // 64) * 64
+class Floats(Wide[list[float]]):
+    """A float64 for each draft position: the first :data:`POSITIONS` of what is stored, the rest zero."""
+
+    def __init__(self) -> None:
+        super().__init__(8 * POSITIONS)
+
+    def _load(self, block: Block) -> list[float]:
+        return memoryview(self._read(block)).cast("d").tolist()
+
+    def __set__(self, block: Block, value: Sequence[float]) -> None:
+        row = [float(number) for number in value][:POSITIONS]
+        self._write(block, struct.pack(f"={len(row)}d", *row))
 
 
-def _encode_text(value: str, width: int) -> bytes:
-    """UTF-8 without zero bytes, cut to width between two characters."""
-    raw = str(value).replace("\0", "").encode(errors="replace")
-    return raw if len(raw) <= width else raw[:width].decode(errors="ignore").encode()
+class Ints(Wide[list[int]]):
+    """`count` int64; those that were not stored are zero."""
 
+    def __init__(self, count: int) -> None:
+        super().__init__(8 * count)
 
-def _encode_floats(values: Any) -> bytes:
-    """The first 8 numbers, the rest zero."""
-    row = [float(value) for value in values][:POSITIONS]
-    return struct.pack(f"={POSITIONS}d", *row, *[0.0] * (POSITIONS - len(row)))
+    def _load(self, block: Block) -> list[int]:
+        return memoryview(self._read(block)).cast("q").tolist()
 
-
-def _encode_ints(values: Sequence[int], kind: Kind) -> bytes:
-    """The rest zero. Raises ValueError where they do not fit."""
-    if 8 * len(values) > kind.width:
-        raise ValueError(f"{len(values)} integers do not fit into {kind.width} bytes")
-    return struct.pack(f"={len(values)}q", *values)
+    def __set__(self, block: Block, value: Sequence[int]) -> None:
+        """Raises ValueError where there are too many."""
+        if 8 * len(value) > self.width:
+            raise ValueError(f"{len(value)} integers do not fit into {self.width} bytes")
+        self._write(block, struct.pack(f"={len(value)}q", *value))
 
 
 def _finite(value: Any) -> Any:

@@ -28,7 +28,7 @@ import torch
 
 from aurora_vllm.errors import AuroraError, first_line
 from aurora_vllm.transport.bank import CRC_CHUNK, WeightBank, bank_bytes, weights_bytes
-from aurora_vllm.transport.block import Block
+from aurora_vllm.transport.control import WorkerBlock
 from aurora_vllm.transport.memory import NamedMemory, memory_for
 from aurora_vllm.transport.probe import try_elsewhere
 from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingProducer
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 def place(
-    ring: Segment, bank: Segment, device: torch.device, worker: Block, wanted: bool
+    ring: Segment, bank: Segment, device: torch.device, worker: WorkerBlock, wanted: bool
 ) -> tuple[RingProducer, WeightBank]:
     """The worker's sides of ring and bank. May take seconds: before anything is served.
 
@@ -90,7 +90,7 @@ class Ends:
     lm_head: torch.Tensor  # the same; the same tensor where tied
 
 
-def lend_ends(find: Callable[[], Ends | None], worker: Block) -> None:
+def lend_ends(find: Callable[[], Ends | None], worker: WorkerBlock) -> None:
     """Let the learner read these where they lie: else it has copies of its own, which take gigabytes of a GPU.
 
     Where they cannot be lent one line says so, and that is what it does.
@@ -130,7 +130,7 @@ class Joined:
     ends: Ends | None = None  # of the target, lent
 
 
-def join(ring: Segment, bank: Segment, worker: Block) -> Joined:
+def join(ring: Segment, bank: Segment, worker: WorkerBlock) -> Joined:
     """Open what the worker placed.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from aurora_vllm.transport.control import BLOCKS, ControlBlock
+from aurora_vllm.transport.control import ControlBlock, ServerBlock
 
 POLL_S = 0.02
 
@@ -38,7 +38,7 @@ def ask(control: ControlBlock, directory: str, timeout_s: float) -> Answer:
         directory: of an EAGLE-3 checkpoint.
         timeout_s: how long to wait; the request is then withdrawn.
     """
-    if len(directory.encode()) > BLOCKS["server"]["update_request"].width - 32 or "\0" in directory:
+    if len(directory.encode()) > ServerBlock.update_request.width - 32 or "\0" in directory:
         return Answer(0, "model_path is too long, or no path")
     number = _number(control.server.update_request) + 1
     control.server.update_request = f"{number} {directory}"

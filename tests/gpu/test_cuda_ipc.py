@@ -10,7 +10,7 @@ import torch
 
 from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Standing
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes
-from aurora_vllm.transport.control import BLOCKS, ControlBlock, control_bytes
+from aurora_vllm.transport.control import ControlBlock, WorkerBlock, control_bytes
 from aurora_vllm.transport.cuda import CudaMemory
 from aurora_vllm.transport.placement import Ends, lend_ends, place
 from aurora_vllm.transport.ring import RingProducer, ring_bytes
@@ -98,7 +98,7 @@ def test_what_a_worker_places_and_lends_another_process_reads() -> None:
         assert processes.write_rows(producer, 9)
         assert processes.receive(pipe) == (9, 0)
         learner.join()
-        memory = [getattr(worker, name) for name in BLOCKS["worker"] if name.endswith("_memory")]
+        memory = [getattr(worker, name) for name in WorkerBlock.fields if name.endswith("_memory")]
         processes.remove((memory[0], memory[1]))
         processes.remove((memory[2], memory[3]))
 

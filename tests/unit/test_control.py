@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from aurora_vllm.control.copy_counts import CountsLayout
 from aurora_vllm.transport.acceptance import ROWS, VersionAcceptance
-from aurora_vllm.transport.block import COPIES, POSITIONS
-from aurora_vllm.transport.control import BLOCKS, ControlBlock, control_bytes
+from aurora_vllm.transport.block import COPIES, POSITIONS, Bool, Float, Floats, Int, Ints, Text
+from aurora_vllm.transport.control import BLOCKS, ControlBlock, WorkerBlock, control_bytes
 from aurora_vllm.transport.segment import Segment
 from tests.unit import transport_children as children
 
@@ -26,13 +26,13 @@ def segment() -> Iterator[Segment]:
         yield made
 
 
-VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "int": st.integers(-(2**63), 2**63 - 1),
-    "bool": st.booleans(),
-    "float": st.floats(allow_nan=False),
-    "text": st.text(st.characters(min_codepoint=1, codec="utf-8"), max_size=8),
-    "floats": st.lists(st.floats(allow_nan=False), min_size=8, max_size=8),
-    "ints": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9).map(lambda row: row + [0] * (512 - len(row))),
+VALUES: dict[type, st.SearchStrategy[Any]] = {
+    Int: st.integers(-(2**63), 2**63 - 1),
+    Bool: st.booleans(),
+    Float: st.floats(allow_nan=False),
+    Text: st.text(st.characters(min_codepoint=1, codec="utf-8"), max_size=8),
+    Floats: st.lists(st.floats(allow_nan=False), min_size=8, max_size=8),
+    Ints: st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9).map(lambda row: row + [0] * (512 - len(row))),
 }
 
 
@@ -42,9 +42,9 @@ def test_every_field_keeps_its_own_value(data: st.DataObject) -> None:
     with Segment.create("control", control_bytes()) as segment:
         writer = ControlBlock.create(segment)
         values = {
-            (block, name): data.draw(VALUES[kind.name])
-            for block, fields in BLOCKS.items()
-            for name, kind in fields.items()
+            (block, name): data.draw(VALUES[type(field)])
+            for block, kind in BLOCKS.items()
+            for name, field in kind.fields.items()
         }
         order = data.draw(st.permutations(list(values)))
         for block, name in order:
@@ -89,8 +89,8 @@ def test_counting_up_and_plain_values(segment: Segment) -> None:
     snapshot = ControlBlock.attach(Segment.attach(segment.name)).snapshot()
     assert json.loads(json.dumps(snapshot, allow_nan=False)) == snapshot
     assert {block: set(fields) for block, fields in snapshot.items()} == {
-        block: set(fields) | ({"acceptance", "acceptance_total"} if block == "scheduler" else set())
-        for block, fields in BLOCKS.items()
+        block: set(kind.fields) | ({"acceptance", "acceptance_total"} if block == "scheduler" else set())
+        for block, kind in BLOCKS.items()
     }
     assert snapshot["worker"]["swaps"] == 2
     assert snapshot["worker"]["capture_on"] is True
@@ -118,12 +118,13 @@ def test_what_the_worker_counts_fits(segment: Segment) -> None:
         control.worker.copy_counts = [0] * 513
 
 
-def test_unknown_names_are_mistakes(segment: Segment) -> None:
-    control = ControlBlock.attach(segment)
-    with pytest.raises(AttributeError, match="no field 'swap'"):
-        control.worker.swap = 1
-    with pytest.raises(AttributeError, match="no field 'swap'"):
-        _ = control.worker.swap
+@pytest.mark.parametrize("name", BLOCKS)
+def test_unknown_names_are_mistakes(segment: Segment, name: str) -> None:
+    block = getattr(ControlBlock.attach(segment), name)
+    with pytest.raises(AttributeError, match="no attribute 'swap'"):
+        block.swap = 1
+    with pytest.raises(AttributeError, match="no attribute 'swap'"):
+        _ = block.swap
 
 
 def test_heartbeat(segment: Segment) -> None:
@@ -203,10 +204,10 @@ def test_a_text_written_between_any_two_lines_of_a_read(segment: Segment) -> Non
             def intrude(count: int = writes) -> None:
                 for text in texts[1 : count + 1]:
                     writer.worker.message = text
-                kind, at_byte = BLOCKS["worker"]["message"], writer.worker._fields["message"][1]
-                copy = (writer.worker._ints[at_byte // 8] + 1) % COPIES  # and it is half-way through the next one
-                start = at_byte + 8 + copy * kind.width
-                writer.worker._buf[start : start + 100] = b"#" * 100
+                field = WorkerBlock.message
+                copy = (writer.worker.ints[field.at // 8] + 1) % COPIES  # and it is half-way through the next one
+                start = field.at + 8 + copy * field.width
+                writer.worker.buf[start : start + 100] = b"#" * 100
 
             children.at_line(at, intrude)
             message = reader.worker.message

@@ -22,7 +22,7 @@ from aurora_vllm.learner.memory import CONTEXT_BYTES, MIB, DraftSizes, GpuMemory
 from aurora_vllm.runtime import Runtime
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.transport.bank import weights_bytes
-from aurora_vllm.transport.control import BLOCKS, ControlBlock
+from aurora_vllm.transport.control import ControlBlock, WorkerBlock
 from aurora_vllm.transport.ring import HEADER_BYTES
 from aurora_vllm.transport.segment import SHM, Segment
 from tests.unit.test_plan import draft_dir, serve_plan, target
@@ -184,7 +184,7 @@ def test_the_server_says_what_is_wanted_and_removes_what_the_worker_made(
                 with (SHM / name).open("rb") as other, pytest.raises(BlockingIOError):  # no sweep takes it away
                     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
             control = ControlBlock.attach(Segment.attach(runtime.session.control))
-            kinds = [name for name in BLOCKS["worker"] if name.endswith("_memory")]
+            kinds = [name for name in WorkerBlock.fields if name.endswith("_memory")]
             made = [SHM / f"aurora-1-1-0123456789abcdef-{kind}" for kind in kinds]
             for kind, page in zip(kinds, made, strict=True):
                 page.touch()

@@ -243,8 +243,8 @@ def test_the_next_learner_goes_on_from_the_bank(tmp_path: Path) -> None:
         serve(world, second, producer, range(7, 14))
         assert second.bank.published() > published
 
-        slot = next(i for i in range(3) if second.bank._slot_word(i, 1) == second.bank.published())
-        second.bank._set_slot_word(slot, 0, 1)  # torn: its writer died in it
+        slot = next(slot for slot in second.bank._slots if slot.words.version == second.bank.published())
+        slot.words.sequence = 1  # torn: its writer died in it
         assert Learner(shared).version == 1
 
 
@@ -258,8 +258,8 @@ def test_a_publish_that_was_cut_short_leaves_the_live_version_to_go_on_from(tmp_
             assert first.bank.published() == first.version == version
         first.bank.hold(live=2, previous=1)
         first.control.worker.live_version = 2
-        slot = next(i for i in range(3) if first.bank._slot_word(i, 1) == 3)
-        first.bank._set_slot_word(slot, 0, 1)
+        slot = next(slot for slot in first.bank._slots if slot.words.version == 3)
+        slot.words.sequence = 1
         second = Learner(shared)
         assert second.version == 2
         assert_same(weights(second.incumbent), first.bank.read(2).tensors)
@@ -278,7 +278,7 @@ def test_the_number_of_a_publish_that_was_not_finished_is_not_taken_again(tmp_pa
         first = Learner(shared)
         serve(world, first, producer, range(1))
         published = first.bank.published()
-        first.bank._words[8] = published - 1  # as where it was killed before it said so
+        first.bank._learner.published = published - 1  # as where it was killed before it said so
         second = Learner(shared)
         serve(world, second, producer, range(1, 2))
         assert second.bank.published() == second.version == published + 1

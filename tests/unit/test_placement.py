@@ -168,7 +168,7 @@ def test_what_a_checksum_needs_is_taken_before_anything_is_served(
         _, weights = place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
         ((name, size),) = summed
         assert name == BANK and tried
-        weights._checksum(0, 1, 0)
+        weights._slots[0].crc32(1, b"")
         assert max(asked for _, asked in summed[1:]) <= size  # no later one needs more
 
 
