@@ -92,11 +92,11 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
 
     os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)
     with one_line_for_os_errors():
-        plan = replace(_plan(invocation, server, args, probes), model_runner=runner)
-        preflight.check_shared_memory(plan.ring_bytes + plan.bank_bytes)
+        plan = _plan(invocation, server, args, runner, probes)
         if invocation.plan:
             plan_view.show(plan, invocation.plan)
             return 0
+        preflight.check_shared_memory(plan.shared_bytes)
         for line in plan.aurora_file.summary() if plan.aurora_file else ():
             notice(line)
         preflight.check_port(args)
@@ -118,7 +118,9 @@ def _speculative_fields() -> frozenset[str]:
     return compat.fields_of("vllm.config:SpeculativeConfig")
 
 
-def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: tuple[Probe, ...]) -> ServePlan:
+def _plan(
+    invocation: Invocation, server: VllmServer, args: Namespace, runner: ModelRunner, probes: tuple[Probe, ...]
+) -> ServePlan:
     from aurora_vllm import models, preflight
     from aurora_vllm import plan as plans
 
@@ -128,7 +130,7 @@ def _plan(invocation: Invocation, server: VllmServer, args: Namespace, probes: t
     total = preflight.gpu_total_bytes()
     rows = plans.least_rows_on_gpu(args) if total is not None else 0
     draft = models.resolve_draft(config, target, (args.speculative_config or {}).get("revision"))
-    plan = plans.make_plan(config, server.version, target, draft, probes, rows)
+    plan = plans.make_plan(config, args, server.version, target, draft, runner, probes, rows)
     preflight.check_kv_cache(plan, args)
     gpu = plans.plan_gpu(plan, args, total) if total is not None else None
     memory = preflight.host_total_bytes()

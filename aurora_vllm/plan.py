@@ -17,6 +17,7 @@ from aurora_vllm.interop.aurora_yaml import AuroraFile
 from aurora_vllm.learner.memory import MIB, DraftSizes, LearnerMemory, predict, predict_gpu
 from aurora_vllm.preflight import SCHEDULER_CLASS, WORKER_CLASS
 from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS, device_bytes
+from aurora_vllm.speculative_config import given_fields
 from aurora_vllm.transport.bank import bank_bytes, weights_bytes
 from aurora_vllm.transport.ring import HEADER_BYTES, ring_bytes
 from aurora_vllm.transport.rows import RowLayout
@@ -38,22 +39,23 @@ MOST_REQUESTS = 1024  # likewise its max_num_seqs
 KEEP_LAST_BLOCK, HASHES_LOOK_AHEAD = "disable_eagle_block_drop", "disable_lookahead_block_hashes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServePlan:
     """One run of the server. Sizes in bytes."""
 
     config: AuroraConfig
     vllm_version: str
+    model_runner: ModelRunner
+    probes: tuple[Probe, ...]
     target: Target
     draft: Draft
+    copied_tokens: int  # most of them that are copied in place of a draft
     layout: RowLayout
     ring_rows: int
     ring_bytes: int
     bank_bytes: int
     learner: LearnerMemory  # at its peak, without the shared ring and bank
-    probes: tuple[Probe, ...]
     aurora_file: AuroraFile | None = None
-    model_runner: ModelRunner | None = None
     gpu: GpuPlan | None = None  # None where the target runs on a CPU
     host: HostPlan | None = None  # only there
 
@@ -63,13 +65,9 @@ class ServePlan:
         return all(probe.ok for probe in self.probes)
 
     @property
-    def copied_tokens(self) -> int:
-        """Most tokens copied in place of a draft."""
-        config = self.config
-        if not config.prompt_lookup or config.speculate == "never" or self.model_runner is None:
-            return 0
-        on_device = self.model_runner.name == "V2"
-        return min(config.prompt_lookup_tokens, MOST_TOKENS) if on_device else config.prompt_lookup_tokens
+    def shared_bytes(self) -> int:
+        """Of shared memory; the control block's few pages are not counted."""
+        return self.ring_bytes + self.bank_bytes
 
     @property
     def draft_kv_bytes(self) -> int:
@@ -85,15 +83,18 @@ class ServePlan:
 
 def make_plan(
     config: AuroraConfig,
+    args: Namespace,
     vllm_version: str,
     target: Target,
     draft: Draft,
+    model_runner: ModelRunner,
     probes: tuple[Probe, ...] = (),
     least_rows: int = 0,
 ) -> ServePlan:
     """Work out the sizes.
 
     Args:
+        args: vLLM's.
         least_rows: of the ring, where the settings do not say how large it is.
 
     Raises:
@@ -112,9 +113,37 @@ def make_plan(
             f"--aurora-ring-mb {ring_mb} holds {rows} rows of {layout.row_bytes} bytes",
             f"this model needs at least {need}, better {16 * need}",
         )
-    sizes = ring_bytes(layout.row_bytes, rows), bank_bytes(draft.specs)
-    learner = predict_learner(config, target, draft)
-    return ServePlan(config, vllm_version, target, draft, layout, rows, *sizes, learner, probes)
+    if not config.learn:
+        rows = MIN_RING_ROWS  # nobody writes or reads any
+    return ServePlan(
+        config=config,
+        vllm_version=vllm_version,
+        model_runner=model_runner,
+        probes=probes,
+        target=target,
+        draft=draft,
+        copied_tokens=most_copied(config, args, model_runner),
+        layout=layout,
+        ring_rows=rows,
+        ring_bytes=ring_bytes(layout.row_bytes, rows),
+        bank_bytes=bank_bytes(draft.specs),
+        learner=predict_learner(config, target, draft),
+    )
+
+
+def most_copied(config: AuroraConfig, args: Namespace, model_runner: ModelRunner) -> int:
+    """Most tokens that may be copied in place of a draft; 0: none are."""
+    if not config.prompt_lookup or config.speculate == "never":
+        return 0
+    if given_fields(args).get("draft_sample_method", "greedy") != "greedy":
+        return 0  # spec_decode/scheduler.py says why
+    most = config.prompt_lookup_tokens
+    if model_runner.name == "V2":
+        most = min(most, MOST_TOKENS)  # its kernels' limit
+    if getattr(args, "enable_lora", False):
+        # vLLM then wants room in a step for as many proposed tokens of every request.
+        most = min(most, config.num_speculative_tokens)
+    return most
 
 
 def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> LearnerMemory:
@@ -143,13 +172,13 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
     config, target, draft = plan.config, plan.target, plan.draft
     memory = predict_gpu(
         _draft_sizes(target, draft),
-        0 if _lends_ends(args) else target_head_bytes(target),
-        _most_rows(config, target),
-        config.ttt_length,
-        plan.ring_bytes - HEADER_BYTES,
-        weights_bytes(draft.specs),
-        _copies_bytes(plan, args),
-        _logits_bytes(plan, args),
+        target_bytes=0 if _lends_ends(args) else target_head_bytes(target),
+        rows=_most_rows(config, target),
+        ttt_length=config.ttt_length,
+        ring_bytes=plan.ring_bytes - HEADER_BYTES,
+        weights_bytes=weights_bytes(draft.specs),
+        copies_bytes=_copies_bytes(plan, args),
+        logits_bytes=_logits_bytes(plan, args),
     )
     refused = "there is no learner" if not config.learn else ""
     if config.learner_device == "cpu":
@@ -164,7 +193,7 @@ def plan_host(plan: ServePlan, args: Namespace, total: int) -> HostPlan:
     Raises:
         AuroraError: more than there is.
     """
-    ours = plan.ring_bytes + plan.bank_bytes + (plan.learner.total if plan.config.learn else 0)
+    ours = plan.shared_bytes + (plan.learner.total if plan.config.learn else 0)
     if ours >= total:
         raise AuroraError(
             f"ring, bank and learner want {ours / MIB:.0f} MiB, and the host has {total / MIB:.0f}",
@@ -221,13 +250,8 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
     """
     args.worker_cls = WORKER_CLASS
     args.scheduler_cls = SCHEDULER_CLASS
-    given = {key.replace("-", "_"): value for key, value in (args.speculative_config or {}).items()}
     most, copied = plan.config.num_speculative_tokens, plan.copied_tokens
-    if given.get("draft_sample_method", "greedy") != "greedy":
-        copied = 0  # spec_decode/scheduler.py says why
-    if getattr(args, "enable_lora", False):
-        copied = min(copied, most)  # vLLM then wants room in a step for as many tokens of every request
-    args.speculative_config = given | {
+    args.speculative_config = given_fields(args) | {
         "method": "eagle3",
         "model": str(plan.draft.directory),
         # To vLLM this is how many proposed tokens it may have to verify, and some are copied.
@@ -237,7 +261,7 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
         args.speculative_config.setdefault(KEEP_LAST_BLOCK, True)
     if (share := plan.gpu or plan.host) is not None:
         args.gpu_memory_utilization = share.utilization
-    if plan.model_runner is not None and plan.model_runner.name == "V2":
+    if plan.model_runner.name == "V2":
         # V2 captures CUDA graphs for the draft lengths that vLLM's own table of them names, and only for those. Our
         # scheduler takes no others, and does not look at the batch sizes that stand there.
         lengths = sorted({*range(most + 1), copied}, reverse=True)

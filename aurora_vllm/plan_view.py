@@ -14,6 +14,7 @@ from rich.table import Table
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.memory import MIB
 from aurora_vllm.plan import ServePlan
+from aurora_vllm.transport.segment import SHM, free_bytes
 
 
 def show(plan: ServePlan, style: str) -> None:
@@ -38,7 +39,7 @@ def as_dict(plan: ServePlan) -> dict[str, Any]:
     return {
         "vllm_version": plan.vllm_version,
         "serves": "aurora" if plan.fits else "plain vLLM",
-        "model_runner": asdict(plan.model_runner) if plan.model_runner else None,
+        "model_runner": asdict(plan.model_runner),
         "model": plan.target.model,
         "target": {
             "directory": str(plan.target.directory),
@@ -64,6 +65,7 @@ def as_dict(plan: ServePlan) -> dict[str, Any]:
             "ring_rows": plan.ring_rows,
             "ring_bytes": plan.ring_bytes,
             "bank_bytes": plan.bank_bytes,
+            "shared_bytes": plan.shared_bytes,
             "kv_bytes_per_token": {"draft": plan.draft_kv_bytes, "target": plan.target_kv_bytes},
             "replay_bytes": plan.config.replay_mb * MIB,
             "learner_peak_bytes": plan.learner.total if plan.config.learn else 0,
@@ -80,8 +82,7 @@ def as_dict(plan: ServePlan) -> dict[str, Any]:
 def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
     config, target, draft = plan.config, plan.target, plan.draft
     yield "vLLM", plan.vllm_version
-    if plan.model_runner is not None:
-        yield "model runner", f"{plan.model_runner.name} ({plan.model_runner.reason})"
+    yield "model runner", f"{plan.model_runner.name} ({plan.model_runner.reason})"
     yield (
         "model",
         f"{target.model} ({target.num_layers} layers, hidden {target.hidden_size}, vocabulary {target.vocab_size})",
@@ -94,6 +95,9 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
     yield "speculation", f"K up to {config.num_speculative_tokens}, {copies}, {config.speculate}"
     yield "trace ring", f"{plan.ring_bytes / MIB:.1f} MiB ({plan.ring_rows} rows of {plan.layout.row_bytes} bytes)"
     yield "weight bank", f"{plan.bank_bytes / MIB:.1f} MiB (three slots)"
+    free = free_bytes()
+    room = "" if free is None else f", and {SHM} has {free / MIB:.0f} free"
+    yield "shared memory", f"{plan.shared_bytes / MIB:.0f} MiB for both{room}"
     yield "KV cache", _kv_cache(plan)
     yield "replay", f"{config.replay_mb} MiB"
     if config.learn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -34,7 +35,7 @@ def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: fro
     by = _fold_short_flags(args)
     if args.speculative_config is None:
         return config
-    given = {key.replace("-", "_"): value for key, value in args.speculative_config.items()}
+    given = given_fields(args)
     method, model = given.get("method", "eagle3"), given.get("model")
     if method != "eagle3" or not model:
         what = f"method {method!r}" if method != "eagle3" else "no model"
@@ -54,6 +55,11 @@ def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: fro
     except ValidationError as error:
         fault = error.errors()[0]
         raise AuroraError(f"{by}: {fault['loc'][0]}: {fault['msg']}, not {fault['input']!r}") from None
+
+
+def given_fields(args: Namespace) -> dict[str, Any]:
+    """What ``--speculative-config`` says, by the names of vLLM's fields."""
+    return {key.replace("-", "_"): value for key, value in (getattr(args, "speculative_config", None) or {}).items()}
 
 
 def _fold_short_flags(args: Namespace) -> str:

@@ -27,7 +27,8 @@ from dataclasses import dataclass
 import torch
 
 from aurora_vllm.errors import AuroraError, first_line
-from aurora_vllm.transport.bank import CRC_CHUNK, WeightBank, bank_bytes, weights_bytes
+from aurora_vllm.transport.bank import WeightBank, bank_bytes, weights_bytes
+from aurora_vllm.transport.bank_slot import CRC_CHUNK
 from aurora_vllm.transport.control import WorkerBlock
 from aurora_vllm.transport.memory import NamedMemory, memory_for
 from aurora_vllm.transport.probe import try_elsewhere

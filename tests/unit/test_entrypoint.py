@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from aurora_vllm import cli, entrypoint, models, plan, preflight, resuming, vllm_server
+from aurora_vllm.checkpoint import Target
 from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
@@ -164,6 +166,28 @@ def test_what_can_be_wrong_is_looked_at_before_anything_is_made(stage: Stage, mo
     assert os.environ["VLLM_PLUGINS"] == "aurora"  # vLLM lets our routes in
     made, told_when_up = stage.runtime
     assert made.model_runner.name == "V1" and told_when_up
+
+
+def test_a_plan_counts_copies_and_shows_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any, target: Target, draft_dir: Path
+) -> None:
+    """Through everything between the command line and what is printed; for a GPU, because there they take memory."""
+    monkeypatch.setattr(entrypoint, "_probes", lambda: (ModelRunner("V2", "a test said so"), ()))
+    monkeypatch.setattr(preflight, "gpu_total_bytes", lambda: 80 << 30)
+    monkeypatch.setattr(preflight, "host_total_bytes", lambda: None)
+    monkeypatch.setattr(preflight, "free_bytes", lambda: 1 << 20)
+    monkeypatch.setitem(ARGS, "model", str(target.directory))
+    monkeypatch.setitem(ARGS, "gpu_memory_utilization", 0.9)
+    monkeypatch.setitem(ARGS, "max_num_seqs", 64)
+    argv = ["M", f"--aurora-draft={draft_dir}"]
+    assert entrypoint.main([*argv, "--aurora-plan=json"]) == 0
+    shown = json.loads(capfd.readouterr().out)
+    assert shown["speculation"]["copied_tokens"] == 8
+    memory = shown["memory"]
+    assert memory["gpu"]["parts"]["copies"] > 0 and memory["gpu"]["parts"]["logits"] == 64 * 8 * target.vocab_size * 4
+    assert entrypoint.main(argv) == 2
+    wanted = f"ring and bank want {memory['shared_bytes'] / 2**20:.0f} MiB of shared memory, and /dev/shm has 1 free"
+    assert wanted in capfd.readouterr().err and FakeServer.ran is None
 
 
 def test_whatever_ends_the_server_its_processes_end(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

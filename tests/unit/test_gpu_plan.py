@@ -25,7 +25,7 @@ from aurora_vllm.transport.bank import weights_bytes
 from aurora_vllm.transport.control import ControlBlock, WorkerBlock
 from aurora_vllm.transport.ring import HEADER_BYTES
 from aurora_vllm.transport.segment import SHM, Segment
-from tests.unit.test_plan import draft_dir, serve_plan, target
+from tests.unit.test_plan import V2, draft_dir, serve_plan, target
 
 __all__ = ["draft_dir", "serve_plan", "target"]  # fixtures
 GIB = 2**30
@@ -109,8 +109,10 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
     ("settings", "flags", "rows"),
     [
         ({}, {}, 4096 - 1024),  # vLLM's own sizes on a large GPU; nobody fills more than half a step with proposals
-        ({}, {"max_num_seqs": 64}, 64 * 3),
-        ({"num_speculative_tokens": 5}, {"max_num_seqs": 64}, 64 * 5),
+        ({}, {"max_num_seqs": 64}, 64 * 8),  # as long are copies
+        ({"num_speculative_tokens": 5}, {"max_num_seqs": 64}, 64 * 8),
+        ({"prompt_lookup": False}, {"max_num_seqs": 64}, 64 * 3),
+        ({"num_speculative_tokens": 5, "prompt_lookup_tokens": 4}, {"max_num_seqs": 64}, 64 * 5),
         ({}, {"max_num_seqs": 256, "max_num_batched_tokens": 1024}, 512 - 256),
         ({"speculate": "never"}, {}, 0),
     ],
@@ -118,8 +120,11 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
 def test_the_logits_of_what_is_verified_are_in_the_plan(
     serve_plan: plan.ServePlan, settings: dict[str, Any], flags: dict[str, int], rows: int
 ) -> None:
-    changed = replace(serve_plan, config=AuroraConfig(**settings))
-    found = plan.plan_gpu(changed, Namespace(gpu_memory_utilization=0.9, **flags), 80 * GIB).memory.logits
+    args = Namespace(gpu_memory_utilization=0.9, **flags)
+    changed = plan.make_plan(AuroraConfig(**settings), args, "0", serve_plan.target, serve_plan.draft, V2)
+    memory = plan.plan_gpu(changed, args, 80 * GIB).memory
+    assert bool(memory.copies) == (settings.get("prompt_lookup", True) and settings.get("speculate") != "never")
+    found = memory.logits
     assert found == rows * serve_plan.target.vocab_size * serve_plan.layout.dtype.itemsize
 
 
@@ -144,8 +149,8 @@ def test_a_copy_of_the_targets_ends_is_counted_where_it_is_made(
 
 def test_a_ring_on_a_gpu_holds_two_of_vllms_largest_steps(serve_plan: plan.ServePlan) -> None:
     def rows(least: int, **settings: Any) -> int:
-        parts = AuroraConfig(**settings), "0.32.0", serve_plan.target, serve_plan.draft
-        made = plan.make_plan(*parts, least_rows=least)
+        parts = AuroraConfig(**settings), Namespace(), "0.32.0", serve_plan.target, serve_plan.draft
+        made = plan.make_plan(*parts, serve_plan.model_runner, least_rows=least)
         return made.ring_rows
 
     on_host = rows(0)

@@ -21,10 +21,29 @@ from aurora_vllm.errors import AuroraError
 from aurora_vllm.host_plan import HostPlan
 from aurora_vllm.learner.memory import LearnerMemory
 from aurora_vllm.plan import ServePlan
+from aurora_vllm.spec_decode.model_runner import ModelRunner
 from aurora_vllm.transport.bank import TensorSpec
 from aurora_vllm.transport.rows import RowLayout
 
 GIB = 2**30
+
+
+def planned(target: Target, draft: Draft, **changed: Any) -> ServePlan:
+    plan = ServePlan(
+        config=AuroraConfig(),
+        vllm_version="0",
+        model_runner=ModelRunner("V1", ""),
+        probes=(),
+        target=target,
+        draft=draft,
+        copied_tokens=0,
+        layout=RowLayout(16, 3, torch.float32),
+        ring_rows=1,
+        ring_bytes=1,
+        bank_bytes=1,
+        learner=LearnerMemory(1, 0, 0, 0, 0, 0),
+    )
+    return replace(plan, **changed)
 
 
 @given(asked=st.floats(0.1, 1.0), ours=st.integers(0, 40 * GIB), total=st.integers(GIB, 64 * GIB))
@@ -48,8 +67,7 @@ def test_where_the_cache_has_a_size_nothing_is_lowered() -> None:
 
 def test_more_than_the_host_has_is_refused() -> None:
     target, draft = Target("t", Path("t"), 16, 8, 100, "float32"), Draft(Path("d"), "given", (2, 4, 5), 64, ())
-    learner, layout = LearnerMemory(30 * GIB, 0, 0, 0, 0, 0), RowLayout(16, 3, torch.float32)
-    plan = ServePlan(AuroraConfig(), "0", target, draft, layout, 1, 1, 1, learner, ())
+    plan = planned(target, draft, learner=LearnerMemory(30 * GIB, 0, 0, 0, 0, 0))
     with pytest.raises(AuroraError, match="want 30720 MiB, and the host has 20480; the learner's largest part is"):
         plans.plan_host(plan, Namespace(gpu_memory_utilization=0.9), 20 * GIB)
     without = replace(plan, config=AuroraConfig(learn=False))
@@ -60,8 +78,7 @@ def test_a_kv_cache_of_a_given_size_has_room_for_the_draft_s_part(tmp_path: Path
     write_config(tmp_path, {})
     target = Target("t", tmp_path, 16, 8, 100, "float32", max_model_len=100, kv_width=64)
     spec = TensorSpec("midlayer.self_attn.k_proj.weight", (16, 32), torch.float32)
-    draft, layout = Draft(Path("d"), "given", (2, 4, 5), 64, (spec,)), RowLayout(16, 3, torch.float32)
-    plan = ServePlan(AuroraConfig(), "0", target, draft, layout, 1, 1, 1, LearnerMemory(1, 0, 0, 0, 0, 0), ())
+    plan = planned(target, Draft(Path("d"), "given", (2, 4, 5), 64, (spec,)))
     alone, both = 100 * 4 * 64, 100 * 4 * (64 + 16)
     for fits in None, both, alone - 1:  # the last is vLLM's own to refuse
         preflight.check_kv_cache(plan, Namespace(kv_cache_memory_bytes=fits))
@@ -89,12 +106,13 @@ def test_vllm_is_told(given: dict[str, Any], learns: bool, told: bool, monkeypat
     if "environment" in given:
         monkeypatch.setenv(plans.CPU_KV_CACHE, given.pop("environment"))
     target = Target("t", Path("t"), 16, 8, 100, "float32")
-    learner = LearnerMemory(GIB, 0, 0, 0, 0, 0)
-    config, draft = AuroraConfig(learn=learns), Draft(Path("d"), "given", (1, 2, 3), 64, ())
+    draft = Draft(Path("d"), "given", (1, 2, 3), 64, ())
     args = Namespace(gpu_memory_utilization=0.9, speculative_config=None, kv_cache_memory_bytes=None)
     vars(args).update(given)
-    sizes: Any = (64, GIB, GIB)  # rows and bytes of the ring, bytes of the bank
-    plan = ServePlan(config, "0", target, draft, RowLayout(16, 3, torch.float32), *sizes, learner, ())
+    plan = planned(
+        target, draft, config=AuroraConfig(learn=learns), learner=LearnerMemory(GIB, 0, 0, 0, 0, 0),
+        ring_bytes=GIB, bank_bytes=GIB,
+    )  # fmt: skip
     plan = replace(plan, host=plans.plan_host(plan, args, 40 * GIB))
     plans.apply(plan, args)
     assert plan.host is not None and plan.host.ours == (3 if learns else 2) * GIB

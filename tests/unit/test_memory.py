@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from aurora_vllm.learner.memory import MIB, DraftSizes, _step_bytes, predict
 from aurora_vllm.learner.train import Trainer
 from aurora_vllm.plan import ServePlan, make_plan
 from aurora_vllm.session import ENVIRONMENT_KEY, Session
+from aurora_vllm.spec_decode.model_runner import ModelRunner
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer
@@ -123,7 +125,7 @@ def plan(tmp_path: Path) -> ServePlan:
     )  # fmt: skip
     target = Target(str(SMOLLM2), SMOLLM2, 576, 30, 49152, "float32", 2048)
     draft = models.make_draft(models.resolve_draft(config, target), target, config)
-    return make_plan(config, "0", target, draft)
+    return make_plan(config, Namespace(), "0", target, draft, ModelRunner("V1", ""))
 
 
 def test_the_embedding_is_counted_as_it_is_stored(plan: ServePlan) -> None:

@@ -52,6 +52,9 @@ TARGET = {
 }
 
 
+V1, V2 = ModelRunner("V1", "no Triton for this device"), ModelRunner("V2", "vLLM's default")
+
+
 @pytest.fixture
 def target(tmp_path: Path) -> Target:
     directory = tmp_path / "target"
@@ -254,7 +257,8 @@ def test_targets_no_day0_draft_can_be_made_from(target: Target, tmp_path: Path) 
 @pytest.fixture
 def serve_plan(target: Target, draft_dir: Path) -> plan.ServePlan:
     probes = (Probe("a:b", True, "the tested source"),)
-    return plan.make_plan(AuroraConfig(ring_mb=1), "0.32.0", target, checkpoint.read_draft(draft_dir, target), probes)
+    draft = checkpoint.read_draft(draft_dir, target)
+    return plan.make_plan(AuroraConfig(ring_mb=1), Namespace(), "0.32.0", target, draft, V1, probes)
 
 
 def test_sizes(serve_plan: plan.ServePlan) -> None:
@@ -268,7 +272,8 @@ def test_sizes(serve_plan: plan.ServePlan) -> None:
 def test_a_ring_that_is_too_small(target: Target, draft_dir: Path) -> None:
     wide = replace(target, hidden_size=16384)
     with pytest.raises(AuroraError, match=r"--aurora-ring-mb 1 holds 3 rows .* at least 17, better 272"):
-        plan.make_plan(AuroraConfig(ring_mb=1), "0.32.0", wide, checkpoint.read_draft(draft_dir, target))
+        draft = checkpoint.read_draft(draft_dir, target)
+        plan.make_plan(AuroraConfig(ring_mb=1), Namespace(), "0.32.0", wide, draft, V1)
 
 
 def test_vllms_arguments(serve_plan: plan.ServePlan) -> None:
@@ -278,7 +283,7 @@ def test_vllms_arguments(serve_plan: plan.ServePlan) -> None:
         scheduler_cls=None,
         speculative_config={"draft-sample-method": "greedy", "model": "x"},
     )
-    plan.apply(serve_plan, args)
+    plan.apply(replace(serve_plan, copied_tokens=2), args)
     assert vars(args) == {
         "port": 80,
         "worker_cls": "aurora_vllm.spec_decode.worker.AuroraWorker",
@@ -305,33 +310,58 @@ def test_cached_blocks_are_kept_where_vllm_can(serve_plan: plan.ServePlan) -> No
     assert "disable_eagle_block_drop" not in args.speculative_config
 
 
+@pytest.mark.parametrize(
+    ("runner", "settings", "flags", "most"),
+    [
+        (V1, {}, {}, 8),
+        (V1, {"prompt_lookup_tokens": 12}, {}, 12),
+        (V2, {"prompt_lookup_tokens": 12}, {}, 8),
+        (V2, {"prompt_lookup_tokens": 4}, {}, 4),
+        (V1, {"prompt_lookup": False}, {}, 0),
+        (V2, {"speculate": "never"}, {}, 0),
+        (V2, {}, {"speculative_config": {"draft-sample-method": "probabilistic"}}, 0),
+        (V1, {}, {"enable_lora": True}, 3),
+        (V2, {"prompt_lookup_tokens": 2}, {"enable_lora": True}, 2),
+    ],
+)
+def test_how_much_is_copied(
+    runner: ModelRunner, settings: dict[str, Any], flags: dict[str, Any], most: int, serve_plan: plan.ServePlan
+) -> None:
+    args = Namespace(**flags)
+    config = AuroraConfig(ring_mb=1, **settings)
+    made = plan.make_plan(config, args, "0.32.0", serve_plan.target, serve_plan.draft, runner)
+    assert made.copied_tokens == most
+
+
+def test_without_a_learner_the_ring_is_a_stub(serve_plan: plan.ServePlan) -> None:
+    config = AuroraConfig(learn=False)
+    made = plan.make_plan(config, Namespace(), "0.32.0", serve_plan.target, serve_plan.draft, V2, least_rows=16_384)
+    assert made.ring_rows == plan.MIN_RING_ROWS and made.bank_bytes == serve_plan.bank_bytes
+
+
 def test_v2_captures_graphs_for_every_draft_length(serve_plan: plan.ServePlan) -> None:
     """The table says K = 3, 2, 1 and 0 somewhere, and how long copies are; one of the user's stays."""
     args = Namespace(worker_cls="auto", scheduler_cls=None, speculative_config=None)
-    for_v2 = replace(serve_plan, model_runner=ModelRunner("V2", "vLLM's default"))
+    for_v2 = replace(serve_plan, model_runner=V2, copied_tokens=8)
     plan.apply(for_v2, args)
     table = [[1, 1, 8], [2, 2, 3], [3, 3, 2], [4, 4, 1], [5, 5, 0]]
     assert args.speculative_config["num_speculative_tokens_per_batch_size"] == table
     assert args.speculative_config["num_speculative_tokens"] == 8
     assert _lengths(Namespace(**args.speculative_config)) == (1, 2, 3, 8)  # what our scheduler makes of it
-    args.speculative_config = {"draft_sample_method": "probabilistic"}
-    plan.apply(for_v2, args)
+    args.speculative_config = None
+    plan.apply(replace(for_v2, copied_tokens=0), args)
     table = [[1, 1, 3], [2, 2, 2], [3, 3, 1], [4, 4, 0]]
     assert args.speculative_config["num_speculative_tokens_per_batch_size"] == table
     assert args.speculative_config["num_speculative_tokens"] == 3
-    with_lora = Namespace(worker_cls="auto", scheduler_cls=None, speculative_config=None, enable_lora=True)
-    plan.apply(for_v2, with_lora)  # vLLM then wants num_speculative_tokens + 1 of each request to fit into a step
-    assert with_lora.speculative_config["num_speculative_tokens"] == 3
     args.speculative_config = {"num-speculative-tokens-per-batch-size": [[1, 8, 2]]}
     plan.apply(for_v2, args)
     assert args.speculative_config["num_speculative_tokens_per_batch_size"] == [[1, 8, 2]]
 
 
 def test_the_runner_is_shown(serve_plan: plan.ServePlan, capsys: Any) -> None:
-    for_v1 = replace(serve_plan, model_runner=ModelRunner("V1", "no Triton for this device"))
-    plan_view.show(for_v1, "text")
+    plan_view.show(serve_plan, "text")
     assert "model runner    V1 (no Triton for this device)\n" in capsys.readouterr().out
-    assert plan_view.as_dict(for_v1)["model_runner"] == {"name": "V1", "reason": "no Triton for this device"}
+    assert plan_view.as_dict(serve_plan)["model_runner"] == {"name": "V1", "reason": "no Triton for this device"}
 
 
 def test_shown_as_json(serve_plan: plan.ServePlan, capsys: Any) -> None:
