@@ -113,6 +113,8 @@ def _probe_one(hook: Hook, find: Callable[[str], Any], known: str | None, was_ru
         missing = [name for name in hook.parameters if name not in have]
         if missing:
             return Probe(hook.symbol, False, f"has no parameter {', '.join(missing)}; needed for {hook.why}")
+    if hook.uses and (unused := hook.unused(inspect.getsource(thing))):
+        return Probe(hook.symbol, False, f"does not use {', '.join(unused)}; needed for {hook.why}")
     if known is None:
         return Probe(hook.symbol, True, "fits, but this version was never tested")
     if fingerprint(thing) != known:
@@ -141,6 +143,8 @@ def _compare_one(sources: VllmSources, known: str | None, hook: Hook) -> Finding
         return Finding(hook.symbol, "missing", f"{error}; needed for {hook.why}")
     if lacking := [name for name in hook.parameters if name not in parameters]:
         return Finding(hook.symbol, "missing", f"no parameter {', '.join(lacking)}; needed for {hook.why}")
+    if unused := hook.unused(source):
+        return Finding(hook.symbol, "missing", f"it does not use {', '.join(unused)}; needed for {hook.why}")
     if fingerprint_of_text(source) != known:
         return Finding(hook.symbol, "changed", f"look at it before you trust it; used for {hook.why}")
     return Finding(hook.symbol, "same")

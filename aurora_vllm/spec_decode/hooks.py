@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class Hook:
-    """A vLLM symbol we wrap, subclass or call, and the parameters we rely on."""
+    """A vLLM symbol we wrap, subclass or call, and what we rely on."""
 
     symbol: str  # "module:qualified.name"
     parameters: tuple[str, ...] = ()
     why: str = ""
+    uses: tuple[str, ...] = ()  # names of attributes in its source that we read or replace
+
+    def unused(self, source: str) -> list[str]:
+        """Which of those do not occur in this source text."""
+        return [name for name in self.uses if not re.search(rf"\b{name}\b", source)]
 
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -21,9 +27,19 @@ _SPECULATOR = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 
 V1_HOOKS = (
-    Hook(f"{_RUNNER}.sample_tokens", (), "hook: the step's hidden states"),
+    Hook(
+        f"{_RUNNER}.sample_tokens",
+        (),
+        "hook: the step's hidden states",
+        uses=("execute_model_state", "hidden_states", "aux_hidden_states"),
+    ),
     Hook(f"{_RUNNER}._sample", ("spec_decode_metadata",), "hook: the verdict"),
-    Hook(f"{_RUNNER}.propose_draft_token_ids", ("scheduler_output",), "hook: which weights proposed; nothing at K=0"),
+    Hook(
+        f"{_RUNNER}.propose_draft_token_ids",
+        ("scheduler_output",),
+        "hook: which weights proposed; nothing at K=0",
+        uses=("num_spec_tokens_to_schedule", "discard_request_mask"),
+    ),
     Hook(f"{_RUNNER}._get_positions", (), "hook: token positions"),
     Hook(f"{_RUNNER}.get_draft_model", (), "swap: the live draft"),
     Hook(
@@ -37,7 +53,12 @@ V1_HOOKS = (
 
 V2_HOOKS = (
     Hook(f"{_RUNNER_V2}.sample", ("hidden_states", "input_batch"), "hook: last hidden states and the verdict"),
-    Hook(f"{_RUNNER_V2}.sample_tokens", (), "hook: samples once and proposes once in every step"),
+    Hook(
+        f"{_RUNNER_V2}.sample_tokens",
+        (),
+        "hook: samples once and proposes once in every step",
+        uses=("num_spec_tokens_to_schedule",),
+    ),
     Hook(
         "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator.propose",
         (
@@ -84,7 +105,12 @@ COMMON_HOOKS = (
         "scheduler: prompts cached by another draft are forgotten",
     ),
     Hook(f"{_SCHEDULER}.add_request", ("request",), "scheduler: requests beside which nobody has drafts"),
-    Hook(f"{_SCHEDULER}.schedule", (), "scheduler: step starts"),
+    Hook(
+        f"{_SCHEDULER}.schedule",
+        (),
+        "scheduler: step starts, with our draft length",
+        uses=("dynamic_sd_lookup", "num_spec_tokens_to_schedule"),
+    ),
     Hook(f"{_SCHEDULER}.update_from_output", ("scheduler_output",), "scheduler: step ends"),
     Hook(f"{_SCHEDULER}.update_draft_token_ids", ("draft_token_ids",), "scheduler: drafts arrive"),
     Hook(

@@ -135,6 +135,18 @@ def test_same_changed_missing(directory: Path) -> None:
     assert "no parameter weather" in findings[0].detail
 
 
+def test_what_a_hook_does_not_use_any_more_is_missed(directory: Path, imported: None) -> None:
+    """An attribute that vLLM renamed could still be set, and nobody would read it."""
+    symbol = "vllm.base:Base.step"
+    sources = VllmSources(directory)
+    known = {symbol: fingerprint_of_text(sources.source(symbol))}
+    uses, misses = Hook(symbol, uses=("batch",)), Hook(symbol, uses=("batch", "bat"))
+    assert compare(sources, known, (uses,))[0].state == "same"
+    assert compare(sources, known, (misses,))[0].detail.startswith("it does not use bat;")
+    probes = compat.probe((uses, misses))
+    assert [probe.ok for probe in probes] == [True, False] and "does not use bat;" in probes[1].detail
+
+
 @pytest.mark.parametrize(
     ("version", "changed"),
     [
