@@ -37,7 +37,11 @@ class AuroraConfig(BaseModel):
         description="tokens of answers to other requests that are looked up, too; 0: only the request's own text",
     )
     rollback_confidence: float = Field(
-        0.95, ge=0, lt=1, description="confidence that a new version accepts less, at which it is rolled back; 0: never"
+        0.95,
+        ge=0,
+        lt=1,
+        description="confidence that a new version accepts over 15 % fewer draft tokens, at which it is rolled back; "
+        "0: never",
     )
     draft_vocab_size: int | None = Field(
         None, ge=64, description="tokens a day-0 draft may propose; without it 8 x hidden size, at most 32768"
