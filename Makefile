@@ -7,7 +7,7 @@ NEEDS  ?= orjson
 PYTEST := $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := aurora_vllm demo benchmarks tests tools
 
-.PHONY: help setup model demo test compat quality format bench lock clean
+.PHONY: help setup model demo test compat quality docs format bench lock clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -33,8 +33,13 @@ quality: setup   ## ruff and mypy
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-format: setup    ## let ruff fix and format, and bring the table of settings up to date
+docs: setup      ## write the pages and tables that are made from code and results (tests compare them)
 	$(RUN) -m tools.settings_table
+	$(RUN) -m tools.compatibility_table
+	$(RUN) -m aurora_vllm.server.metrics > docs/metrics.md
+	$(RUN) -m benchmarks.results_page
+
+format: setup    ## let ruff fix and format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 

@@ -1,4 +1,4 @@
-"""docs/aurora_compatibility.md, from the tables in aurora_vllm/semantics: ``python -m tools.compatibility_table``."""
+"""docs/aurora_compatibility.md, from the tables in aurora_vllm/interop: ``python -m tools.compatibility_table``."""
 
 from __future__ import annotations
 
