@@ -20,7 +20,7 @@ from aurora_vllm.spec_decode.copy_tables import MOST_TOKENS, device_bytes
 from aurora_vllm.speculative_config import given_fields
 from aurora_vllm.transport.bank import bank_bytes, weights_bytes
 from aurora_vllm.transport.ring import HEADER_BYTES, ring_bytes
-from aurora_vllm.transport.rows import RowLayout
+from aurora_vllm.transport.rows import LARGEST_STEP, RowLayout
 
 if TYPE_CHECKING:
     from aurora_vllm.spec_decode.compat import Probe
@@ -30,8 +30,7 @@ ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch'
 CPU_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"  # GiB, vLLM's
 RING_MB = 256
 MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
-LARGEST_STEP = 8192  # tokens; vLLM's max_num_batched_tokens on a GPU of 70 GB or more, where nobody sets it
-MOST_REQUESTS = 1024  # likewise its max_num_seqs
+MOST_REQUESTS = 1024  # vLLM's max_num_seqs on a GPU of 70 GB or more, where nobody sets it
 
 # vLLM computes the last block of a cached prefix again where it serves an EAGLE draft, because the draft's state of its
 # last row read the token that came next then. One row of the draft is what that gains; on a CPU it costs 128 tokens of

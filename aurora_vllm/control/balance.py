@@ -21,8 +21,8 @@ class Balance:
     def __init__(self) -> None:
         self._steps = self._sum = self._squares = 0.0
 
-    def loses(self, gain: float) -> bool:
-        """One more step. Whether those of late lost on average, surely enough; it begins anew then.
+    def observe(self, gain: float) -> bool:
+        """One more step. True where those of late lost on average, surely enough; it begins anew then.
 
         Args:
             gain: what it saved over plain decoding, in plain steps; negative where it lost.

@@ -2,7 +2,7 @@
 
 On a machine that is busy, what the learner takes serving loses. So that a server is not slower than a plain one on the
 way to being faster, the learner's share is bounded by a part of the time that speculation saves at present. What a step
-saved is known when it is over (:meth:`DraftLengthController.saved`): from tokens that were accepted, not from hopes.
+saved is known when it is over (:meth:`DraftLengthController.settle`): from tokens that were accepted, not from hopes.
 There is a least share where nothing is saved yet: a draft that nobody trains would never earn anything. Numbers in,
 decisions out.
 """

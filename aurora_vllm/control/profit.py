@@ -4,9 +4,11 @@ Acceptance alone is the wrong signal: a draft that is often right can still cost
 compute-bound. So every draft length K, 0 included, is rated by the tokens a step is expected to gain over the seconds
 it is expected to take at the present batch size (:mod:`.rating`), and the best rate wins. Copies cost nothing to
 propose, so they count at each K, and where all proposals of a batch have one length, alone at each length they may
-have. Numbers in, decisions out: this file knows neither vLLM nor torch::
+have. Numbers in, decisions out: this file knows neither vLLM nor torch.
 
-    price   = seconds to verify one more token * batch * gain of what is chosen / t(plain)   (a chance of acceptance)
+The price of verifying one more token, as a chance of acceptance::
+
+    price = seconds to verify one more token * batch * gain of what is chosen / t(plain)
 """
 
 from __future__ import annotations
@@ -74,8 +76,8 @@ class DraftLengthController:
         mode: "auto" weighs; "always" and "never" fix K.
         prior: conditional acceptance to assume before evidence (0: wait for the learner's shadow).
         copies: what is known of copied proposals; None where proposals cannot be replaced or cut.
-        lengths: ascending, that proposals of copies alone may have, where as many tokens are verified of every request;
-            empty where each proposal is cut by itself.
+        lengths: allowed lengths of copy-only proposals, ascending, if all requests of a step verify equally many
+            tokens; empty where each proposal is cut by itself.
     """
 
     max_draft_length: int
@@ -121,10 +123,8 @@ class DraftLengthController:
             return 1.0 if draft_length == 0 else 0.0
         return max((plan.gain for plan in self._plans(bucket) if plan.drafted == draft_length), default=0.0)
 
-    def saved(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
-        """Seconds by which a step that is over was better than plain decoding; negative where it was worse.
-
-        Call once for each step: where they go on losing, what was expected of them is doubted.
+    def settle(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
+        """Account for a step that is over: where steps go on losing, what was expected of copies is doubted.
 
         An accepted token is worth its part of a plain step of decoding, whatever else was in this step: it spares a
         later one. What proposing and verifying cost comes off.
@@ -133,13 +133,16 @@ class DraftLengthController:
             batch_size: requests in it.
             drafted, verified: as for :meth:`StepCosts.observe`.
             accepted: of the verified ones, over all requests.
+
+        Returns:
+            Seconds by which the step was better than plain decoding; negative where it was worse.
         """
         bucket = batch_bucket(batch_size)
         if not self.costs.known(bucket):
             return 0.0
         plain = self.costs.predict(bucket)
         saved = plain * accepted / batch_size - (self.costs.predict(bucket, drafted, verified) - plain)
-        if self.copies is not None and self.lengths and verified and self._balance.loses(saved / plain):
+        if self.copies is not None and self.lengths and verified and self._balance.observe(saved / plain):
             self.copies.doubt()
             for state in self._buckets.values():
                 state.stands = None

@@ -205,7 +205,7 @@ class DraftLengthAdvisor:
             scheduler.spec_steps += 1
         verified = sum(map(len, drafts.values()))
         accepted = sum(max(len(tokens) - 1, 0) for tokens in sampled)
-        self._learner_share.earned(seconds, self._controller.saved(len(counts), drafted, verified, accepted))
+        self._learner_share.earned(seconds, self._controller.settle(len(counts), drafted, verified, accepted))
         # Only steps of nothing but decoding tell what K costs. What a burst of the learner's adds to a step is no
         # property of K; of two draft lengths it would hit the one being probed.
         if sum(counts.values()) != len(counts) + verified:

@@ -26,15 +26,13 @@ from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.placement import CPU, lend_ends, place
-from aurora_vllm.transport.rows import RowLayout
+from aurora_vllm.transport.rows import LARGEST_STEP, RowLayout
 from aurora_vllm.transport.segment import Segment
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = logging.getLogger("vllm.aurora")
-
-MOST_ROWS = 8192  # of a step, where a runner does not say: vLLM's largest default on a GPU
 
 
 def find_adapter(runner: Any) -> type[V1Adapter] | type[V2Adapter] | None:
@@ -198,7 +196,7 @@ class Attachment:
         return not why_not
 
     def _prepare_fill(self, layout: RowLayout, ring: torch.device, with_kernel: bool) -> RowFill:
-        most_rows = getattr(self._runner, "max_num_tokens", MOST_ROWS)
+        most_rows = getattr(self._runner, "max_num_tokens", LARGEST_STEP)
         return prepare_fill(layout, ring, self.device, most_rows, with_kernel)
 
     def _make_stager(self, bank: WeightBank) -> Stager | None:

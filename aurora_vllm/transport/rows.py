@@ -16,6 +16,7 @@ import torch
 
 META_WORDS = 16
 ALIGNMENT = 64
+LARGEST_STEP = 8192  # rows of one, where vLLM does not say: its max_num_batched_tokens on a GPU of 70 GB or more
 
 
 class Field(IntEnum):

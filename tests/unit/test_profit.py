@@ -260,13 +260,13 @@ def test_fixed_modes_leave_proposals_whole_or_make_none(mode: str, length: int) 
 
 def test_what_a_step_saved_is_what_was_accepted_less_what_it_cost() -> None:
     controller = DraftLengthController(max_draft_length=3)
-    assert controller.saved(4, 0, 8, 8) == 0.0  # nobody knows yet
+    assert controller.settle(4, 0, 8, 8) == 0.0  # nobody knows yet
     for i in range(400):
         verified = 0 if i % 2 else 6
         controller.costs.observe(4, 0, verified, 0.08 + (0.02 if verified else 0.0))
-    assert controller.saved(4, 0, 6, 2) == pytest.approx(0.08 * 2 / 4 - 0.02, abs=2e-3)
-    assert controller.saved(4, 0, 6, 0) == pytest.approx(-0.02, abs=2e-3)
-    assert controller.saved(4, 0, 0, 0) == pytest.approx(0.0, abs=1e-9)
+    assert controller.settle(4, 0, 6, 2) == pytest.approx(0.08 * 2 / 4 - 0.02, abs=2e-3)
+    assert controller.settle(4, 0, 6, 0) == pytest.approx(-0.02, abs=2e-3)
+    assert controller.settle(4, 0, 0, 0) == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize(("better_by", "changes"), [(0.01, False), (0.05, True)])

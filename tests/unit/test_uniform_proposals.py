@@ -192,7 +192,7 @@ class Traffic:
             tokens = verified * self.batch
             seconds = 1.0 + self.token * tokens + 0.02 * (tokens > 0)
             controller.costs.observe(self.batch, 0, tokens, seconds)
-            controller.saved(self.batch, 0, tokens, accepted)
+            controller.settle(self.batch, 0, tokens, accepted)
             rates.append((1.0 + accepted / self.batch) / seconds)
             if step % 16 == 15:
                 controller.copies.take([seen[0], seen[1], *[0] * 8], {}, {1: simulated} if simulated.total() else {})
@@ -237,7 +237,7 @@ def test_a_draft_that_promises_too_much_is_found_out_beside_copies_too(batch: in
         accepted = [next((i for i in range(verified) if rng.random() >= 0.02), verified) for _ in range(batch)]
         seconds = 1.0 + 0.04 * decision.draft_length + 0.002 * verified * batch
         controller.costs.observe(batch, decision.draft_length, verified * batch, seconds)
-        controller.saved(batch, decision.draft_length, verified * batch, sum(accepted))
+        controller.settle(batch, decision.draft_length, verified * batch, sum(accepted))
         rates.append((1.0 + mean(accepted)) / seconds)
         verdicts.update((verified, count) for count in accepted if verified)
         if step % 16 == 15:
