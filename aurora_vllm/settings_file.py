@@ -5,6 +5,7 @@ A setting found comes with where it was said, for the message should its value n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,9 @@ def in_vllms(vllm_argv: Sequence[str]) -> Settings:
     Raises:
         SettingsError: keys that begin so, and that nobody knows.
     """
-    words = [part for word in vllm_argv for part in word.split("=", 1 if word.startswith("--config=") else 0)]
-    if "--config" not in words[:-1]:
+    file = _after_config(vllm_argv)
+    if file is None:
         return {}
-    file = Path(words[words.index("--config") + 1])
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
@@ -65,6 +65,15 @@ def in_vllms(vllm_argv: Sequence[str]) -> Settings:
     items = content.items() if isinstance(content, dict) else ()
     ours = {_field(key): value for key, value in items if _field(key).startswith(KEY_PREFIX)}
     return _known({key.removeprefix(KEY_PREFIX): value for key, value in ours.items()}, file, KEY_PREFIX)
+
+
+def _after_config(vllm_argv: Sequence[str]) -> Path | None:
+    for word, following in itertools.zip_longest(vllm_argv, vllm_argv[1:]):
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config="))
+        if word == "--config" and following is not None:
+            return Path(following)
+    return None
 
 
 def _field(key: Any) -> str:

@@ -1,7 +1,7 @@
 """The learner's share of a CPU, or of a GPU: after each piece of work it rests long enough to have taken no more.
 
-It sleeps no longer than it may be deaf to the server; what is still owed then it rests from in further sleeps, between
-which it looks around and works on nothing. While nothing is served the share is the whole of it, and nothing is owed.
+It sleeps for a short while at a time, so that it keeps hearing the server. Where it owes more rest it sleeps again, and
+in between empties the ring but does no work. While nothing is served its share is the whole, and nothing is owed.
 """
 
 from __future__ import annotations

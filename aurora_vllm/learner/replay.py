@@ -64,7 +64,7 @@ class Replay:
         """Put in the newest. False, and nothing changes, where it alone is over the budget.
 
         Args:
-            due: times it is to be handed out. Only what is missed depends on it.
+            due: how often it should be sampled; used only to count what was ``missed``.
         """
         if trajectory.nbytes > self._max_bytes:
             return False

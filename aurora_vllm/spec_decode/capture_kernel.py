@@ -4,8 +4,8 @@ What the host knows goes up in one piece, int64::
 
     addresses and strides of the step's tensors | words of each row, int32 [n, 16]
 
-In the words, two places that are the device's to fill say where it finds what belongs there: POSITION the row of the
-batch, TOKEN the place of its request. Addresses go up rather than being arguments because any number of states may
+Two of a row's words, which the device overwrites, tell it where to look: POSITION the row of the batch, TOKEN the
+place of its request. Addresses go up rather than being arguments because any number of states may
 come, and because Triton looks at each argument anew at every launch.
 """
 
