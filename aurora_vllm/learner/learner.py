@@ -241,7 +241,8 @@ class Learner:
             publish(self.bank, version, self.candidate, {"reason": reason, "step": trainer.steps, "lineage": lineage})
         except ValueError as error:  # weights that are not finite: back to the last good ones
             block.message = f"not published: {error}"
-            self.curriculum.go_on(self.incumbent.state_dict())
+            self.candidate.load_state_dict(self.incumbent.state_dict())
+            self.curriculum.go_on()
             trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
             self.evidence.restart()
             self.sleep.restart("the candidate was not finite")

@@ -162,7 +162,8 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     curriculum.trainer.load_state_tensors(optimizer, int(statistics["steps"]), statistics["refining_since"])
     if _has_learned(statistics):
         curriculum.skip_lessons()  # they begin from the day-0 draft, and would overwrite what came after it
-    curriculum.go_on(candidate)
+    learner.candidate.load_state_dict(candidate)
+    curriculum.go_on()
     curriculum.coverage.counts.copy_(tensors[COUNTS])
     learner.candidate_is_ahead = bool(statistics["candidate_is_ahead"])
     learner.candidate_founds_lineage = bool(statistics.get("candidate_founds_lineage", False))

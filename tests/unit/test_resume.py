@@ -53,6 +53,7 @@ def test_a_new_server_goes_on_from_a_checkpoint(tmp_path: Path, sync: str) -> No
         assert after.version == 1
         assert_same(weights(after.incumbent), weights(before.incumbent))  # what vLLM loads from there, too
         assert_same(weights(after.candidate), weights(before.candidate))
+        assert_same(weights(after.curriculum.trainer.draft), weights(before.candidate))
         assert torch.equal(after.curriculum.coverage.counts, before.curriculum.coverage.counts)
         assert after.control.learner.shadow_accepted_per_position[:2] == pytest.approx(before.shadow.per_position())
         # The optimizer goes on exactly: the same step from here gives the same weights.
