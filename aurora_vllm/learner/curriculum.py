@@ -6,12 +6,10 @@ what ``benchmarks.learning`` measures, without a server around it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.averaging import WeightAverage
@@ -105,9 +103,8 @@ class Curriculum:
         self._average.restart()
         self.trainer.refine()
 
-    def go_on(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Put other weights in the candidate's place, of whatever vocabulary. The optimizer's state stays."""
-        self.candidate.load_state_dict(weights)
+    def go_on(self) -> None:
+        """The candidate has other weights now, of whatever vocabulary: on from there. The optimizer's state stays."""
         self._average.restart()
         if self.teacher is not None:
             self.teacher.start_over()

@@ -10,7 +10,6 @@ and the replay lie on the host in any case.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,8 @@ from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget, DeviceClock
 from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.draft import Eagle3Draft, load_draft
-from aurora_vllm.learner.evaluate import Recent, Score, simulate
+from aurora_vllm.learner.draft_pair import DraftPair
+from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.from_disk import publish_from_disk
 from aurora_vllm.learner.gpu_bound import bound_gpu_memory
 from aurora_vllm.learner.publish import Evidence, Sync, publish
@@ -75,16 +75,15 @@ class Learner:
             head = lent_target_head(session.target, joined.ends.embedding, joined.ends.lm_head, dtype, shape)
         not_lent = head.nbytes if joined.ends is None else 0  # mostly not in the plan
         bound_gpu_memory(session.learner_gpu_bytes and session.learner_gpu_bytes + not_lent, self.device)
-        self.incumbent, self.head = incumbent.to(self.device), head.to(self.device)
-        self.version, self.lineage = take_standing(self.incumbent, self.bank, self.control.worker)
-        self.candidate = copy.deepcopy(self.incumbent)
-        given = config.draft is not None or self.version != CHECKPOINT_VERSION or is_taught(session.resume)
-        self.curriculum = Curriculum(self.candidate, self.head, config, session.target, worth_keeping=given)
+        self.head, incumbent = head.to(self.device), incumbent.to(self.device)
+        version, lineage = take_standing(incumbent, self.bank, self.control.worker)
+        self.drafts = DraftPair(incumbent, version, lineage, config.num_speculative_tokens)
+        given = config.draft is not None or version != CHECKPOINT_VERSION or is_taught(session.resume)
+        self.curriculum = Curriculum(self.drafts.candidate, self.head, config, session.target, worth_keeping=given)
         self.evidence = Evidence(
             config.evidence_tokens, config.publish_margin, config.publish_interval_s, config.num_speculative_tokens
         )
         self.sync = Sync(config.sync, config.sync_interval)
-        self.shadow = Recent(config.num_speculative_tokens)
         self.gpu_time = DeviceClock(self.ring.memory.settle) if self.device != CPU else None
         self.budget = CpuBudget(
             config.learner_cpu_share,
@@ -93,8 +92,6 @@ class Learner:
         )
         self.unscored: deque[Trajectory] = deque()
         self.score_seconds = 0.0
-        self.candidate_is_ahead = False  # it differs from the incumbent, so it has scores of its own
-        self.candidate_founds_lineage = False  # it differs by a lesson: transport/bank.py, Publication
         self.requests_seen = 0
         self.keeper = Keeper(self, session)
         self.sleep = Sleep(self)
@@ -118,7 +115,7 @@ class Learner:
             return self.sleep.turn()
         work = self.curriculum.next()
         # Before its first lesson a candidate differs by its vocabulary at most, and both drafts accept next to nothing.
-        judges = self.candidate_is_ahead and not self.curriculum.awaits_first_lesson
+        judges = self.drafts.candidate_is_ahead and not self.curriculum.awaits_first_lesson
         share = JUDGING_SHARE if judges else WATCHING_SHARE
         may_score = not work or self.score_seconds <= share * time.process_time()
         if self.unscored and may_score:
@@ -156,9 +153,9 @@ class Learner:
 
     def _score(self, trajectory: Trajectory) -> bool:
         """Both drafts on a trajectory that neither has trained on, which then may be. Whether it is evidence."""
-        began = time.process_time()
-        incumbent = self.simulated(self.incumbent, trajectory)
-        candidate = self.simulated(self.candidate, trajectory) if self.candidate_is_ahead else incumbent
+        drafts, began = self.drafts, time.process_time()
+        incumbent = self.simulated(drafts.incumbent, trajectory)
+        candidate = self.simulated(drafts.candidate, trajectory) if drafts.candidate_is_ahead else incumbent
         if is_evidence := incumbent is not None and candidate is not None:
             self.evidence.add(candidate, incumbent)
             self.sleep.scored(trajectory, candidate, incumbent)
@@ -180,7 +177,7 @@ class Learner:
 
     def show_live(self, score: Score) -> None:
         """The incumbent's score on a trajectory, for the serving side."""
-        self.shadow.add(score)
+        self.drafts.shadow.add(score)
         self._show_shadow()
 
     def remember(self, trajectory: Trajectory) -> None:
@@ -188,11 +185,12 @@ class Learner:
         end = trajectory.start + len(trajectory.token_ids)
         self.requests_seen += trajectory.start < trajectory.prompt_length <= end  # of a cut one, one piece counts
         if self.curriculum.add(trajectory, owed=not self.sleep.asleep):
-            self._candidate_is_another("the draft vocabulary was chosen anew")
+            self.drafts.candidate_changed()
+            self._forget_scores("the draft vocabulary was chosen anew")
         block, curriculum = self.control.learner, self.curriculum
         if curriculum.fault:
             block.message = curriculum.fault
-        block.vocabulary_coverage = curriculum.coverage.share(self.incumbent.target_ids)
+        block.vocabulary_coverage = curriculum.coverage.share(self.drafts.incumbent.target_ids)
         block.vocabulary_changes = curriculum.vocabulary_changes
         block.tokens_seen = curriculum.tokens_seen
         block.replay_bytes, block.replay_tokens = curriculum.replay.nbytes, curriculum.replay.tokens
@@ -203,59 +201,50 @@ class Learner:
         with self._on_host(curriculum.works_on_host):
             is_another = curriculum.work()
         if is_another:
-            self._candidate_is_another("a lesson was learnt")
-            self.candidate_founds_lineage = True
+            self.drafts.candidate_changed(founds_lineage=True)
+            self._forget_scores("a lesson was learnt")
         if curriculum.fault:
             block.message = curriculum.fault
             self._show_discarded()
         if curriculum.trainer.steps > steps:
-            self.candidate_is_ahead = True
+            self.drafts.candidate_changed()
             block.step, block.tokens_trained = curriculum.trainer.steps, curriculum.tokens_trained
             block.steps_taken += curriculum.trainer.steps - steps
             block.loss = curriculum.loss
             if self.config.sync != "evidence":
                 self._maybe_publish()
 
-    def _candidate_is_another(self, why: str) -> None:
-        """A lesson or another vocabulary: what was scored before says nothing of it."""
-        self.evidence.restart()
-        self.sleep.restart(why)
-        self.candidate_is_ahead = True
-
-    def _show_discarded(self) -> None:
-        discarded = sum(self.assembler.discarded.values()) + self.curriculum.dropped
-        self.control.learner.trajectories_discarded = discarded
-
     def _maybe_publish(self) -> None:
         verdict = self.evidence.verdict(time.monotonic())
-        block, trainer = self.control.learner, self.curriculum.trainer
+        block, drafts, trainer = self.control.learner, self.drafts, self.curriculum.trainer
         block.candidate_acceptance_length = verdict.candidate
         block.incumbent_acceptance_length = verdict.incumbent
         block.message = verdict.reason
         reason = self.sync.reason(verdict, trainer.steps, self.requests_seen)
-        if not (reason and self.candidate_is_ahead):
+        if not (reason and drafts.candidate_is_ahead):
             return
         version = self._next_version()
-        lineage = version if self.candidate_founds_lineage else self.lineage
+        lineage = drafts.candidate_lineage(version)
         try:
-            publish(self.bank, version, self.candidate, {"reason": reason, "step": trainer.steps, "lineage": lineage})
+            publish(self.bank, version, drafts.candidate, {"reason": reason, "step": trainer.steps, "lineage": lineage})
         except ValueError as error:  # weights that are not finite: back to the last good ones
             block.message = f"not published: {error}"
-            self.curriculum.go_on(self.incumbent.state_dict())
+            drafts.reset_candidate()
+            self.curriculum.go_on()
             trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
-            self.evidence.restart()
-            self.sleep.restart("the candidate was not finite")
-            self.candidate_is_ahead = self.candidate_founds_lineage = False
+            self._forget_scores("the candidate was not finite")
             return
-        self.incumbent.load_state_dict(self.candidate.state_dict())
-        self._both_are(version, lineage, self.evidence.published(time.monotonic()))
+        drafts.promote(version, self.evidence.published(time.monotonic()))
+        self._show_shadow()
         self._published(version, reason)
 
     def _update(self, directory: Path) -> Answer:
         """A draft somebody wants, in place of incumbent and candidate. Learning goes on from it."""
         version = self._next_version()
         try:
-            draft = publish_from_disk(self.bank, version, directory, self.incumbent, lambda: self.head.embed_tokens)
+            draft = publish_from_disk(
+                self.bank, version, directory, self.drafts.incumbent, lambda: self.head.embed_tokens
+            )
         except AuroraError as error:
             return Answer(0, str(error))
         self.start_over_from(draft, version, version, "another draft was loaded")
@@ -264,21 +253,15 @@ class Learner:
 
     def start_over_from(self, draft: Eagle3Draft, version: int, lineage: int, why: str) -> None:
         """Incumbent and candidate become a draft that no training here led to: what was known of them says nothing."""
-        self.incumbent.load_state_dict(draft.state_dict())
-        self.candidate.load_state_dict(draft.state_dict())
+        self.drafts.replace(draft, version, lineage)
         self.curriculum.refine()
+        self._forget_scores(why)
+        self._show_shadow()
+
+    def _forget_scores(self, why: str) -> None:
+        """The candidate is another one, not one that learned on: what was scored before says nothing of it."""
         self.evidence.restart()
         self.sleep.restart(why)
-        self._both_are(version, lineage)
-
-    def _both_are(self, version: int, lineage: int, score: Score | None = None) -> None:
-        """Incumbent and candidate are this version now. score: on what carried it, where there is any."""
-        self.version, self.lineage = version, lineage
-        self.candidate_is_ahead = self.candidate_founds_lineage = False
-        self.shadow = Recent(self.config.num_speculative_tokens)
-        if score is not None:
-            self.shadow.add(score)
-        self._show_shadow()
 
     def _published(self, version: int, why: str) -> None:
         notice(f"version {version} of the draft is published: {why}")
@@ -287,12 +270,16 @@ class Learner:
         self.control.learner.publishes += 1
 
     def _next_version(self) -> int:
-        return max(self.version, self.bank.newest(), self.control.worker.live_version) + 1
+        return max(self.drafts.version, self.bank.newest(), self.control.worker.live_version) + 1
+
+    def _show_discarded(self) -> None:
+        discarded = sum(self.assembler.discarded.values()) + self.curriculum.dropped
+        self.control.learner.trajectories_discarded = discarded
 
     def _show_shadow(self) -> None:
-        block = self.control.learner
-        block.shadow_version, block.shadow_steps = self.version, round(self.shadow.steps)
-        block.shadow_accepted_per_position = self.shadow.per_position()
+        block, shadow = self.control.learner, self.drafts.shadow
+        block.shadow_version, block.shadow_steps = self.drafts.version, round(shadow.steps)
+        block.shadow_accepted_per_position = shadow.per_position()
 
     def _say(self, state: str) -> None:
         block = self.control.learner

@@ -57,7 +57,7 @@ class Keeper:
         self._saved_at = now
         try:
             path = self._checkpoints.save(
-                self._learner.incumbent, self._draft_config, *state_of(self._learner, self._carried)
+                self._learner.drafts.incumbent, self._draft_config, *state_of(self._learner, self._carried)
             )
         except (OSError, SafetensorError, RuntimeError) as error:  # no room, most likely, or a GPU's; learning goes on
             block.checkpoint = f"not saved: {error}"
@@ -71,7 +71,7 @@ class Keeper:
 
     def _state(self) -> tuple[int, int, int | None, bool]:
         learner, trainer = self._learner, self._learner.curriculum.trainer
-        return learner.version, trainer.steps, trainer.refining_since, learner.candidate_is_ahead
+        return learner.drafts.version, trainer.steps, trainer.refining_since, learner.drafts.candidate_is_ahead
 
     def _go_on(self, session: Session) -> str:
         """Take up what was saved of the version that is served. What was done, in words; empty where there is nothing.
@@ -83,9 +83,9 @@ class Keeper:
         try:
             saved = self._checkpoints.newest_of_run() if self._checkpoints else None
             if saved is not None:
-                fits = saved.facts["statistics"]["version"] == learner.version
+                fits = saved.facts["statistics"]["version"] == learner.drafts.version
             elif session.resume is not None:
-                saved, fits = Checkpoint.read(session.resume), learner.version == CHECKPOINT_VERSION
+                saved, fits = Checkpoint.read(session.resume), learner.drafts.version == CHECKPOINT_VERSION
             if saved is None or not fits:
                 return ""
             restore(learner, saved)
@@ -116,20 +116,20 @@ def _has_learned(statistics: Mapping[str, Any]) -> bool:
 def state_of(learner: Learner, carried: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and counters that :func:`restore` needs, as they are now. Trajectories and evidence stay behind: they
     are traffic. carried: counters of the learner this one went on from."""
-    curriculum = learner.curriculum
-    tensors = {CANDIDATE + name: tensor for name, tensor in learner.candidate.state_dict().items()}
+    curriculum, drafts = learner.curriculum, learner.drafts
+    tensors = {CANDIDATE + name: tensor for name, tensor in drafts.candidate.state_dict().items()}
     tensors |= {OPTIMIZER + name: tensor for name, tensor in curriculum.trainer.state_tensors().items()}
     tensors[COUNTS] = curriculum.coverage.counts
     replay = curriculum.replay
     statistics = {
-        "version": learner.version,
+        "version": drafts.version,
         "steps": curriculum.trainer.steps,
         "refining_since": curriculum.trainer.refining_since,
         "tokens_seen": carried.get("tokens_seen", 0) + curriculum.tokens_seen,
         "tokens_trained": carried.get("tokens_trained", 0) + curriculum.tokens_trained,
-        "candidate_is_ahead": learner.candidate_is_ahead,
-        "candidate_founds_lineage": learner.candidate_founds_lineage,
-        "shadow": {"steps": learner.shadow.steps, "accepted": learner.shadow.accepted},
+        "candidate_is_ahead": drafts.candidate_is_ahead,
+        "candidate_founds_lineage": drafts.candidate_founds_lineage,
+        "shadow": {"steps": drafts.shadow.steps, "accepted": drafts.shadow.accepted},
         "replay": {
             "trajectories": len(replay),
             "tokens": replay.tokens,
@@ -148,13 +148,13 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
         AuroraError: the file is damaged.
         ValueError, KeyError: it does not fit this draft. The draft in training is as it was.
     """
-    curriculum = learner.curriculum
+    curriculum, drafts = learner.curriculum, learner.drafts
     tensors, statistics = saved.tensors(), saved.facts["statistics"]
     candidate, optimizer = (
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         for prefix in (CANDIDATE, OPTIMIZER)
     )
-    own = {name: tensor.shape for name, tensor in learner.candidate.state_dict().items()}
+    own = {name: tensor.shape for name, tensor in drafts.candidate.state_dict().items()}
     if {name: tensor.shape for name, tensor in candidate.items()} != own:
         raise ValueError(f"{saved.directory} is of a draft of another shape")
     if tensors[COUNTS].shape != curriculum.coverage.counts.shape:
@@ -162,10 +162,10 @@ def restore(learner: Learner, saved: Checkpoint) -> None:
     curriculum.trainer.load_state_tensors(optimizer, int(statistics["steps"]), statistics["refining_since"])
     if _has_learned(statistics):
         curriculum.skip_lessons()  # they begin from the day-0 draft, and would overwrite what came after it
-    curriculum.go_on(candidate)
+    is_ahead, founds_lineage = statistics["candidate_is_ahead"], statistics.get("candidate_founds_lineage", False)
+    drafts.resume_candidate(candidate, bool(is_ahead), bool(founds_lineage))
+    curriculum.go_on()
     curriculum.coverage.counts.copy_(tensors[COUNTS])
-    learner.candidate_is_ahead = bool(statistics["candidate_is_ahead"])
-    learner.candidate_founds_lineage = bool(statistics.get("candidate_founds_lineage", False))
     shadow = statistics["shadow"]
-    if len(shadow["accepted"]) == learner.shadow.length:
-        learner.shadow = Recent(learner.shadow.length, steps=shadow["steps"], accepted=shadow["accepted"])
+    if len(shadow["accepted"]) == drafts.shadow.length:
+        drafts.shadow = Recent(drafts.shadow.length, steps=shadow["steps"], accepted=shadow["accepted"])

@@ -64,7 +64,7 @@ class Sleep:
         steps = curriculum.trainer.steps
         if self._trial is None or self._set_aside is None:
             self._trial = Trial(steps, learner.config.evidence_tokens)
-            self._set_aside = copy.deepcopy(learner.candidate)
+            self._set_aside = copy.deepcopy(learner.drafts.candidate)
         elif self._trial.is_judged(steps):
             then = learner.simulated(self._set_aside, trajectory)
             if then is not None:
@@ -89,7 +89,7 @@ class Sleep:
         while learner.unscored and self._watch is not None:
             trajectory, why = learner.unscored.popleft(), ""
             due = self._watch.is_due()
-            if due and (score := learner.simulated(learner.incumbent, trajectory)) is not None:
+            if due and (score := learner.simulated(learner.drafts.incumbent, trajectory)) is not None:
                 learner.show_live(score)
                 why = self._watch.observe(*_counts(score))
             learner.remember(trajectory)  # another vocabulary may wake it
@@ -109,7 +109,7 @@ class Sleep:
         self._say(why)
 
     def _coverage(self) -> float:
-        return self._learner.curriculum.coverage.share(self._learner.incumbent.target_ids)
+        return self._learner.curriculum.coverage.share(self._learner.drafts.incumbent.target_ids)
 
     def _say(self, what: str) -> None:
         block = self._learner.control.learner

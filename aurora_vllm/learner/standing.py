@@ -45,9 +45,10 @@ def follow_rollback(learner: Learner) -> None:
     What the candidate learned since it left that version is lost with it: it was built on weights that were found
     worse, and publishing it would repeat them. Replay stays, evidence does not.
     """
-    if learner.version != learner.control.worker.rolled_back_version:
+    gone = learner.drafts.version
+    if gone != learner.control.worker.rolled_back_version:
         return
-    gone, draft = learner.version, load_draft(learner.session.draft)  # version 1, which is not in the bank
+    draft = load_draft(learner.session.draft)  # version 1, which is not in the bank
     version, lineage = take_standing(draft, learner.bank, learner.control.worker)
     learner.start_over_from(draft, version, lineage, f"version {gone} was rolled back")
     learner.control.learner.message = f"version {gone} was rolled back: learning goes on from version {version}"

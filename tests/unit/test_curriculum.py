@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +65,8 @@ def test_a_lesson_after_other_weights_took_its_draft_is_as_good_as_any(small_les
         curriculum.add(one)
         while what := curriculum.next():
             if curriculum.work() and what == "first lesson":
-                curriculum.go_on(day0)
+                draft.load_state_dict(day0)
+                curriculum.go_on()
             seen.append(what)
     assert "lesson" in seen
     assert acceptance(draft, head, linear_world(head, norm, 8, 30, seed=77)) > 1.8
@@ -152,8 +153,10 @@ def test_a_trained_draft_gets_no_lesson_and_gentle_steps(small_lessons: None, tm
     assert curriculum.trainer.steps > 0
 
 
-@pytest.mark.parametrize("how", ["refine", "go on"])
-def test_training_goes_on_from_weights_that_were_put_in_the_candidates_place(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("how", [Curriculum.refine, Curriculum.go_on])
+def test_training_goes_on_from_weights_that_were_put_in_the_candidates_place(
+    tmp_path: Path, how: Callable[[Curriculum], None]
+) -> None:
     """A draft from disk, or the version before a rollback: the draft in training, of which it is the average, too."""
     draft, head = day0_draft()
     curriculum = Curriculum(draft, head, settings(batch_tokens=30), tmp_path, worth_keeping=True)
@@ -161,11 +164,8 @@ def test_training_goes_on_from_weights_that_were_put_in_the_candidates_place(tmp
         curriculum.add(one)
     do_all(curriculum)
     other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in draft.state_dict().items()}
-    if how == "refine":
-        draft.load_state_dict(other)
-        curriculum.refine()
-    else:
-        curriculum.go_on(other)
+    draft.load_state_dict(other)
+    how(curriculum)
     assert curriculum.trainer.draft is not draft
     for trained in (draft.state_dict(), curriculum.trainer.draft.state_dict()):
         assert all(torch.equal(trained[name], tensor) for name, tensor in other.items())

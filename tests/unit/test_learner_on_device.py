@@ -135,15 +135,15 @@ def test_a_rollback_and_a_checkpoint(device: torch.device, tmp_path: Path, monke
         producer, _weights = place(ring, bank, DEVICE, control.worker, wanted=True)
         learner = Learner(shared)
         serve(world, learner, producer, range(6))
-        assert learner.version >= 2 and not learner.curriculum.fault
+        assert learner.drafts.version >= 2 and not learner.curriculum.fault
         learner.keeper.save(at_once=True)
         assert newest(tmp_path / "kept") is not None, control.learner.checkpoint
         again = Learner(shared)
         assert again.curriculum.trainer.steps == learner.curriculum.trainer.steps
-        assert torch.equal(again.candidate.fc.weight, learner.candidate.fc.weight)
+        assert torch.equal(again.drafts.candidate.fc.weight, learner.drafts.candidate.fc.weight)
         serve(world, again, producer, range(6, 9))
-        control.worker.rolled_back_version, control.worker.live_version = again.version, 1
+        control.worker.rolled_back_version, control.worker.live_version = again.drafts.version, 1
         follow_rollback(again)
-        assert again.version == 1 and isinstance(again.incumbent.fc.weight.data, Far)
+        assert again.drafts.version == 1 and isinstance(again.drafts.incumbent.fc.weight.data, Far)
         serve(world, again, producer, range(9, 12))
         assert not again.curriculum.fault

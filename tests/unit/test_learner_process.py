@@ -28,18 +28,18 @@ def test_rows_are_trained_on_judged_and_published(tmp_path: Path) -> None:
     with session(world, tmp_path) as (shared, producer):
         learner = Learner(shared)
         block, unseen = learner.control.learner, trajectory(world)
-        before = simulate(learner.incumbent, learner.head, unseen, 2).acceptance_length
+        before = simulate(learner.drafts.incumbent, learner.head, unseen, 2).acceptance_length
         for request in range(60):
             serve(world, learner, producer, range(request, request + 1))
             if block.publishes:
                 break
-        assert (learner.version, block.published_version, learner.bank.published()) == (2, 2, 2)
+        assert (learner.drafts.version, block.published_version, learner.bank.published()) == (2, 2, 2)
         publication = learner.bank.read(2)
         assert "beats incumbent" in publication.evidence["reason"]
         assert publication.evidence["step"] == learner.curriculum.trainer.steps - 1 > 0  # one more was trained since
         assert block.step == learner.curriculum.trainer.steps
-        assert_same(publication.tensors, weights(learner.incumbent))
-        assert simulate(learner.incumbent, learner.head, unseen, 2).acceptance_length > before + 0.02
+        assert_same(publication.tensors, weights(learner.drafts.incumbent))
+        assert simulate(learner.drafts.incumbent, learner.head, unseen, 2).acceptance_length > before + 0.02
         assert block.shadow_version == 2 and block.shadow_steps > 0
         assert block.trajectories == request + 1 and block.tokens_seen == 20 * (request + 1)
         assert 0 < block.vocabulary_coverage <= 1
@@ -122,7 +122,8 @@ def test_before_the_first_lesson_there_is_hardly_anything_to_judge(
         monkeypatch.setattr(learner.curriculum, "next", lambda: "first lesson" if awaits else "training")
         monkeypatch.setattr(learner.curriculum, "work", lambda: False)
         monkeypatch.setattr(learner_module, "WATCHING_SHARE", 0.0)
-        learner.candidate_is_ahead, learner.score_seconds = True, 1.0
+        learner.drafts.candidate_changed()
+        learner.score_seconds = 1.0
         send(producer, world.rows(0))
         learner.turn()
         assert len(learner.unscored) == int(awaits)
@@ -133,12 +134,12 @@ def test_a_step_that_is_not_finite_is_dropped_and_said(tmp_path: Path) -> None:
     with session(world, tmp_path) as (shared, producer):
         learner = Learner(shared)
         serve(world, learner, producer, range(4))
-        before, steps = weights(learner.candidate), learner.curriculum.trainer.steps
+        before, steps = weights(learner.drafts.candidate), learner.curriculum.trainer.steps
         bad = trajectory(world, 4)
         bad.aux[5:9] = torch.nan
         learner.remember(bad)
         learner.turn()
-        assert_same(weights(learner.candidate), before)
+        assert_same(weights(learner.drafts.candidate), before)
         assert learner.curriculum.trainer.steps == steps
         block = learner.control.learner
         assert block.message.startswith("a training step was not finite")
@@ -173,7 +174,7 @@ def test_a_lesson_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(learner.curriculum, "next", lambda: "lesson")
         monkeypatch.setattr(learner.curriculum, "work", fail)
         assert learner.turn()
-        assert learner.control.learner.message == "a lesson failed" and not learner.candidate_is_ahead
+        assert learner.control.learner.message == "a lesson failed" and not learner.drafts.candidate_is_ahead
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
@@ -195,11 +196,12 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
     with session(world, tmp_path, sync="steps", sync_interval=1) as (shared, producer):
         learner = Learner(shared)
         serve(world, learner, producer, range(1))
-        good, published = weights(learner.incumbent), learner.bank.published()
+        good, published = weights(learner.drafts.incumbent), learner.bank.published()
         assert published > 0
         with torch.no_grad():
-            learner.candidate.fc.weight[0, 0] = torch.nan
-        learner.candidate_is_ahead, learner.sync = True, type(learner.sync)("steps", 0)
+            learner.drafts.candidate.fc.weight[0, 0] = torch.nan
+        learner.drafts.candidate_changed()
+        learner.sync = type(learner.sync)("steps", 0)
         learner.evidence.add(Score(50, (0, 0)), Score(50, (9, 0)))
         restarted: list[str] = []
         learner.sleep.restart = restarted.append  # type: ignore[method-assign]
@@ -207,7 +209,8 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
         assert learner.evidence.verdict(0.0).tokens == 0 and restarted == ["the candidate was not finite"]
         assert learner.bank.published() == published
         assert "fc.weight is not finite" in learner.control.learner.message
-        assert_same(weights(learner.candidate), good)
+        for draft in (learner.drafts.candidate, learner.curriculum.trainer.draft):
+            assert_same(weights(draft), good)
         assert not learner.curriculum.trainer.optimizer.state
         serve(world, learner, producer, range(1, 3))
         assert learner.bank.published() > published
@@ -237,15 +240,15 @@ def test_the_next_learner_goes_on_from_the_bank(tmp_path: Path) -> None:
         published = first.bank.published()
         assert published > 1
         second = Learner(shared)  # as after kill -9 of the first
-        assert second.version == published
-        assert_same(weights(second.incumbent), first.bank.read(published).tensors)
-        assert_same(weights(second.candidate), weights(second.incumbent))
+        assert second.drafts.version == published
+        assert_same(weights(second.drafts.incumbent), first.bank.read(published).tensors)
+        assert_same(weights(second.drafts.candidate), weights(second.drafts.incumbent))
         serve(world, second, producer, range(7, 14))
         assert second.bank.published() > published
 
         slot = next(slot for slot in second.bank._slots if slot.words.version == second.bank.published())
         slot.words.sequence = 1  # torn: its writer died in it
-        assert Learner(shared).version == 1
+        assert Learner(shared).drafts.version == 1
 
 
 def test_a_publish_that_was_cut_short_leaves_the_live_version_to_go_on_from(tmp_path: Path) -> None:
@@ -255,14 +258,14 @@ def test_a_publish_that_was_cut_short_leaves_the_live_version_to_go_on_from(tmp_
         first = Learner(shared)
         for version in (2, 3):
             serve(world, first, producer, range(version, version + 1))
-            assert first.bank.published() == first.version == version
+            assert first.bank.published() == first.drafts.version == version
         first.bank.hold(live=2, previous=1)
         first.control.worker.live_version = 2
         slot = next(slot for slot in first.bank._slots if slot.words.version == 3)
         slot.words.sequence = 1
         second = Learner(shared)
-        assert second.version == 2
-        assert_same(weights(second.incumbent), first.bank.read(2).tensors)
+        assert second.drafts.version == 2
+        assert_same(weights(second.drafts.incumbent), first.bank.read(2).tensors)
         assert second._next_version() == 4
 
 
@@ -281,7 +284,7 @@ def test_the_number_of_a_publish_that_was_not_finished_is_not_taken_again(tmp_pa
         first.bank._learner.published = published - 1  # as where it was killed before it said so
         second = Learner(shared)
         serve(world, second, producer, range(1, 2))
-        assert second.bank.published() == second.version == published + 1
+        assert second.bank.published() == second.drafts.version == published + 1
 
 
 class Rehearsal:

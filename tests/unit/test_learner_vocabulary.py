@@ -105,7 +105,7 @@ def test_a_vocabulary_that_misses_the_traffic_is_replaced_judged_and_published_w
     learner = Learner(world.session)
     learner.curriculum._reselection.enough = 300
     learner.curriculum.skip_lessons()
-    day0 = learner.incumbent.target_ids.clone()
+    day0 = learner.drafts.incumbent.target_ids.clone()
     assert not torch.isin(CYCLE, day0).any() and EOS in day0
     block = world.control.learner
 
@@ -114,24 +114,24 @@ def test_a_vocabulary_that_misses_the_traffic_is_replaced_judged_and_published_w
     assert learner.evidence.verdict(0.0).tokens > 0
     run(world, learner, 1)
     assert block.vocabulary_changes == 1
-    assert torch.isin(CYCLE, learner.candidate.target_ids).all() and EOS in learner.candidate.target_ids
-    assert torch.equal(learner.incumbent.target_ids, day0)  # what serves stays until the evidence is in
+    assert torch.isin(CYCLE, learner.drafts.candidate.target_ids).all() and EOS in learner.drafts.candidate.target_ids
+    assert torch.equal(learner.drafts.incumbent.target_ids, day0)  # what serves stays until the evidence is in
     assert world.bank.published() == 0 and learner.evidence.verdict(0.0).tokens == 0
 
     run(world, learner, 12)
     assert block.publishes == 1 and block.vocabulary_changes == 1
     assert block.candidate_acceptance_length > 1.3 > block.incumbent_acceptance_length == 1.0
     published = world.bank.read(world.bank.published()).tensors
-    for name, tensor in learner.candidate.state_dict().items():
+    for name, tensor in learner.drafts.candidate.state_dict().items():
         assert torch.equal(published[name], tensor), name
-    assert torch.equal(learner.incumbent.target_ids, learner.candidate.target_ids)
-    assert bool((learner.incumbent.target_ids.diff() > 0).all())
+    assert torch.equal(learner.drafts.incumbent.target_ids, learner.drafts.candidate.target_ids)
+    assert bool((learner.drafts.incumbent.target_ids.diff() > 0).all())
     world.request()
     learner.turn()
     assert block.vocabulary_coverage == pytest.approx(1.0)
 
     again = Learner(world.session)  # a restarted learner goes on with the vocabulary that serves
-    assert torch.equal(again.candidate.target_ids, learner.incumbent.target_ids)
+    assert torch.equal(again.drafts.candidate.target_ids, learner.drafts.incumbent.target_ids)
 
 
 @pytest.mark.parametrize("world", [0.0], indirect=True)
@@ -163,26 +163,11 @@ def test_a_change_that_finds_no_memory_changes_nothing(
     learner.curriculum._reselection.enough = 300
     learner.curriculum.skip_lessons()
     monkeypatch.setattr(curriculum, "plan_move", fails)
-    day0 = learner.incumbent.target_ids.clone()
+    day0 = learner.drafts.incumbent.target_ids.clone()
     run(world, learner, 6)
     assert calls == fails_at and world.control.learner.vocabulary_changes == 0
-    assert torch.equal(learner.candidate.target_ids, day0)
+    assert torch.equal(learner.drafts.candidate.target_ids, day0)
     assert torch.equal(learner.curriculum.trainer.draft.target_ids, day0)
     run(world, learner, 6)  # another try, when as much was seen again
     assert world.control.learner.vocabulary_changes == 1
-    assert torch.equal(learner.curriculum.trainer.draft.target_ids, learner.candidate.target_ids)
-
-
-def test_a_candidate_that_is_thrown_away_takes_its_vocabulary_and_moments_along(world: World) -> None:
-    learner = Learner(world.session)
-    learner.curriculum._reselection.enough = 300
-    learner.curriculum.skip_lessons()
-    run(world, learner, 6)
-    assert world.control.learner.vocabulary_changes == 1
-    learner.candidate.norm.weight.data[3] = torch.inf
-    learner.evidence.min_tokens = learner.evidence.margin = 0
-    learner._maybe_publish()
-    assert "not finite" in world.control.learner.message and world.bank.published() == 0
-    assert torch.equal(learner.candidate.target_ids, learner.incumbent.target_ids)
-    assert torch.isfinite(learner.candidate.norm.weight).all()
-    assert not learner.curriculum.trainer.optimizer.state
+    assert torch.equal(learner.curriculum.trainer.draft.target_ids, learner.drafts.candidate.target_ids)

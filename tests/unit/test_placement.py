@@ -370,7 +370,7 @@ def test_a_learner_on_a_device_trains_judges_and_publishes_there(
         ends = Ends(padded(world.embedding).to(DEVICE), padded(world.lm_head).to(DEVICE))
         lend_ends(lambda: ends, control.worker)
         learner = Learner(shared)
-        assert learner.device == DEVICE and isinstance(learner.candidate.fc.weight.data, Far)
+        assert learner.device == DEVICE and isinstance(learner.drafts.candidate.fc.weight.data, Far)
         assert isinstance(learner.head.lm_head, Far)
         assert learner.head.lm_head.here.data_ptr() == ends.lm_head.here.data_ptr()  # type: ignore[attr-defined]
         serve(world, learner, producer, range(24))
@@ -381,7 +381,7 @@ def test_a_learner_on_a_device_trains_judges_and_publishes_there(
         assert block.step >= 24 and block.publishes >= 1, (block.step, block.message)
         version = weights.published()
         published = weights.read(version).tensors["fc.weight"].cpu()
-        assert torch.equal(published, learner.incumbent.fc.weight.detach().cpu())
+        assert torch.equal(published, learner.drafts.incumbent.fc.weight.detach().cpu())
         again = Learner(shared)  # the one before was killed
-        assert again.version == version and stand_in.opened == [RING, BANK, EMBEDDING, LM_HEAD] * 2
-        assert torch.equal(again.candidate.fc.weight.detach().cpu(), published)
+        assert again.drafts.version == version and stand_in.opened == [RING, BANK, EMBEDDING, LM_HEAD] * 2
+        assert torch.equal(again.drafts.candidate.fc.weight.detach().cpu(), published)

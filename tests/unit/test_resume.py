@@ -50,20 +50,22 @@ def test_a_new_server_goes_on_from_a_checkpoint(tmp_path: Path, sync: str) -> No
     with session(world, tmp_path, draft=kept, resume=kept, sync=sync) as (shared, producer):
         after = Learner(shared)
         assert after.control.learner.checkpoint == f"goes on from {kept.name}, step {before.curriculum.trainer.steps}"
-        assert after.version == 1
-        assert_same(weights(after.incumbent), weights(before.incumbent))  # what vLLM loads from there, too
-        assert_same(weights(after.candidate), weights(before.candidate))
+        now, then = after.drafts, before.drafts
+        assert now.version == 1
+        assert_same(weights(now.incumbent), weights(then.incumbent))  # what vLLM loads from there, too
+        for candidate in (now.candidate, after.curriculum.trainer.draft):
+            assert_same(weights(candidate), weights(then.candidate))
         assert torch.equal(after.curriculum.coverage.counts, before.curriculum.coverage.counts)
-        assert after.control.learner.shadow_accepted_per_position[:2] == pytest.approx(before.shadow.per_position())
+        assert after.control.learner.shadow_accepted_per_position[:2] == pytest.approx(then.shadow.per_position())
         # The optimizer goes on exactly: the same step from here gives the same weights.
         batch = collate([trajectory(world)])
         before.curriculum.trainer.step(batch)
         after.curriculum.trainer.step(batch)
         assert after.curriculum.trainer.steps == before.curriculum.trainer.steps
-        assert_same(weights(after.candidate), weights(before.candidate))
+        assert_same(weights(now.candidate), weights(then.candidate))
         fresh = Learner(shared.model_copy(update={"resume": None}))  # a check of the check: without it they differ
         fresh.curriculum.trainer.step(batch)
-        assert not torch.equal(fresh.candidate.fc.weight, before.candidate.fc.weight)
+        assert not torch.equal(fresh.drafts.candidate.fc.weight, then.candidate.fc.weight)
         serve(world, after, producer, range(3))
         assert after.curriculum.trainer.steps > before.curriculum.trainer.steps
 
@@ -75,8 +77,8 @@ def test_a_learner_after_a_crash_takes_up_its_predecessors_training(tmp_path: Pa
         serve(world, first, producer, range(5))
         first.keeper.save(at_once=True)
         second, shared_block = Learner(shared), first.control.learner
-        assert second.version == 1 and second.curriculum.trainer.steps == first.curriculum.trainer.steps > 0
-        assert_same(weights(second.candidate), weights(first.candidate))
+        assert second.drafts.version == 1 and second.curriculum.trainer.steps == first.curriculum.trainer.steps > 0
+        assert_same(weights(second.drafts.candidate), weights(first.drafts.candidate))
         counted = shared_block.steps_taken
         assert counted == first.curriculum.trainer.steps
         serve(world, second, producer, range(5, 7))
@@ -86,8 +88,8 @@ def test_a_learner_after_a_crash_takes_up_its_predecessors_training(tmp_path: Pa
         second._maybe_publish()
         assert second.bank.published() == 2
         third = Learner(shared)  # what was saved is of version 1: older than what is served
-        assert third.version == 2 and third.curriculum.trainer.steps == 0
-        assert_same(weights(third.candidate), weights(third.incumbent))
+        assert third.drafts.version == 2 and third.curriculum.trainer.steps == 0
+        assert_same(weights(third.drafts.candidate), weights(third.drafts.incumbent))
 
 
 def test_a_lesson_that_was_not_yet_published_founds_its_lineage_later(
@@ -119,12 +121,13 @@ def test_a_lesson_that_was_learned_is_kept_and_not_given_again(tmp_path: Path, m
         assert first.curriculum.trainer.steps == 0  # the lesson alone is worth a checkpoint
         first.keeper.save(at_once=True)
         second = Learner(shared)
-        assert_same(weights(second.candidate), weights(first.candidate))
-        assert not second.curriculum.awaits_first_lesson and second.candidate_is_ahead
+        assert_same(weights(second.drafts.candidate), weights(first.drafts.candidate))
+        assert not second.curriculum.awaits_first_lesson and second.drafts.candidate_is_ahead
         serve(world, second, producer, range(6, 12))
         assert second.curriculum.trainer.steps > 0
-        assert torch.equal(second.candidate.fc.weight, first.candidate.fc.weight)  # refined: first lm_head alone
-        assert not torch.equal(second.candidate.lm_head.weight, first.candidate.lm_head.weight)
+        now, then = second.drafts.candidate, first.drafts.candidate
+        assert torch.equal(now.fc.weight, then.fc.weight)  # refined: first lm_head alone
+        assert not torch.equal(now.lm_head.weight, then.lm_head.weight)
 
 
 def day0_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
@@ -146,7 +149,7 @@ def test_what_was_saved_before_the_first_lesson_gets_it(tmp_path: Path, monkeypa
     with session(world, tmp_path, **where) as (shared, producer):
         first = Learner(shared)
         serve(world, first, producer, range(2))
-        first.candidate_is_ahead = True  # as where another vocabulary was chosen
+        first.drafts.candidate_changed()  # as where another vocabulary was chosen
         first.keeper.save(at_once=True)
     kept = newest(tmp_path / "kept")
     assert kept is not None
@@ -174,7 +177,7 @@ def test_only_a_draft_that_nobody_trained_is_given_lessons(tmp_path: Path, monke
         config = shared.config.model_copy(update={"draft": tmp_path / "day0"})  # the user's own
         assert not Learner(shared.model_copy(update={"config": config})).curriculum.has_lessons_to_learn
         learner = Learner(shared)
-        publish(learner.bank, 2, learner.candidate, {})
+        publish(learner.bank, 2, learner.drafts.candidate, {})
         assert not Learner(shared).curriculum.has_lessons_to_learn  # as after a crash
 
 
@@ -247,7 +250,7 @@ def test_training_state_that_is_damaged_costs_only_itself(tmp_path: Path, damage
     with session(world, tmp_path, draft=kept, resume=kept) as (shared, producer):
         learner = Learner(shared)
         assert "training starts anew" in learner.control.learner.checkpoint
-        assert_same(weights(learner.candidate), weights(before.incumbent))
+        assert_same(weights(learner.drafts.candidate), weights(before.drafts.incumbent))
         assert learner.curriculum.trainer.steps == 0
         serve(world, learner, producer, range(3))
 
@@ -258,7 +261,7 @@ def test_nothing_of_the_traffic_is_in_a_checkpoint(tmp_path: Path) -> None:
     kept, learner = learned(world, tmp_path)
     names = {name.split(".")[0] for name in Checkpoint.read(kept).tensors()}
     assert names == {"candidate", "optimizer", "emitted_counts"}
-    shapes = {tuple(p.shape) for p in learner.candidate.state_dict().values()} | {(), (32,)}
+    shapes = {tuple(p.shape) for p in learner.drafts.candidate.state_dict().values()} | {(), (32,)}
     assert {tuple(t.shape) for t in Checkpoint.read(kept).tensors().values()} <= shapes
     assert {path.name for path in kept.rglob("*")} == {
         "config.json",
@@ -279,7 +282,7 @@ def test_an_embedding_of_the_drafts_own_outlives_the_learner(tmp_path: Path) -> 
         serve(world, first, producer, range(2))
         assert first.bank.published() > 1
         second = Learner(shared)
-        for one in (second.incumbent, second.candidate):
+        for one in (second.drafts.incumbent, second.drafts.candidate):
             assert one.embed_tokens is not None and torch.equal(one.embed_tokens, draft.embed_tokens)
 
 

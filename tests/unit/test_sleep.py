@@ -56,16 +56,16 @@ def test_it_sleeps_when_it_has_learnt_and_wakes_when_the_traffic_is_another(tmp_
         assert block.trial_gain < drift.MEANINGFUL
         assert learner.curriculum.trainer.steps >= drift.TRIAL_STEPS
 
-        steps, asleep = learner.curriculum.trainer.steps, weights(learner.candidate)
+        steps, asleep = learner.curriculum.trainer.steps, weights(learner.drafts.candidate)
         seen = learner.curriculum.tokens_seen
         assert serve(world, learner, producer, range(request, request + 80)) == 80  # more of the same
         assert block.state == "sleeping" and learner.sleep.asleep
         assert learner.curriculum.trainer.steps == steps
-        assert_same(weights(learner.candidate), asleep)
+        assert_same(weights(learner.drafts.candidate), asleep)
         assert learner.curriculum.tokens_seen == seen + 80 * (4 + ANSWER)  # it knows what is said
         assert not learner.unscored
 
-        length = 1 + sum(learner.shadow.per_position())
+        length = 1 + sum(learner.drafts.shadow.per_position())
         world.follows = torch.randperm(V, generator=torch.Generator().manual_seed(9))
         took = serve(world, learner, producer, range(400, 500))
         assert took <= 12 and not block.asleep
@@ -88,7 +88,7 @@ def test_the_sleeper_looks_at_one_in_a_few(tmp_path: Path, monkeypatch: pytest.M
         looked, simulate = [], module.simulate
 
         def counted(*args: Any) -> Any:
-            assert args[0] is learner.incumbent
+            assert args[0] is learner.drafts.incumbent
             looked.append(args[2].request)
             return simulate(*args)
 
@@ -150,7 +150,7 @@ def test_a_sleepers_evidence_is_of_before_its_sleep(tmp_path: Path) -> None:
     with session(world, tmp_path) as (shared, producer):
         learner = Learner(shared)
         request = fall_asleep(world, learner, producer)
-        learner.candidate_is_ahead = True
+        learner.drafts.candidate_changed()
         assert learner.evidence.verdict(0.0).tokens > 0
         learner.curriculum.coverage.counts[words_it_may_not_say(learner)] = 0
         world.follows = torch.randperm(V, generator=torch.Generator().manual_seed(9))
@@ -191,7 +191,7 @@ def test_a_learner_that_gains_goes_on(tmp_path: Path) -> None:
 
 
 def words_it_may_not_say(learner: Learner) -> list[int]:
-    return [word for word in range(V) if word not in learner.incumbent.target_ids.tolist()]
+    return [word for word in range(V) if word not in learner.drafts.incumbent.target_ids.tolist()]
 
 
 def test_a_rollback_wakes_it_and_so_does_another_vocabulary(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_rollback_wakes_it_and_so_does_another_vocabulary(tmp_path: Path) -> N
         learner = Learner(shared)
         block, counts = learner.control.learner, learner.curriculum.coverage.counts
         request = fall_asleep(world, learner, producer)
-        learner.control.worker.rolled_back_version = gone = learner.version
+        learner.control.worker.rolled_back_version = gone = learner.drafts.version
         learner.control.worker.live_version = 1
         follow_rollback(learner)
         assert block.sleep == f"woke: version {gone} was rolled back" and not block.asleep

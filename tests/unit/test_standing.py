@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("same_every_time")
 def learn_until(world: World, learner: Learner, producer: RingProducer, version: int, request: int) -> int:
     """Serve until a version is out; the worker takes it. The next request's number."""
     worker = learner.control.worker
-    while learner.version < version:
+    while learner.drafts.version < version:
         serve(world, learner, producer, range(request, request + 1))
         request += 1
     worker.previous_version, worker.live_version = worker.live_version, version
@@ -42,25 +42,25 @@ def test_it_goes_on_from_the_version_that_stayed(tmp_path: Path, stayed: int) ->
         learner = Learner(shared)
         learner.control.worker.live_version = 1
         request = 0
-        kept = weights(learner.incumbent)
+        kept = weights(learner.drafts.incumbent)
         for version in range(2, stayed + 1):
             request = learn_until(world, learner, producer, version, request)
-            kept = weights(learner.incumbent)
+            kept = weights(learner.drafts.incumbent)
         request = learn_until(world, learner, producer, stayed + 1, request)
         serve(world, learner, producer, range(request, request + 1))  # the candidate learns on, from a bad draft
-        bad = weights(learner.incumbent)
+        bad = weights(learner.drafts.incumbent)
         roll_back(learner)
         follow_rollback(learner)  # a turn would train at once
-        assert learner.version == stayed
-        assert_same(weights(learner.incumbent), kept)
-        assert_same(weights(learner.candidate), kept)
+        assert learner.drafts.version == stayed
+        assert_same(weights(learner.drafts.incumbent), kept)
+        assert_same(weights(learner.drafts.candidate), kept)
         block = learner.control.learner
         assert (block.shadow_version, block.published_version) == (stayed, stayed + 1)
 
         # A learner started now begins there too, not with what was published last.
         second = Learner(shared)
-        assert second.version == stayed
-        assert_same(weights(second.candidate), kept)
+        assert second.drafts.version == stayed
+        assert_same(weights(second.drafts.candidate), kept)
 
         again = stayed + 2
         learn_until(world, learner, producer, again, request + 1)
@@ -84,7 +84,7 @@ def test_a_lesson_founds_a_lineage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert [learner.bank.read(version).lineage for version in (2, 3, 4)] == [0, 3, 3]
         roll_back(learner)
         follow_rollback(learner)
-        assert learner.lineage == Learner(shared).lineage == 3
+        assert learner.drafts.lineage == Learner(shared).drafts.lineage == 3
         with monkeypatch.context() as patched:
             patched.setattr(learner.curriculum, "work", lambda: True)
             learner._work()
@@ -106,7 +106,7 @@ def test_nothing_is_published_before_something_new_was_learned(tmp_path: Path) -
         learner.curriculum.replay.remove(learner.curriculum.replay.newest(10**9))  # nothing to train on
         for _ in range(5):
             learner.turn()
-        assert learner.version == 1 and learner.bank.published() == 2
+        assert learner.drafts.version == 1 and learner.bank.published() == 2
         assert learner.control.learner.message.startswith("version 2 was rolled back: learning goes on from version 1")
 
 
@@ -117,11 +117,11 @@ def test_a_rollback_of_an_older_version_is_not_its_business(tmp_path: Path) -> N
         learner = Learner(shared)
         learner.control.worker.live_version = 1
         request = learn_until(world, learner, producer, 2, 0)
-        while learner.version < 3:  # published, not yet taken
+        while learner.drafts.version < 3:  # published, not yet taken
             serve(world, learner, producer, range(request, request + 1))
             request += 1
-        incumbent = weights(learner.incumbent)
+        incumbent = weights(learner.drafts.incumbent)
         roll_back(learner)
         learner.turn()
-        assert learner.version == 3
-        assert_same(weights(learner.incumbent), incumbent)
+        assert learner.drafts.version == 3
+        assert_same(weights(learner.drafts.incumbent), incumbent)
