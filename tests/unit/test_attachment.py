@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from aurora_vllm.session import ENVIRONMENT_KEY, Session
 from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.trace import StepTrace
@@ -43,6 +44,16 @@ def test_a_hook_that_never_captures_is_switched_off_though_requests_are_followed
             attachment._on_step(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
         assert attachment.control.worker.capture_errors == 3
         attachment.close()
+
+
+def test_a_worker_that_is_bound_to_fewer_cpus_than_the_server_reads_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU vLLM binds its workers (OMP_PLACES), and the server checked the settings."""
+    with session(World(), tmp_path, learner_threads=2) as (shared, _):
+        monkeypatch.setenv(ENVIRONMENT_KEY, shared.model_dump_json())
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+        assert Session.from_environment() == shared
 
 
 def test_a_worker_that_cannot_start_serves_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

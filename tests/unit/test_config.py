@@ -109,7 +109,6 @@ def test_what_is_not_ours_stays_in_order(words: list[list[str]]) -> None:
         (["--aurora-ring-mb", "0"], {}, "--aurora-ring-mb: input should be greater than or equal to 1, not '0'"),
         (["--aurora-speculate=never2"], {}, "--aurora-speculate: input should be 'auto', 'always' or 'never'"),
         (["--aurora-ring-mb"], {}, "--aurora-ring-mb: expected one argument"),
-        (["--aurora-learner-threads", "100000"], {}, "--aurora-learner-threads: value error, there are "),
         (["--aurora-plan=xml"], {}, "--aurora-plan: takes no value, not 'xml'"),
         (["--aurora-config", "/nowhere.yaml"], {}, "cannot read settings file /nowhere.yaml: No such file"),
     ],
