@@ -60,7 +60,7 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
                 f"this vLLM keeps its server elsewhere ({error})", "it can only be served plain"
             ) from None
         if not invocation.off:
-            notice(f"this vLLM keeps its server elsewhere ({error}); serving it plain, without learning")
+            notice(f"this vLLM keeps its server elsewhere ({error}); serving it plain, without learning", "WARNING")
         vllm_server.run_as_program(invocation.vllm_argv)
     args = server.parse(invocation.vllm_argv)
     if invocation.aurora_file is not None and invocation.aurora_file.model and getattr(args, "model_tag", None) is None:

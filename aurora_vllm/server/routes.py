@@ -65,7 +65,7 @@ class AuroraEndpoints:
         try:
             reader = StatusReader(session)
         except (OSError, ValueError) as error:  # vLLM would not start over it, and need not know
-            notice(f"no /aurora/status: {error}")
+            notice(f"no /aurora/status: {error}", "WARNING")
             return
 
         def aurora_status() -> dict[str, Any]:
