@@ -79,9 +79,7 @@ class AuroraConfig(BaseModel):
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"
     )
-    learner_nice: int = Field(
-        19, ge=0, le=19, description="niceness of the learner: how far it steps back behind serving"
-    )
+    learner_nice: int = Field(19, ge=0, le=19, description="nice value of the learner process")
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
     learner_sleep: bool = Field(
         True, description="stop learning while it no longer helps, until acceptance or vocabulary coverage drops"

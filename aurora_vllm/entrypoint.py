@@ -78,15 +78,17 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
 
 
 def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
-    from aurora_vllm import models, plan_view, preflight, resuming, vllm_server
+    from aurora_vllm import models, plan_view, preflight, resuming, session, vllm_server
     from aurora_vllm import plan as plans
     from aurora_vllm.runtime import Runtime
 
     runner, probes = _probes()
     misfits = [probe for probe in probes if not probe.ok]
     if misfits and not invocation.plan:
-        first = f"{misfits[0].name}: {misfits[0].detail}"
-        notice(f"vLLM {server.version} does not fit ({first}); serving it plain, without learning")
+        reason = f"vLLM {server.version} does not fit ({misfits[0].name}: {misfits[0].detail})"
+        notice(f"{reason}; serving it plain, without learning", "WARNING")
+        session.export_plain(reason)
+        os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)  # for a status that says so
         server.run(args)
         return 0
 

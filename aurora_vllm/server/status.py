@@ -19,12 +19,13 @@ def status(
     Args:
         snapshot: ``ControlBlock.snapshot()``.
         ring: rows ``used`` and ``capacity`` of the trace ring.
-        run: what does not change in a run (target, draft, dtype).
+        run: what does not change in a run (versions of the software, target, draft, dtype).
         settings: AuroraConfig as plain values.
         now_ns: ``time.monotonic_ns()``, the clock of all times in the control block.
     """
     worker, scheduler = snapshot["worker"], snapshot["scheduler"]
     return {
+        "aurora": "on",
         **run,
         "versions": versions(snapshot),
         "speculation": {
@@ -52,7 +53,7 @@ def status(
             **_take(worker, "rollbacks", "rolled_back_version", "rollback"),
         },
         "worker": {
-            **_take(worker, "pid", "attached", "step", "memory_device"),
+            **_take(worker, "pid", "attached", "model_runner", "step", "memory_device"),
             # It beats once a step: an old heartbeat of an idle server is no fault.
             "heartbeat_age_s": age(worker["heartbeat_ns"], now_ns),
         },
@@ -102,6 +103,11 @@ def learner(snapshot: Snapshot, wanted: bool, now_ns: int) -> dict[str, Any]:
         "pid": server["learner_pid"],
         "restarts": server["learner_restarts"],
     }
+
+
+def off(reason: str) -> dict[str, Any]:
+    """The answer where vLLM is served plain."""
+    return {"aurora": "off", "reason": reason}
 
 
 def age(then_ns: int, now_ns: int) -> float | None:

@@ -68,7 +68,7 @@ class Attachment:
         self.stager: Stager | None = None
         self._copying: DeviceCopying | None = None
         worker = self.control.worker
-        worker.pid = os.getpid()
+        worker.pid, worker.model_runner = os.getpid(), adapter.model_runner
         worker.live_version = CHECKPOINT_VERSION
         # One for each job: following requests may go well for ever while no step is written.
         self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)

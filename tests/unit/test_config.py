@@ -216,6 +216,11 @@ def test_off_reads_no_settings() -> None:
     assert front.parse(["M"], {"AURORA_OFF": "1", "AURORA_SESSION": "{}"}).off
 
 
+def test_what_a_server_hands_to_its_processes_is_no_setting(capfd: Any) -> None:
+    front.parse(["M"], {"AURORA_SESSION": "{}", "AURORA_SERVED_PLAIN": "it does not fit"})
+    assert capfd.readouterr().err == ""
+
+
 def test_plan_does_not_swallow_the_model() -> None:
     found = front.parse(["--aurora-plan", "M"], {})
     assert (found.plan, found.vllm_argv) == ("text", ["M"])

@@ -17,6 +17,7 @@ import pytest
 
 from aurora_vllm import cli, entrypoint, models, plan, preflight, resuming, vllm_server
 from aurora_vllm.checkpoint import Target
+from aurora_vllm.session import ENVIRONMENT_KEY, PLAIN_KEY, why_plain
 from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
@@ -59,6 +60,7 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("AURORA_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv(PLAIN_KEY, "")  # so that it is put back
     monkeypatch.setattr(vllm_server, "VllmServer", FakeServer)
     monkeypatch.setattr(entrypoint, "StopGuard", FakeGuard)  # the real one changes this process's signal handlers
     monkeypatch.setattr(entrypoint, "end_descendants", lambda: None)
@@ -70,18 +72,23 @@ def test_off_is_vllm_with_its_own_arguments() -> None:
     assert entrypoint.main(["serve", "M", "--port", "3", "--aurora-off", "--aurora-seed=3"]) == 0
     assert FakeServer.argv == ["M", "--port", "3"]
     assert FakeServer.ran == ARGS
+    assert os.environ["VLLM_PLUGINS"] == "" == why_plain()  # nothing of ours: /aurora/status is a 404
 
 
 def test_an_unknown_vllm_is_served_plain(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(
         compat, "probe", lambda hooks: [Probe("a:b", True, "fits"), Probe("c:d", False, "not in this vLLM")]
     )
+    monkeypatch.setenv(ENVIRONMENT_KEY, "of a server that started this one")
     assert entrypoint.main(["M"]) == 0
     assert FakeServer.ran == ARGS
     (error,) = capfd.readouterr().err.splitlines()
     assert error.startswith("WARNING ") and error.endswith(
         " aurora: vLLM 9.9.9 does not fit (c:d: not in this vLLM); serving it plain, without learning"
     )
+    # For /aurora/status, which answers 503 with the reason.
+    assert os.environ["VLLM_PLUGINS"] == "aurora" and ENVIRONMENT_KEY not in os.environ
+    assert why_plain() == "vLLM 9.9.9 does not fit (c:d: not in this vLLM)"
 
 
 def test_a_choice_of_runner_that_vllm_would_end_on(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
