@@ -329,6 +329,7 @@ def test_the_plugin_is_let_in_and_no_other_is_kept_out(monkeypatch: pytest.Monke
     points = EntryPoints(
         [
             EntryPoint("lora", "m:f", "vllm.general_plugins"),
+            EntryPoint("lora_hf_hub_resolver", "m:f", "vllm.general_plugins"),  # to name it is to let it download
             EntryPoint("mine", "m:f", "vllm.platform_plugins"),
             EntryPoint("others", "m:f", "vllm.endpoint_plugins"),
             EntryPoint("aurora", "m:f", "vllm.endpoint_plugins"),
@@ -338,5 +339,6 @@ def test_the_plugin_is_let_in_and_no_other_is_kept_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(vllm_server, "entry_points", lambda: points)
     assert vllm_server.allow_plugin({}) == "lora,mine,aurora"
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": "lora"}) == "lora,aurora"
+    assert vllm_server.allow_plugin({"VLLM_PLUGINS": "lora_hf_hub_resolver"}) == "lora_hf_hub_resolver,aurora"
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": "aurora,lora"}) == "aurora,lora"
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": ""}) == "aurora"
