@@ -8,6 +8,9 @@ from typing import Any
 # A learner silent for longer is reported down: it hangs. One that died is at once, and a piece of a lesson takes long.
 LEARNER_DOWN_S = 60.0
 
+# Where the worker has said nothing: it may not even have been able to open the control block.
+NOT_ATTACHED = "the worker has not attached: it is starting, or its log says why"
+
 Snapshot = Mapping[str, Mapping[str, Any]]
 
 
@@ -37,7 +40,7 @@ def status(
         "capture": {
             "on": worker["capture_on"],
             "errors": worker["capture_errors"],
-            "message": worker["message"],
+            "message": worker["message"] or ("" if worker["attached"] else NOT_ATTACHED),
             **_take(
                 worker, "requests_seen", "requests_captured", "requests_dropped", "requests_opted_out", "rows_written"
             ),
