@@ -106,8 +106,12 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
         plan = replace(plan, draft=models.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args, _speculative_fields())
     installed = vllm_server.routes_are_installed()
+    notice(f"{plan_view.in_one_line(plan)}{'; GET /aurora/status says how it goes' * installed}")
+    if warning := plan_view.untested(plan):
+        notice(warning, "WARNING")
     if not installed:
-        notice("not installed as a package: no /aurora/status, no metrics, no min_p and logit_bias (pip install -e .)")
+        missing = "no /aurora/status, no metrics, no min_p and logit_bias (pip install -e .)"
+        notice(f"not installed as a package: {missing}", "WARNING")
     api_servers = getattr(args, "api_server_count", None) or 1  # several have processes of their own
     with Runtime(plan, installed and api_servers == 1):
         server.run(args)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from aurora_vllm import cli, entrypoint, models, plan, preflight, resuming, vllm_server
 from aurora_vllm.checkpoint import Target
+from aurora_vllm.errors import AuroraError
 from aurora_vllm.session import ENVIRONMENT_KEY, PLAIN_KEY, why_plain
 from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
@@ -195,6 +197,23 @@ def test_a_plan_counts_copies_and_shows_what_does_not_fit(
     assert entrypoint.main(argv) == 2
     wanted = f"ring and bank want {memory['shared_bytes'] / 2**20:.0f} MiB of shared memory, and /dev/shm has 1 free"
     assert wanted in capfd.readouterr().err and FakeServer.ran is None
+
+
+def test_what_starts_is_said_before_it_starts(
+    stage: Stage, serve_plan: plan.ServePlan, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise AuroraError("no room in shared memory")
+
+    untested = Probe("c:d", True, "fits, but this version was never tested", tested=False)
+    monkeypatch.setattr(entrypoint, "_plan", lambda *_: replace(serve_plan, probes=(untested,)))
+    monkeypatch.setattr("aurora_vllm.runtime.Runtime", no_room)
+    assert entrypoint.main(["M"]) == 2
+    said, warning, error = capfd.readouterr().err.splitlines()
+    assert said.startswith("INFO ") and f" aurora: aurora_vllm {version('aurora-vllm')} on vLLM " in said
+    assert said.endswith("; GET /aurora/status says how it goes")
+    assert warning.startswith("WARNING ") and "c:d fits, but this version was never tested" in warning
+    assert error == "aurora_vllm: error: no room in shared memory"
 
 
 def test_whatever_ends_the_server_its_processes_end(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
