@@ -100,8 +100,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "aurora_probation_evidence",
         "rollout.probation_evidence",
-        "Evidence that the newest version is worse than the one before it (a test martingale); it is rolled back at "
-        "2 / (1 - rollback_confidence)",
+        "Evidence that the newest version accepts over 15 % fewer draft tokens than the one before it (a test "
+        "martingale); it is rolled back at 2 / (1 - rollback_confidence)",
     ),
     Metric(
         "aurora_capture_on",

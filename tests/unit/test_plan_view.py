@@ -32,7 +32,7 @@ def test_a_start_in_one_line(serve_plan: plan.ServePlan) -> None:
     )
     said = plan_view.in_one_line(replace(made, gpu=on_gpu, host=None))
     assert said.endswith(f"; learner on the GPU with at most 5% of it; {on_gpu.why}")
-    plain = replace(made, config=AuroraConfig(learn=False, speculate="never"))
+    plain = replace(made, config=AuroraConfig(learn=False, speculate="never"), copied_tokens=0)
     assert "; K up to 3, no copied tokens, never; no learner; 1024 MiB" in plan_view.in_one_line(plain)
 
 
