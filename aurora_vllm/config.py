@@ -12,7 +12,7 @@ class AuroraConfig(BaseModel):
     """All settings of the layer. Field names are the keys everywhere: ``ring_mb`` is ``--aurora-ring-mb``,
     ``AURORA_RING_MB`` and ``ring_mb:`` in a YAML file.
 
-    Travels between processes, so no validator looks at the machine: :mod:`.preflight` does.
+    They travel between processes, so no validator asks for CPUs or memory: :mod:`.preflight` does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from aurora_vllm.spec_decode import undrafted
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
+from aurora_vllm.vllm_server import allow_plugin
 
 SECOND = 1_000_000_000
 NOW = 1000 * SECOND
@@ -250,6 +252,15 @@ def test_without_a_session_the_route_says_so_and_why(monkeypatch: pytest.MonkeyP
 def test_of_several_servers_of_plain_vllm_each_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     assert "aurora_up 0.0" in client_of(None, monkeypatch, "it does not fit").get("/metrics").text
+
+
+def test_vllm_loads_the_plugin_where_the_entrypoint_lets_it_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins = importlib.import_module("vllm.plugins")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert plugins.load_endpoint_plugins() == []
+    monkeypatch.setenv("VLLM_PLUGINS", allow_plugin(os.environ))
+    (plugin,) = plugins.load_endpoint_plugins()
+    assert isinstance(plugin, AuroraEndpoints)
 
 
 def test_the_plugin_is_one_for_vllm_and_says_when_the_engine_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
