@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 class AuroraConfig(BaseModel):
     """All settings of the layer. Field names are the keys everywhere: ``ring_mb`` is ``--aurora-ring-mb``,
-    ``AURORA_RING_MB`` and ``ring_mb:`` in a YAML file."""
+    ``AURORA_RING_MB`` and ``ring_mb:`` in a YAML file.
+
+    They travel between processes, so no validator asks for CPUs or memory: :mod:`.preflight` does.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -77,9 +79,7 @@ class AuroraConfig(BaseModel):
     learner_slowdown: float = Field(
         0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"
     )
-    learner_nice: int = Field(
-        19, ge=0, le=19, description="niceness of the learner: how far it steps back behind serving"
-    )
+    learner_nice: int = Field(19, ge=0, le=19, description="nice value of the learner process")
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
     learner_sleep: bool = Field(
         True, description="stop learning while it no longer helps, until acceptance or vocabulary coverage drops"
@@ -143,13 +143,6 @@ class AuroraConfig(BaseModel):
         if weight and others.data.get("ttt_length") == 1:
             raise ValueError("the discard term begins at the second unroll step: ttt_length must be at least 2")
         return weight
-
-    @field_validator("learner_threads")
-    @classmethod
-    def _no_more_than_cpus(cls, threads: int) -> int:
-        if threads > (cpus := len(os.sched_getaffinity(0))):  # OpenMP would make them all, and the server has none left
-            raise ValueError(f"there are {cpus} CPUs for it")
-        return threads
 
     @field_validator("draft", "cache_dir", "checkpoint_dir", "resume")
     @classmethod

@@ -60,7 +60,7 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
                 f"this vLLM keeps its server elsewhere ({error})", "it can only be served plain"
             ) from None
         if not invocation.off:
-            notice(f"this vLLM keeps its server elsewhere ({error}); serving it plain, without learning")
+            notice(f"this vLLM keeps its server elsewhere ({error}); serving it plain, without learning", "WARNING")
         vllm_server.run_as_program(invocation.vllm_argv)
     args = server.parse(invocation.vllm_argv)
     if invocation.aurora_file is not None and invocation.aurora_file.model and getattr(args, "model_tag", None) is None:
@@ -78,15 +78,17 @@ def _main(invocation: Invocation, guard: StopGuard) -> int:
 
 
 def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
-    from aurora_vllm import models, plan_view, preflight, resuming, vllm_server
+    from aurora_vllm import models, plan_view, preflight, resuming, session, vllm_server
     from aurora_vllm import plan as plans
     from aurora_vllm.runtime import Runtime
 
     runner, probes = _probes()
     misfits = [probe for probe in probes if not probe.ok]
     if misfits and not invocation.plan:
-        first = f"{misfits[0].name}: {misfits[0].detail}"
-        notice(f"vLLM {server.version} does not fit ({first}); serving it plain, without learning")
+        reason = f"vLLM {server.version} does not fit ({misfits[0].name}: {misfits[0].detail})"
+        notice(f"{reason}; serving it plain, without learning", "WARNING")
+        session.export_plain(reason)
+        os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)  # for a status that says so
         server.run(args)
         return 0
 
@@ -104,8 +106,12 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
         plan = replace(plan, draft=models.make_draft(plan.draft, plan.target, plan.config))
     plans.apply(plan, args, _speculative_fields())
     installed = vllm_server.routes_are_installed()
+    notice(f"{plan_view.in_one_line(plan)}{'; GET /aurora/status says how it goes' * installed}")
+    if warning := plan_view.untested(plan):
+        notice(warning, "WARNING")
     if not installed:
-        notice("not installed as a package: no /aurora/status, no metrics, no min_p and logit_bias (pip install -e .)")
+        missing = "no /aurora/status, no metrics, no min_p and logit_bias (pip install -e .)"
+        notice(f"not installed as a package: {missing}", "WARNING")
     api_servers = getattr(args, "api_server_count", None) or 1  # several have processes of their own
     with Runtime(plan, installed and api_servers == 1):
         server.run(args)

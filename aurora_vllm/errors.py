@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 EXIT_BAD_INPUT = 2
 GET_VLLM = "make setup (CPU), or pip install '.[cuda]' in a checkout"
@@ -52,14 +54,22 @@ def unknown(what: str, key: str, known: Iterable[str]) -> str:
 def report(error: AuroraError) -> int:
     """Print the error to stderr, a line per fault, and return the exit code."""
     for line in error.lines if isinstance(error, SettingsError) else [str(error)]:
-        notice(f"error: {line}")
+        _to_stderr(f"aurora_vllm: error: {line}")
     return EXIT_BAD_INPUT
 
 
-def notice(text: str) -> None:
-    """One line to stderr about the layer itself; vLLM's logger may not be set up yet, or no longer."""
+def notice(text: str, level: Literal["INFO", "WARNING"] = "INFO") -> None:
+    """One line to stderr about the layer itself, with level, time and prefix of what the worker logs.
+
+    Not by vLLM's logger: some of it is said before vLLM is imported, or by the learner, which never imports it; and the
+    thread that ends a server that hangs must not wait for a lock that server may hold.
+    """
+    _to_stderr(f"{level} {time.strftime('%m-%d %H:%M:%S')} aurora: {text}")
+
+
+def _to_stderr(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # whoever read the log is gone; what is going on goes on
-        print(f"aurora_vllm: {text}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How ``--aurora-plan`` shows a plan."""
+"""How a plan is shown: by ``--aurora-plan``, and in the log of a start."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.memory import MIB
 from aurora_vllm.plan import ServePlan
 from aurora_vllm.transport.segment import SHM, free_bytes
+from aurora_vllm.versions import own_version
 
 
 def show(plan: ServePlan, style: str) -> None:
@@ -32,6 +33,31 @@ def show(plan: ServePlan, style: str) -> None:
     for name, value in _lines(plan):
         table.add_row(name, value)
     Console().print(table)
+
+
+def in_one_line(plan: ServePlan) -> str:
+    """What the log of a start says."""
+    parts = [
+        f"aurora_vllm {own_version() or 'of a checkout'} on vLLM {plan.vllm_version}, "
+        f"model runner {plan.model_runner.name}",
+        f"{plan.draft.origin.partition(',')[0]} draft {plan.draft.directory}",
+        _speculation(plan),
+        _learner(plan),
+    ]
+    if (share := plan.gpu or plan.host) is not None:
+        parts.append(share.why)
+    return "; ".join(parts)
+
+
+def untested(plan: ServePlan) -> str:
+    """A warning about a vLLM, or parts of it, that the tests have not run; "" where there is nothing to warn of."""
+    new = [probe for probe in plan.probes if probe.ok and not probe.tested]
+    if not new:
+        return ""
+    return (
+        f"vLLM {plan.vllm_version}: {len(new)} of {len(plan.probes)} wrapped parts are not the tested ones "
+        f"({new[0].name} {new[0].detail}); aurora-vllm check-vllm compares all of them"
+    )
 
 
 def as_dict(plan: ServePlan) -> dict[str, Any]:
@@ -91,8 +117,7 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
     yield "draft", f"{draft.origin}: {draft.directory}"
     yield "", f"{draft.num_parameters / 1e6:.1f}M parameters, vocabulary {draft.vocab_size}"
     yield "aux layers", ", ".join(map(str, draft.aux_layers))
-    copies = f"up to {plan.copied_tokens} copied tokens" if plan.copied_tokens else "no copied tokens"
-    yield "speculation", f"K up to {config.num_speculative_tokens}, {copies}, {config.speculate}"
+    yield "speculation", _speculation(plan)
     yield "trace ring", f"{plan.ring_bytes / MIB:.1f} MiB ({plan.ring_rows} rows of {plan.layout.row_bytes} bytes)"
     yield "weight bank", f"{plan.bank_bytes / MIB:.1f} MiB (three slots)"
     free = free_bytes()
@@ -123,6 +148,19 @@ def _lines(plan: ServePlan) -> Iterator[tuple[str, str]]:
         yield "Aurora's file", str(plan.aurora_file.file)
         for entry in plan.aurora_file.entries:
             yield "", f"{'ok  ' if entry.honoured else 'NOT '} {entry.key}: {entry.what}"
+
+
+def _speculation(plan: ServePlan) -> str:
+    copies = f"up to {plan.copied_tokens} copied tokens" if plan.copied_tokens else "no copied tokens"
+    return f"K up to {plan.config.num_speculative_tokens}, {copies}, {plan.config.speculate}"
+
+
+def _learner(plan: ServePlan) -> str:
+    if not plan.config.learn:
+        return "no learner"
+    on_gpu = plan.gpu is not None and plan.gpu.used
+    share = f"{100 * plan.config.learner_cpu_share:g}%"
+    return f"learner on the GPU with at most {share} of it" if on_gpu else f"learner on at most {share} of a CPU"
 
 
 def _kv_cache(plan: ServePlan) -> str:

@@ -15,6 +15,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.config_json import read_text_config
 from aurora_vllm.errors import PLAIN, AuroraError
 from aurora_vllm.learner.memory import MIB
+from aurora_vllm.settings import flag_of
 from aurora_vllm.transport.segment import SHM, free_bytes, sweep
 
 if TYPE_CHECKING:
@@ -49,11 +50,14 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_supported(args: Namespace, config: AuroraConfig) -> None:
-    """Refuse what Aurora cannot serve yet.
+    """Refuse what Aurora cannot serve yet, or not on this machine.
 
     Raises:
         AuroraError: names the flag.
     """
+    cpus = len(os.sched_getaffinity(0))
+    if config.learner_threads > cpus:  # OpenMP would make them all, and the server would have none left
+        raise AuroraError(f"{flag_of('learner_threads')}: there are {cpus} CPUs for it, not {config.learner_threads}")
     for name, values in SUPPORTED.items():
         value = getattr(args, name, values[0])  # an argument another vLLM does not have is not in the way
         if value not in values:

@@ -33,7 +33,8 @@ def resumed_draft(config: AuroraConfig, target: Target) -> Draft | None:
         except DamagedFile as error:
             if config.resume != Path(checkpoints.LATEST):
                 raise
-            notice(f"{error.what}; it is passed over")  # "latest" is a flag of every start, and serving comes first
+            # "latest" is a flag of every start, and serving comes first.
+            notice(f"{error.what}; it is passed over", "WARNING")
     notice(f"no checkpoint in {config.checkpoint_dir} to go on from: learning begins from the start")
     return None
 

@@ -67,6 +67,7 @@ class Runtime:
             resume=plan.draft.directory if plan.draft.origin == "resumed" else None,
             model=str(plan.target.directory) if Path(plan.target.model).is_dir() else plan.target.model,
             command=without_secrets(sys.argv),
+            vllm_version=plan.vllm_version,
         )
         self.session.export()
         if plan.config.learn:

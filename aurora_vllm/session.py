@@ -16,6 +16,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.transport.rows import RowLayout
 
 ENVIRONMENT_KEY = "AURORA_SESSION"
+PLAIN_KEY = "AURORA_SERVED_PLAIN"  # in its place: why the entrypoint serves vLLM plain
 CHECKPOINT_VERSION = 1  # of the draft weights vLLM loads from disk; the learner publishes 2, 3, ...
 
 
@@ -38,6 +39,7 @@ class Session(BaseModel):
     resume: Path | None = None  # the checkpoint that `draft` is, where the learner goes on from one
     model: str = ""  # the target as the user named it
     command: tuple[str, ...] = ()  # that started the server, secrets blanked
+    vllm_version: str = ""
 
     @property
     def row_layout(self) -> RowLayout:
@@ -52,3 +54,14 @@ class Session(BaseModel):
         """The session of this run, or None where the process was not started by the entrypoint."""
         text = os.environ.get(ENVIRONMENT_KEY)
         return cls.model_validate_json(text) if text else None
+
+
+def export_plain(reason: str) -> None:
+    """Put where child processes find it that there is no session, and why: vLLM is served plain."""
+    os.environ.pop(ENVIRONMENT_KEY, None)
+    os.environ[PLAIN_KEY] = reason
+
+
+def why_plain() -> str:
+    """What :func:`export_plain` was told; "" where it was not called."""
+    return os.environ.get(PLAIN_KEY, "")

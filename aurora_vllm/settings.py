@@ -25,8 +25,8 @@ from aurora_vllm.interop.aurora_yaml import AuroraFile
 from aurora_vllm.settings_file import Settings
 
 ENVIRONMENT_PREFIX = "AURORA_"
-# Ours, but no settings: the session (aurora_vllm.session), the YAML file, and the switch.
-RESERVED_ENVIRONMENT = frozenset({"AURORA_SESSION", "AURORA_CONFIG", "AURORA_OFF"})
+# Ours, but no settings: the session, or why there is none (aurora_vllm.session), the YAML file, and the switch.
+RESERVED_ENVIRONMENT = frozenset({"AURORA_SESSION", "AURORA_SERVED_PLAIN", "AURORA_CONFIG", "AURORA_OFF"})
 LIKE_A_SETTING = 0.7  # difflib's ratio, from which a variable is taken for a setting misspelt
 # What Kubernetes makes of a service: AURORA_LEARNER_PORT_80_TCP of one called aurora-learner.
 OF_A_SERVICE = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")

@@ -85,7 +85,7 @@ class StopGuard:
         time.sleep(self.grace_s)
         try:
             signal_name = signal.Signals(self.number or 0).name
-            notice(f"still here {self.grace_s:.0f} s after {signal_name}: ending all processes")
+            notice(f"still here {self.grace_s:.0f} s after {signal_name}: ending all processes", "WARNING")
             end_descendants()
             for cleanup in cleanups:
                 cleanup()

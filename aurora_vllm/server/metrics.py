@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Metric:
     """One metric, and where in a status its value lies."""
 
     name: str  # as Prometheus shows it; counters end in _total
-    source: str  # keys joined by dots; by version, a field of the rows in versions.acceptance
+    source: str  # keys joined by dots; by version, a field of the rows in versions.acceptance; of BUILD, one per label
     help: str
     labels: tuple[str, ...] = ()
 
@@ -38,6 +38,9 @@ class Metric:
 
         By version there are two series, "live" and "previous": a server's life has thousands of versions.
         """
+        if self.labels == BUILD:
+            yield tuple(str(_at(status, source)) for source in self.source.split()), 1
+            return
         if self.labels == VERSION:
             versions = status["versions"]
             rows = {row["version"]: row for row in versions["acceptance"]}
@@ -45,19 +48,27 @@ class Metric:
                 if (row := rows.get(versions[which])) is not None:
                     yield (which,), row[self.source]
             return
-        value: Any = status
-        for key in self.source.split("."):
-            value = value[key]
+        value = _at(status, self.source)
         if not self.labels:
-            yield (), value
+            yield (), value == "on" if isinstance(value, str) else value
             return
         for position in range(int(status["config"]["num_speculative_tokens"])):
             yield (str(position),), value[position]
 
 
-VERSION, POSITION = ("version",), ("position",)
+VERSION, POSITION, BUILD = ("version",), ("position",), ("version", "vllm_version", "model_runner")
 
+UP = Metric(
+    "aurora_up", "aurora", "1 where Aurora serves; 0 where vLLM is served plain because this version of it does not fit"
+)
 METRICS: tuple[Metric, ...] = (
+    UP,
+    Metric(
+        "aurora_build_info",
+        "aurora_version vllm_version worker.model_runner",
+        "1; the labels are the versions of aurora_vllm and vLLM, and vLLM's model runner",
+        BUILD,
+    ),
     Metric("aurora_draft_version_live", "versions.live", "Version of the draft weights that run"),
     Metric("aurora_draft_version_published", "versions.published", "Newest version the learner published"),
     Metric(
@@ -89,7 +100,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "aurora_probation_evidence",
         "rollout.probation_evidence",
-        "Wealth of the test that it is worse than the one before; at 2 / (1 - rollback_confidence) it is rolled back",
+        "Evidence that the newest version accepts over 15 % fewer draft tokens than the one before it (a test "
+        "martingale); it is rolled back at 2 / (1 - rollback_confidence)",
     ),
     Metric(
         "aurora_capture_on",
@@ -124,7 +136,11 @@ METRICS: tuple[Metric, ...] = (
         "Checkpoints that could not be written",
     ),
     Metric("aurora_learner_publishes_total", "learner.publishes", "Versions published"),
-    Metric("aurora_learner_share", "guard.learner_share", "Factor on learner_cpu_share; below 1 the learner yields"),
+    Metric(
+        "aurora_learner_share",
+        "guard.learner_share",
+        "Factor on learner_cpu_share: what speculation earns, times the slowdown guard",
+    ),
     Metric(
         "aurora_learner_slowdown",
         "guard.learner_slowdown",
@@ -160,14 +176,14 @@ METRICS: tuple[Metric, ...] = (
 
 
 class AuroraCollector(Collector):
-    """All of :data:`METRICS`, from one status per scrape."""
+    """All of :data:`METRICS`, or some, from one status per scrape."""
 
-    def __init__(self, read: Callable[[], Status]) -> None:
-        self._read, self._told = read, False
+    def __init__(self, read: Callable[[], Status], metrics: Sequence[Metric] = METRICS) -> None:
+        self._read, self._metrics, self._told = read, metrics, False
 
     def describe(self) -> list[Family]:
         """Names without values, so that registering reads nothing."""
-        return [_family(metric) for metric in METRICS]
+        return [_family(metric) for metric in self._metrics]
 
     def collect(self) -> Iterator[Family]:
         try:
@@ -177,7 +193,7 @@ class AuroraCollector(Collector):
                 self._told = True
                 logger.exception("aurora: the status cannot be read, so its metrics are missing")
             return
-        for metric in METRICS:
+        for metric in self._metrics:
             family = _family(metric)
             for labels, value in metric.samples(status):
                 if value is not None:
@@ -185,15 +201,18 @@ class AuroraCollector(Collector):
             yield family
 
 
-def register(read: Callable[[], Status], registry: CollectorRegistry = REGISTRY) -> AuroraCollector:
+def register(
+    read: Callable[[], Status], registry: CollectorRegistry = REGISTRY, metrics: Sequence[Metric] = METRICS
+) -> AuroraCollector:
     """Add the collector to a registry, in place of an older one.
 
     Args:
         read: gives the status of now.
+        metrics: those that this status has.
     """
     for old in [known for known in registry._collector_to_names if isinstance(known, AuroraCollector)]:
         registry.unregister(old)
-    collector = AuroraCollector(read)
+    collector = AuroraCollector(read, metrics)
     registry.register(collector)
     return collector
 
@@ -203,6 +222,13 @@ def table() -> str:
     head = "# Metrics\n\nOn vLLM's `/metrics`; written by `python -m aurora_vllm.server.metrics > docs/metrics.md`.\n"
     rows = [f"| `{m.name}` | {m.kind} | {', '.join(m.labels) or '–'} | {m.help} |" for m in METRICS]
     return "\n".join([head, "| name | kind | labels | what |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _at(status: Status, source: str) -> Any:
+    value: Any = status
+    for key in source.split("."):
+        value = value[key]
+    return value
 
 
 def _family(metric: Metric) -> Family:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Response
@@ -16,12 +17,15 @@ from aurora_vllm.errors import notice
 from aurora_vllm.interop.sglang_api import SglangApi
 from aurora_vllm.parent import end_with_parent
 from aurora_vllm.server import metrics
-from aurora_vllm.server.status import status
-from aurora_vllm.session import Session
+from aurora_vllm.server.status import off, status
+from aurora_vllm.session import Session, why_plain
 from aurora_vllm.spec_decode import undrafted
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.ring import RingGauge
 from aurora_vllm.transport.segment import Segment, owner_pid
+from aurora_vllm.versions import own_version
+
+NOT_STARTED_BY_US = "vLLM was started by itself, or with --aurora-off"
 
 
 class StatusReader:
@@ -33,7 +37,13 @@ class StatusReader:
 
     def __init__(self, session: Session) -> None:
         self._settings = session.config.model_dump(mode="json")
-        self._run = {"target": str(session.target), "draft": str(session.draft), "dtype": session.dtype}
+        self._run = {
+            "aurora_version": own_version(),
+            "vllm_version": session.vllm_version,
+            "target": str(session.target),
+            "draft": str(session.draft),
+            "dtype": session.dtype,
+        }
         self.control = ControlBlock.attach(Segment.attach(session.control))
         self._ring = RingGauge.attach(Segment.attach(session.ring))
 
@@ -56,7 +66,9 @@ class AuroraEndpoints:
         """Add the routes; without a session (plain vLLM, plugin allowed) there is only a status that says so."""
         session = Session.from_environment()
         if session is None:
-            app.add_api_route("/aurora/status", _off, methods=["GET"])
+            found = off(why_plain() or NOT_STARTED_BY_US)
+            app.add_api_route("/aurora/status", lambda: JSONResponse(found, 503), methods=["GET"])
+            _attach_metrics(app, lambda: found, (metrics.UP,))
             return
         # Here, because every API server of vLLM's comes by; several are children of the process that owns the session.
         undrafted.accept_requests()
@@ -65,7 +77,7 @@ class AuroraEndpoints:
         try:
             reader = StatusReader(session)
         except (OSError, ValueError) as error:  # vLLM would not start over it, and need not know
-            notice(f"no /aurora/status: {error}")
+            notice(f"no /aurora/status: {error}", "WARNING")
             return
 
         def aurora_status() -> dict[str, Any]:
@@ -75,10 +87,7 @@ class AuroraEndpoints:
         if session.config.sglang_api:
             self._sglang_api = SglangApi(session, reader.control, reader.read)
             self._sglang_api.attach(app)
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            _attach_multiprocess_metrics(app, reader)
-        else:
-            metrics.register(reader.read)
+        _attach_metrics(app, reader.read, metrics.METRICS)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """vLLM calls this when the engine is up: time for the learner, if this is the process that starts it."""
@@ -87,17 +96,16 @@ class AuroraEndpoints:
         runtime.engine_is_up.set()
 
 
-def _off() -> JSONResponse:
-    return JSONResponse({"aurora": "off"}, status_code=503)
+def _attach_metrics(app: FastAPI, read: Callable[[], dict[str, Any]], which: Sequence[metrics.Metric]) -> None:
+    """On vLLM's own page, or with PROMETHEUS_MULTIPROC_DIR our ``GET /metrics`` in its place: its page, then ours.
 
-
-def _attach_multiprocess_metrics(app: FastAPI, reader: StatusReader) -> None:
-    """Our ``GET /metrics`` in place of vLLM's: its page, then ours.
-
-    With PROMETHEUS_MULTIPROC_DIR vLLM collects from files into a registry of its own, which no collector can join.
+    There vLLM collects from files into a registry of its own, which no collector can join.
     """
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        metrics.register(read, metrics=which)
+        return
     own = CollectorRegistry()
-    metrics.register(reader.read, own)
+    metrics.register(read, own, which)
 
     def all_metrics() -> Response:
         shared = CollectorRegistry()

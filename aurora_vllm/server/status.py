@@ -8,6 +8,9 @@ from typing import Any
 # A learner silent for longer is reported down: it hangs. One that died is at once, and a piece of a lesson takes long.
 LEARNER_DOWN_S = 60.0
 
+# Where the worker has said nothing: it may not even have been able to open the control block.
+NOT_ATTACHED = "the worker has not attached: it is starting, or its log says why"
+
 Snapshot = Mapping[str, Mapping[str, Any]]
 
 
@@ -19,12 +22,13 @@ def status(
     Args:
         snapshot: ``ControlBlock.snapshot()``.
         ring: rows ``used`` and ``capacity`` of the trace ring.
-        run: what does not change in a run (target, draft, dtype).
+        run: what does not change in a run (versions of the software, target, draft, dtype).
         settings: AuroraConfig as plain values.
         now_ns: ``time.monotonic_ns()``, the clock of all times in the control block.
     """
     worker, scheduler = snapshot["worker"], snapshot["scheduler"]
     return {
+        "aurora": "on",
         **run,
         "versions": versions(snapshot),
         "speculation": {
@@ -36,7 +40,7 @@ def status(
         "capture": {
             "on": worker["capture_on"],
             "errors": worker["capture_errors"],
-            "message": worker["message"],
+            "message": worker["message"] or ("" if worker["attached"] else NOT_ATTACHED),
             **_take(
                 worker, "requests_seen", "requests_captured", "requests_dropped", "requests_opted_out", "rows_written"
             ),
@@ -52,7 +56,7 @@ def status(
             **_take(worker, "rollbacks", "rolled_back_version", "rollback"),
         },
         "worker": {
-            **_take(worker, "pid", "attached", "step", "memory_device"),
+            **_take(worker, "pid", "attached", "model_runner", "step", "memory_device"),
             # It beats once a step: an old heartbeat of an idle server is no fault.
             "heartbeat_age_s": age(worker["heartbeat_ns"], now_ns),
         },
@@ -102,6 +106,11 @@ def learner(snapshot: Snapshot, wanted: bool, now_ns: int) -> dict[str, Any]:
         "pid": server["learner_pid"],
         "restarts": server["learner_restarts"],
     }
+
+
+def off(reason: str) -> dict[str, Any]:
+    """The answer where vLLM is served plain."""
+    return {"aurora": "off", "reason": reason}
 
 
 def age(then_ns: int, now_ns: int) -> float | None:

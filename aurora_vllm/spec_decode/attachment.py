@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +69,7 @@ class Attachment:
         self.stager: Stager | None = None
         self._copying: DeviceCopying | None = None
         worker = self.control.worker
-        worker.pid = os.getpid()
+        worker.pid, worker.model_runner = os.getpid(), adapter.model_runner
         worker.live_version = CHECKPOINT_VERSION
         # One for each job: following requests may go well for ever while no step is written.
         self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
@@ -108,26 +109,31 @@ class Attachment:
         if isinstance(self._adapter, V2Adapter) and kernels_work:
             self._copying = DeviceCopying.begin(session, self._runner, self.control, self.device)
             self._adapter.copying = self._copying
-        worker.capture_on = self._captures
+        worker.capture_on, worker.message = self._captures, self._nothing_to_capture()
         worker.attached = 1  # the learner may start
         self.serving = True
 
     @classmethod
     def to_worker(cls, worker: Any) -> Attachment | None:
-        """Attach to a vLLM worker whose model is loaded; None where there is no session or nothing to attach to."""
-        session = Session.from_environment()
-        if session is None:
-            return None
-        runner = worker.model_runner
-        adapter = find_adapter(runner)
-        if adapter is None:
-            logger.warning(
-                "aurora: %s has neither the V1 runner's drafter nor the V2 runner's speculator; serving goes on as "
-                "plain vLLM",
-                type(runner),
-            )
-            return None
-        return cls(session, runner, adapter, getattr(worker, "device", None) or CPU)
+        """Attach to a vLLM worker whose model is loaded. None where there is no session, or where it cannot: then the
+        control block says why. Never raises."""
+        session: Session | None = None
+        try:
+            session = Session.from_environment()
+            if session is None:
+                return None
+            runner = worker.model_runner
+            if (adapter := find_adapter(runner)) is not None:
+                return cls(session, runner, adapter, getattr(worker, "device", None) or CPU)
+            why = f"{type(runner)} has neither the V1 runner's drafter nor the V2 runner's speculator"
+            logger.warning("aurora: %s; serving goes on as plain vLLM", why)
+        except Exception as error:
+            logger.exception("aurora: could not attach; serving goes on as plain vLLM")
+            why = f"{type(error).__name__}: {error}"
+        if session is not None:
+            with suppress(Exception):  # what failed may have been the control block
+                ControlBlock.attach(Segment.attach(session.control)).worker.message = f"could not attach: {why}"
+        return None
 
     def step_starts(self, scheduler_output: SchedulerOutput) -> None:
         """Between two steps: new weights go live, requests come and go."""
@@ -176,6 +182,12 @@ class Attachment:
     def _captures(self) -> bool:
         """Nobody reads a ring without a learner; and rows without their requests' beginnings and ends are of no use."""
         return self.session.config.learn and not (self.capture.open or self.following.open)
+
+    def _nothing_to_capture(self) -> str:
+        """By the settings; "" where they ask for rows."""
+        if not self.session.config.learn:
+            return "off: there is no learner, by the settings"
+        return "" if self.session.config.sample_rate else "no request is captured: sample_rate is 0"
 
     def _count_capture_error(self, message: str) -> None:
         worker = self.control.worker

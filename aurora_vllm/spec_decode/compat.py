@@ -36,6 +36,7 @@ class Probe:
     name: str
     ok: bool
     detail: str
+    tested: bool = True  # it is the very source that the tests have run
 
 
 def vllm_version() -> str | None:
@@ -116,10 +117,12 @@ def _probe_one(hook: Hook, find: Callable[[str], Any], known: str | None, was_ru
     if hook.uses and (unused := hook.unused(inspect.getsource(thing))):
         return Probe(hook.symbol, False, f"does not use {', '.join(unused)}; needed for {hook.why}")
     if known is None:
-        return Probe(hook.symbol, True, "fits, but this version was never tested")
+        return Probe(hook.symbol, True, "fits, but this version was never tested", tested=False)
     if fingerprint(thing) != known:
-        return Probe(hook.symbol, True, "fits, but the source differs from the tested one")
-    return Probe(hook.symbol, True, "the tested source" if was_run else "fits, but this version was only read, not run")
+        return Probe(hook.symbol, True, "fits, but the source differs from the tested one", tested=False)
+    if not was_run:
+        return Probe(hook.symbol, True, "fits, but this version was only read, not run", tested=False)
+    return Probe(hook.symbol, True, "the tested source")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ The test itself is :mod:`aurora_vllm.control.rollout`.
 
 from __future__ import annotations
 
+import logging
 import random
 
 from aurora_vllm.control.acceptance import Verdicts
 from aurora_vllm.control.rollout import Rollout
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.transport.control import ControlBlock
+
+logger = logging.getLogger("vllm.aurora")
 
 ACCOUNT_EVERY = 20  # verified drafts between two accounts of a probation
 MOST_AT_ONCE = 64  # about 1 ms
@@ -59,5 +62,7 @@ class RollbackWatch:
         self._accounted = standing
         scheduler.probation_version, scheduler.probation = rollout.version, rollout.reason
         scheduler.probation_drafts, scheduler.probation_evidence = rollout.drafts, rollout.evidence
+        if rollout.decision == "keep" and rollout.drafts:  # without any it never was on probation
+            logger.info("aurora: %s", rollout.reason)
         if rollout.decision == "rollback":
             scheduler.roll_back_version = rollout.version  # last: whoever finds it finds the reason

@@ -33,6 +33,8 @@ class V1Adapter:
         sits_out: whether the draft need not see prompts where K is 0.
     """
 
+    model_runner = "V1"
+
     def __init__(
         self, runner: Any, on_step: OnStep, on_propose: Callable[[], int], sits_out: Callable[[], bool]
     ) -> None:

@@ -37,6 +37,7 @@ class V2Adapter:
         sits_out: whether the draft need not see prompts where it does not draft.
     """
 
+    model_runner = "V2"
     copying: DeviceCopying | None = None  # set where proposals may be copies
 
     def __init__(

@@ -133,6 +133,7 @@ class Stager:
         worker.last_swap_stall_us = stall / 1000
         self._previous = _Replaced(StagedWeights(previous, staged.exchanges), before)  # what was exchanged out
         self._hold()
+        logger.info("aurora: draft version %d is live (was %d), %.2f ms", staged.version, previous, stall / 1e6)
         return True
 
     def roll_back(self) -> bool:

@@ -15,7 +15,7 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
-from aurora_vllm.spec_decode.attachment import Attachment, logger
+from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling, sample_plainly_without_drafts
 from aurora_vllm.spec_decode.undrafted import add_logits_processors
 
@@ -35,10 +35,7 @@ class AuroraWorker(PlatformWorker):
                 mend_cpu_sampling()
             add_logits_processors(self.model_runner)
             sample_plainly_without_drafts(self.model_runner)
-        try:
-            self._aurora = Attachment.to_worker(self)
-        except Exception:
-            logger.exception("aurora: could not attach; serving goes on as plain vLLM")
+        self._aurora = Attachment.to_worker(self)
 
     def compile_or_warm_up_model(self) -> Any:
         done = super().compile_or_warm_up_model()

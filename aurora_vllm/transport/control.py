@@ -56,6 +56,7 @@ class WorkerBlock(ProcessBlock):
 
     attached = Bool()
     message = Text()
+    model_runner = Text(8)  # the one it found, which vLLM may have chosen late: "V1" or "V2"
     memory_device = Text()  # where ring and bank lie; empty in POSIX shared memory: transport/placement.py
     ring_memory = Text()  # names of what lies there
     bank_memory = Text()

@@ -122,7 +122,16 @@ def test_it_serves_logs_learns_and_swaps(server: Server) -> None:
 def test_metrics_are_on_vllms_own_page(server: Server) -> None:
     page = server.http.get("/metrics").text
     assert "vllm:" in page
-    assert "aurora_" in page
+    assert "aurora_up 1.0" in page
+    build = next(line for line in page.splitlines() if line.startswith("aurora_build_info{"))
+    assert 'model_runner="V1"' in build and f'vllm_version="{server.status()["vllm_version"]}"' in build
+
+
+def test_a_start_is_said_in_one_line(server: Server) -> None:
+    (line,) = [line for line in server.log.read_text().splitlines() if " aurora: aurora_vllm " in line]
+    status = server.status()
+    assert f"aurora_vllm {status['aurora_version']} on vLLM {status['vllm_version']}, model runner V1" in line
+    assert f"day-0 draft {status['draft']}; K up to 3, up to 8 copied tokens, auto; learner on at most 100%" in line
 
 
 def test_prompts_that_begin_alike_are_cached_as_far_as_plain_vllm_caches_them(server: Server) -> None:

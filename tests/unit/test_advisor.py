@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from aurora_vllm.control.profit import Decision
+from aurora_vllm.control.rollout import PROBATION_DRAFTS
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.spec_decode import advisor as advisor_module
 from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
@@ -155,6 +157,21 @@ def test_a_version_that_accepts_less_is_condemned_if_the_settings_say_so(
         assert scheduler.probation_version == 3 and scheduler.roll_back_version == condemned
         assert ("version 3 is worse than version 2" in scheduler.probation) == bool(condemned)
         assert [(row.version, row.num_drafts) for row in scheduler.acceptance()] == [(2, 107), (3, 139)]
+
+
+def test_a_probation_that_ends_well_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.aurora")
+    with session(World(), tmp_path, speculate="always") as (current, _):
+        advisor = DraftLengthAdvisor(current, 2)
+        for version in (2, 3):  # nothing is known that version 2 could be compared with
+            go_live(advisor, version, version - 1)
+            for _ in range(PROBATION_DRAFTS + 100):
+                advisor.verified(2, 2, "a")
+        (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("aurora: version 3 stays, not found worse than version 2: ")
 
 
 def test_verdicts_on_copies_put_no_version_on_probation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

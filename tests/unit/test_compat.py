@@ -171,13 +171,13 @@ def test_the_installed_vllm_is_the_tested_one() -> None:
     known = compat.known_fingerprints(sources.version)
     assert {finding.state for finding in compare(sources, known)} == {"same"}
     assert {hook.symbol: fingerprint(compat.resolve(hook.symbol)) for hook in HOOKS} == known
-    assert {probe.detail for probe in compat.probe()} == {"the tested source"}
+    assert {(probe.detail, probe.tested) for probe in compat.probe()} == {("the tested source", True)}
     assert json.loads(compat.write_manifest(sources))["fingerprints"] == known
 
 
 def test_a_version_that_was_only_read_is_not_called_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "WAS_RUN", ())
-    assert all(probe.ok and "only read" in probe.detail for probe in compat.probe())
+    assert all(probe.ok and not probe.tested and "only read" in probe.detail for probe in compat.probe())
 
 
 def test_a_build_of_a_version_is_that_version(monkeypatch: pytest.MonkeyPatch) -> None:

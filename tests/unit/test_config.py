@@ -109,7 +109,6 @@ def test_what_is_not_ours_stays_in_order(words: list[list[str]]) -> None:
         (["--aurora-ring-mb", "0"], {}, "--aurora-ring-mb: input should be greater than or equal to 1, not '0'"),
         (["--aurora-speculate=never2"], {}, "--aurora-speculate: input should be 'auto', 'always' or 'never'"),
         (["--aurora-ring-mb"], {}, "--aurora-ring-mb: expected one argument"),
-        (["--aurora-learner-threads", "100000"], {}, "--aurora-learner-threads: value error, there are "),
         (["--aurora-plan=xml"], {}, "--aurora-plan: takes no value, not 'xml'"),
         (["--aurora-config", "/nowhere.yaml"], {}, "cannot read settings file /nowhere.yaml: No such file"),
     ],
@@ -215,6 +214,11 @@ def test_off_reads_no_settings() -> None:
     assert found.off
     assert found.vllm_argv == ["M"]
     assert front.parse(["M"], {"AURORA_OFF": "1", "AURORA_SESSION": "{}"}).off
+
+
+def test_what_a_server_hands_to_its_processes_is_no_setting(capfd: Any) -> None:
+    front.parse(["M"], {"AURORA_SESSION": "{}", "AURORA_SERVED_PLAIN": "it does not fit"})
+    assert capfd.readouterr().err == ""
 
 
 def test_plan_does_not_swallow_the_model() -> None:

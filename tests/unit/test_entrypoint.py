@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 
 from aurora_vllm import cli, entrypoint, models, plan, preflight, resuming, vllm_server
 from aurora_vllm.checkpoint import Target
+from aurora_vllm.errors import AuroraError
+from aurora_vllm.session import ENVIRONMENT_KEY, PLAIN_KEY, why_plain
 from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
@@ -59,6 +62,7 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("AURORA_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_PLUGINS", "")
+    monkeypatch.setenv(PLAIN_KEY, "")  # so that it is put back
     monkeypatch.setattr(vllm_server, "VllmServer", FakeServer)
     monkeypatch.setattr(entrypoint, "StopGuard", FakeGuard)  # the real one changes this process's signal handlers
     monkeypatch.setattr(entrypoint, "end_descendants", lambda: None)
@@ -70,18 +74,23 @@ def test_off_is_vllm_with_its_own_arguments() -> None:
     assert entrypoint.main(["serve", "M", "--port", "3", "--aurora-off", "--aurora-seed=3"]) == 0
     assert FakeServer.argv == ["M", "--port", "3"]
     assert FakeServer.ran == ARGS
+    assert os.environ["VLLM_PLUGINS"] == "" == why_plain()  # nothing of ours: /aurora/status is a 404
 
 
 def test_an_unknown_vllm_is_served_plain(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(
         compat, "probe", lambda hooks: [Probe("a:b", True, "fits"), Probe("c:d", False, "not in this vLLM")]
     )
+    monkeypatch.setenv(ENVIRONMENT_KEY, "of a server that started this one")
     assert entrypoint.main(["M"]) == 0
     assert FakeServer.ran == ARGS
-    error = capfd.readouterr().err
-    assert error == (
-        "aurora_vllm: vLLM 9.9.9 does not fit (c:d: not in this vLLM); serving it plain, without learning\n"
+    (error,) = capfd.readouterr().err.splitlines()
+    assert error.startswith("WARNING ") and error.endswith(
+        " aurora: vLLM 9.9.9 does not fit (c:d: not in this vLLM); serving it plain, without learning"
     )
+    # For /aurora/status, which answers 503 with the reason.
+    assert os.environ["VLLM_PLUGINS"] == "aurora" and ENVIRONMENT_KEY not in os.environ
+    assert why_plain() == "vLLM 9.9.9 does not fit (c:d: not in this vLLM)"
 
 
 def test_a_choice_of_runner_that_vllm_would_end_on(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -188,6 +197,23 @@ def test_a_plan_counts_copies_and_shows_what_does_not_fit(
     assert entrypoint.main(argv) == 2
     wanted = f"ring and bank want {memory['shared_bytes'] / 2**20:.0f} MiB of shared memory, and /dev/shm has 1 free"
     assert wanted in capfd.readouterr().err and FakeServer.ran is None
+
+
+def test_what_starts_is_said_before_it_starts(
+    stage: Stage, serve_plan: plan.ServePlan, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise AuroraError("no room in shared memory")
+
+    untested = Probe("c:d", True, "fits, but this version was never tested", tested=False)
+    monkeypatch.setattr(entrypoint, "_plan", lambda *_: replace(serve_plan, probes=(untested,)))
+    monkeypatch.setattr("aurora_vllm.runtime.Runtime", no_room)
+    assert entrypoint.main(["M"]) == 2
+    said, warning, error = capfd.readouterr().err.splitlines()
+    assert said.startswith("INFO ") and f" aurora: aurora_vllm {version('aurora-vllm')} on vLLM " in said
+    assert said.endswith("; GET /aurora/status says how it goes")
+    assert warning.startswith("WARNING ") and "c:d fits, but this version was never tested" in warning
+    assert error == "aurora_vllm: error: no room in shared memory"
 
 
 def test_whatever_ends_the_server_its_processes_end(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,6 +348,7 @@ def test_the_plugin_is_let_in_and_no_other_is_kept_out(monkeypatch: pytest.Monke
     points = EntryPoints(
         [
             EntryPoint("lora", "m:f", "vllm.general_plugins"),
+            EntryPoint("lora_hf_hub_resolver", "m:f", "vllm.general_plugins"),  # to name it is to let it download
             EntryPoint("mine", "m:f", "vllm.platform_plugins"),
             EntryPoint("others", "m:f", "vllm.endpoint_plugins"),
             EntryPoint("aurora", "m:f", "vllm.endpoint_plugins"),
@@ -331,5 +358,6 @@ def test_the_plugin_is_let_in_and_no_other_is_kept_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(vllm_server, "entry_points", lambda: points)
     assert vllm_server.allow_plugin({}) == "lora,mine,aurora"
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": "lora"}) == "lora,aurora"
+    assert vllm_server.allow_plugin({"VLLM_PLUGINS": "lora_hf_hub_resolver"}) == "lora_hf_hub_resolver,aurora"
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": "aurora,lora"}) == "aurora,lora"
     assert vllm_server.allow_plugin({"VLLM_PLUGINS": ""}) == "aurora"

@@ -359,7 +359,6 @@ def test_on_a_gpu_the_process_counts_the_gpus_time(tmp_path: Path, monkeypatch: 
 
 
 def test_the_process_takes_as_many_threads_as_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
     with session(World(), tmp_path, learner_threads=3) as (shared, _):
         it = Rehearsal(monkeypatch, shared, [(False, 0.0, False)])
         assert process.main() == 0

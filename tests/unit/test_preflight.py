@@ -34,6 +34,14 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], said: str) -> No
     assert str(caught.value) == f"Aurora does not support {said} yet; --aurora-off serves it as plain vLLM"
 
 
+def test_a_learner_has_no_more_threads_than_there_are_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    preflight.check_supported(Namespace(**ARGS), AuroraConfig(learner_threads=2))
+    with pytest.raises(AuroraError) as caught:
+        preflight.check_supported(Namespace(**ARGS), AuroraConfig(learner_threads=3))
+    assert str(caught.value) == "--aurora-learner-threads: there are 2 CPUs for it, not 3"
+
+
 def test_our_own_classes_are_supported() -> None:
     ours = {"worker_cls": preflight.WORKER_CLASS, "scheduler_cls": preflight.SCHEDULER_CLASS}
     preflight.check_supported(Namespace(**(ARGS | ours)), AuroraConfig())

@@ -51,8 +51,8 @@ def test_a_first_start_with_the_flags_of_every_start(
     (tmp_path / "draft").mkdir()
     config = AuroraConfig(resume="latest", checkpoint_dir=tmp_path / "none", draft=tmp_path / "draft")
     assert models.resolve_draft(config, target) is given
-    assert capsys.readouterr().err == (
-        f"aurora_vllm: no checkpoint in {tmp_path / 'none'} to go on from: learning begins from the start\n"
+    assert capsys.readouterr().err.endswith(
+        f" aurora: no checkpoint in {tmp_path / 'none'} to go on from: learning begins from the start\n"
     )
 
 

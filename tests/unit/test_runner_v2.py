@@ -21,6 +21,8 @@ from aurora_vllm.spec_decode.model_runner import ModelRunner, choose_runner
 from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter, emitted_tokens
 from aurora_vllm.spec_decode.trace import StepTrace
+from aurora_vllm.transport.control import ControlBlock
+from aurora_vllm.transport.segment import Segment
 from tests.unit.tiny_world import World, session
 
 REQUESTS, ROWS, WIDTH, DRAFTS = 2, 6, 4, 2
@@ -159,7 +161,10 @@ def test_an_unknown_runner_is_served_plain(
     with session(World(), tmp_path) as (current, _):
         monkeypatch.setenv("AURORA_SESSION", current.model_dump_json())
         assert Attachment.to_worker(SimpleNamespace(model_runner=SimpleNamespace())) is None
-    assert "neither the V1 runner's drafter nor the V2 runner's speculator; serving goes on as plain" in caplog.text
+        why = "<class 'types.SimpleNamespace'> has neither the V1 runner's drafter nor the V2 runner's speculator"
+        assert f"aurora: {why}; serving goes on as plain vLLM" in caplog.text
+        told = ControlBlock.attach(Segment.attach(current.control)).worker
+        assert told.message == f"could not attach: {why}" and not told.attached
 
 
 def test_vllms_warm_up_requests_are_no_traffic(tmp_path: Path) -> None:

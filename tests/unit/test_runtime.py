@@ -86,7 +86,7 @@ def test_a_run_makes_its_memory_says_where_it_is_and_leaves_nothing(
         assert (ring.capacity, ring.row_bytes) == (serve_plan.ring_rows, serve_plan.layout.row_bytes)
         assert WeightBank.attach(Segment.attach(said.bank)).specs == list(serve_plan.draft.specs)
         ControlBlock.attach(Segment.attach(said.control))
-        assert said.row_layout == serve_plan.layout
+        assert said.row_layout == serve_plan.layout and said.vllm_version == serve_plan.vllm_version
         assert (said.target, said.draft, said.resume) == (serve_plan.target.directory, serve_plan.draft.directory, None)
         keeper = Keeper.made
         assert keeper.calls == ["start"] and keeper.options == (2, 5, STOP_S) and keeper.hangs == (HANG_S, HANG_CPU_S)

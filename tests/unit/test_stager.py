@@ -91,6 +91,22 @@ def test_a_condemned_version_goes_and_never_comes_back(world: World) -> None:
     assert world.step() == (1, 2, 1.0) and worker.rollbacks == 1
 
 
+def test_what_goes_live_is_logged(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.aurora")
+    world.publish(2)
+    world.step()
+    world.control.scheduler.probation, world.control.scheduler.roll_back_version = "it accepts less", 2
+    for _ in range(3):
+        world.step()
+    up, back, why = (record.getMessage() for record in caplog.records)
+    assert up.startswith("aurora: draft version 2 is live (was 1), ") and up.endswith(" ms")
+    assert back.startswith("aurora: draft version 1 is live (was 2), ")
+    assert why == "aurora: back to version 1: it accepts less"
+
+
 def test_the_lineage_is_the_live_versions(world: World) -> None:
     worker = world.control.worker
     world.publish(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from aurora_vllm.server import metrics
 from aurora_vllm.server.metrics import METRICS, AuroraCollector
 from aurora_vllm.server.routes import AuroraEndpoints, StatusReader
 from aurora_vllm.server.status import LEARNER_DOWN_S, learner, status
-from aurora_vllm.session import ENVIRONMENT_KEY, Session
+from aurora_vllm.session import ENVIRONMENT_KEY, PLAIN_KEY, Session, export_plain
 from aurora_vllm.spec_decode import undrafted
 from aurora_vllm.transport.control import ControlBlock, control_bytes
 from aurora_vllm.transport.ring import RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
+from aurora_vllm.vllm_server import allow_plugin
 
 SECOND = 1_000_000_000
 NOW = 1000 * SECOND
@@ -45,7 +48,7 @@ def session() -> Iterator[tuple[Session, ControlBlock]]:
         paths = {"target": Path("/t"), "draft": Path("/d")}
         sizes = {"hidden_size": 64, "num_aux": 3, "dtype": "float32"}
         names = {"ring": ring.name, "bank": "none", "control": block.name}
-        yield Session(config=config, **paths, **sizes, **names), control
+        yield Session(config=config, **paths, **sizes, **names, vllm_version="9.9.9"), control
 
 
 @pytest.fixture
@@ -53,6 +56,7 @@ def busy(session: tuple[Session, ControlBlock]) -> tuple[Session, ControlBlock]:
     """A control block of a server that has been at it for a while."""
     _, control = session
     control.worker.live_version, control.worker.previous_version, control.worker.swaps = 3, 2, 2
+    control.worker.attached, control.worker.model_runner = True, "V2"
     control.worker.requests_dropped, control.worker.refusals, control.worker.refusal = 5, 6, "not finite"
     control.worker.last_swap_ns = time.monotonic_ns() - 3 * SECOND
     control.scheduler.draft_length, control.scheduler.reason = 2, "it pays"
@@ -85,6 +89,8 @@ def test_status_of_a_busy_server(busy: tuple[Session, ControlBlock]) -> None:
     assert (found["learner"]["step"], found["learner"]["pid"]) == (12, 77)
     assert found["config"]["num_speculative_tokens"] == 3
     assert (found["target"], found["draft"]) == ("/t", "/d")
+    assert (found["aurora"], found["aurora_version"]) == ("on", metadata.version("aurora-vllm"))
+    assert (found["vllm_version"], found["worker"]["model_runner"]) == ("9.9.9", "V2")
 
 
 def test_status_of_a_fresh_server_is_json_too(session: tuple[Session, ControlBlock]) -> None:
@@ -152,6 +158,8 @@ def test_values_of_metrics(busy: tuple[Session, ControlBlock]) -> None:
     assert value("aurora_requests_dropped_total") == 5
     assert (value("aurora_swaps_total"), value("aurora_swap_refusals_total")) == (2, 6)
     assert value("aurora_ring_used_rows") == 4
+    build = {"version": metadata.version("aurora-vllm"), "vllm_version": "9.9.9", "model_runner": "V2"}
+    assert value("aurora_build_info", build) == value("aurora_up") == 1
 
 
 def test_versions_that_are_gone_leave_no_series(busy: tuple[Session, ControlBlock]) -> None:
@@ -194,8 +202,11 @@ def clean_registry() -> Iterator[None]:
         REGISTRY.unregister(collector)
 
 
-def client_of(session: Session | None, monkeypatch: pytest.MonkeyPatch) -> TestClient:
-    monkeypatch.delenv(ENVIRONMENT_KEY, raising=False)
+def client_of(session: Session | None, monkeypatch: pytest.MonkeyPatch, plain: str = "") -> TestClient:
+    monkeypatch.setenv(ENVIRONMENT_KEY, "")  # so that both are put back
+    monkeypatch.setenv(PLAIN_KEY, "")
+    if plain:
+        export_plain(plain)
     monkeypatch.setattr(undrafted, "accept_requests", lambda: None)  # vLLM stays as it is for other tests
     if session is not None:
         monkeypatch.setenv(ENVIRONMENT_KEY, session.model_dump_json())
@@ -226,9 +237,30 @@ def test_metrics_of_several_processes(
     assert b"aurora_swaps" not in generate_latest(REGISTRY)
 
 
-def test_without_a_session_the_route_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = client_of(None, monkeypatch).get("/aurora/status")
-    assert (answer.status_code, answer.json()) == (503, {"aurora": "off"})
+@pytest.mark.usefixtures("clean_registry")
+@pytest.mark.parametrize("plain", ["vLLM 9.9.9 does not fit (a:b: not in this vLLM)", ""])
+def test_without_a_session_the_route_says_so_and_why(monkeypatch: pytest.MonkeyPatch, plain: str) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    answer = client_of(None, monkeypatch, plain).get("/aurora/status")
+    reason = plain or "vLLM was started by itself, or with --aurora-off"
+    assert (answer.status_code, answer.json()) == (503, {"aurora": "off", "reason": reason})
+    shown = [line for line in generate_latest(REGISTRY).decode().splitlines() if line.startswith("aurora_")]
+    assert shown == ["aurora_up 0.0"]
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_of_several_servers_of_plain_vllm_each_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert "aurora_up 0.0" in client_of(None, monkeypatch, "it does not fit").get("/metrics").text
+
+
+def test_vllm_loads_the_plugin_where_the_entrypoint_lets_it_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins = importlib.import_module("vllm.plugins")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert plugins.load_endpoint_plugins() == []
+    monkeypatch.setenv("VLLM_PLUGINS", allow_plugin(os.environ))
+    (plugin,) = plugins.load_endpoint_plugins()
+    assert isinstance(plugin, AuroraEndpoints)
 
 
 def test_the_plugin_is_one_for_vllm_and_says_when_the_engine_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
