@@ -99,7 +99,7 @@ class Assembler:
             request = int(head[Field.REQUEST_HIGH]) << 31 | int(head[Field.REQUEST_LOW])
             flags = RowFlag(int(head[Field.FLAGS]))
             if flags & RowFlag.END:
-                done += self._close(request, int(head[Field.POSITION]), dropped=bool(flags & RowFlag.DROPPED))
+                done += self._close(request, dropped=bool(flags & RowFlag.DROPPED))
             elif request not in self._given_up:
                 if flags & RowFlag.REJECTED:
                     self._branch(request, rows[first:last], head)
@@ -160,7 +160,7 @@ class Assembler:
         self._account(path, rows.nbytes)
         path.branch_end = (step, position + len(rows))
 
-    def _close(self, request: int, end: int, dropped: bool) -> list[Trajectory]:
+    def _close(self, request: int, dropped: bool) -> list[Trajectory]:
         path = self._open.pop(request, None)
         if request in self._given_up:
             del self._given_up[request]
@@ -170,8 +170,6 @@ class Assembler:
         if dropped:
             self.discarded["dropped by the worker"] += 1
             return []
-        if end > 0:  # rows the engine computed beyond the end of the answer
-            path.tokens = path.tokens[: max(0, end - path.start)]
         return self._finish(request, path)
 
     def _finish(self, request: int, path: _Open) -> list[Trajectory]:

@@ -35,6 +35,7 @@ LESSON_REQUESTS = 6
 LARGEST_LESSON_ROWS = 16_384  # the newest ones; a lesson costs in proportion to them
 
 Work = Literal["", "first lesson", "lesson", "training"]
+_OVER = object()  # in place of what a finished generator yields
 
 
 class Curriculum:
@@ -142,7 +143,7 @@ class Curriculum:
         return True
 
     def owe(self, tokens: int) -> None:
-        """Of the newest so many tokens, training has to keep up with those after all that it need not keep up with."""
+        """Make the newest rows, about `tokens` of them, due for training after all: they arrived while it slept."""
         self._owed += self.replay.make_due(tokens, self._config.replay_passes)
 
     @contextmanager
@@ -191,7 +192,7 @@ class Curriculum:
         if self._lesson is None:
             self._lesson = self.teacher.run(self.replay.newest(LARGEST_LESSON_ROWS))
         try:
-            if next(self._lesson, self) is not self:
+            if next(self._lesson, _OVER) is not _OVER:
                 return False
         except (RuntimeError, ValueError, IndexError) as error:
             self.fault = f"{type(error).__name__.lstrip('_')} in a lesson: learning goes on without it"

@@ -106,7 +106,7 @@ class Learner:
         if request := update_request.open_request(self.control):
             self._say("updating from disk")
             update_request.answer(self.control, request, self._update(Path(request.directory)))
-        with self._on_host():  # a GPU only hands the rows over
+        with self._uncounted():  # a GPU only hands the rows over
             self._take_rows()
         if rests:
             return False
@@ -140,9 +140,9 @@ class Learner:
             if len(rows) < READ_ROWS:
                 break
 
-    def _on_host(self, really: bool = True) -> AbstractContextManager[None]:
+    def _uncounted(self, when: bool = True) -> AbstractContextManager[None]:
         """Around work that takes none of the GPU's time, where that is what is counted."""
-        return self.gpu_time.on_host() if self.gpu_time is not None and really else nullcontext()
+        return self.gpu_time.on_host() if self.gpu_time is not None and when else nullcontext()
 
     def _arrived(self, trajectory: Trajectory) -> None:
         self.control.learner.trajectories += 1
@@ -198,7 +198,7 @@ class Learner:
     def _work(self) -> None:
         curriculum, block = self.curriculum, self.control.learner
         steps = curriculum.trainer.steps
-        with self._on_host(curriculum.works_on_host):
+        with self._uncounted(curriculum.works_on_host):
             is_another = curriculum.work()
         if is_another:
             self.drafts.candidate_changed(founds_lineage=True)

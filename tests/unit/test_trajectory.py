@@ -139,11 +139,6 @@ def test_what_cannot_be_trusted_is_discarded_and_counted_once(rows: list[Row], r
     assert len(assembler.feed(pack([*simple(range(6)), END]))) == 1  # the number may be used again after its end
 
 
-def test_rows_beyond_the_end_are_cut() -> None:
-    (trajectory,) = Assembler(LAYOUT).feed(pack([*simple(range(9)), row(5, 6, 0, 9, RowFlag.END)]))
-    assert trajectory.token_ids.tolist() == [0, 1, 2, 3, 4, 5]
-
-
 def test_bounds_on_what_is_open() -> None:
     by_count = Assembler(LAYOUT, max_open=3)
     for number in range(10):
