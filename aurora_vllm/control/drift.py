@@ -107,7 +107,7 @@ class AcceptanceWatch:
         self._verifications = self._accepted = 0
         self._wait = 0
 
-    def is_due(self) -> bool:
+    def next_is_due(self) -> bool:
         """Whether the next request is looked at: one in a few, and the one after a bad one. Call once for each."""
         self._wait -= 1
         return self._wait < 0

@@ -215,12 +215,12 @@ class Learner:
                 self._maybe_publish()
 
     def _maybe_publish(self) -> None:
-        verdict = self.evidence.verdict(time.monotonic())
+        decision = self.evidence.decide(time.monotonic())
         block, drafts, trainer = self.control.learner, self.drafts, self.curriculum.trainer
-        block.candidate_acceptance_length = verdict.candidate
-        block.incumbent_acceptance_length = verdict.incumbent
-        block.message = verdict.reason
-        reason = self.sync.reason(verdict, trainer.steps, self.requests_seen)
+        block.candidate_acceptance_length = decision.candidate
+        block.incumbent_acceptance_length = decision.incumbent
+        block.message = decision.reason
+        reason = self.sync.reason(decision, trainer.steps, self.requests_seen)
         if not (reason and drafts.candidate_is_ahead):
             return
         version = self._next_version()
@@ -234,7 +234,8 @@ class Learner:
             trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
             self._forget_scores("the candidate was not finite")
             return
-        drafts.promote(version, self.evidence.published(time.monotonic()))
+        drafts.promote(version, self.evidence.candidate)
+        self.evidence.published(time.monotonic())
         self._show_shadow()
         self._published(version, reason)
 

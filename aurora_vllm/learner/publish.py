@@ -14,7 +14,7 @@ from aurora_vllm.transport.bank import WeightBank
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PublishDecision:
     """What the evidence says."""
 
     publish: bool
@@ -53,14 +53,12 @@ class Evidence:
         while self._pairs and self._tokens - self._pairs[0][1].tokens >= self.min_tokens:
             self._tokens -= self._pairs.popleft()[1].tokens
 
-    def verdict(self, now_s: float) -> Verdict:
-        """Decide. now_s: seconds on any clock that only grows."""
-        none = Score(0, (0,) * self.length)
-        candidate = sum((pair[0] for pair in self._pairs), none).acceptance_length
-        incumbent = sum((pair[1] for pair in self._pairs), none).acceptance_length
+    def decide(self, now_s: float) -> PublishDecision:
+        """Whether the candidate wins. now_s: seconds on any clock that only grows."""
+        candidate, incumbent = self.candidate.acceptance_length, self.incumbent.acceptance_length
 
-        def say(publish: bool, reason: str) -> Verdict:
-            return Verdict(publish, reason, candidate, incumbent, self._tokens)
+        def say(publish: bool, reason: str) -> PublishDecision:
+            return PublishDecision(publish, reason, candidate, incumbent, self._tokens)
 
         if self._tokens < self.min_tokens:
             return say(False, f"{self._tokens} of {self.min_tokens} response tokens of evidence")
@@ -70,12 +68,20 @@ class Evidence:
             return say(False, f"published less than {self.min_interval_s:g} s ago")
         return say(True, f"candidate {candidate:.2f} beats incumbent {incumbent:.2f} on {self._tokens} response tokens")
 
-    def published(self, now_s: float) -> Score:
-        """Start over after a publish. Returns the new incumbent's score on the evidence that carried it."""
-        score = sum((pair[0] for pair in self._pairs), Score(0, (0,) * self.length))
+    @property
+    def candidate(self) -> Score:
+        """Its score over all of the evidence."""
+        return sum((pair[0] for pair in self._pairs), Score(0, (0,) * self.length))
+
+    @property
+    def incumbent(self) -> Score:
+        """Likewise."""
+        return sum((pair[1] for pair in self._pairs), Score(0, (0,) * self.length))
+
+    def published(self, now_s: float) -> None:
+        """Start over after a publish."""
         self.restart()
         self._last_publish_s = now_s
-        return score
 
     def restart(self) -> None:
         """Forget every score: they speak of another candidate."""
@@ -98,10 +104,10 @@ class Sync:
     _steps: int = 0  # at the last publish
     _requests: int = 0
 
-    def reason(self, verdict: Verdict, steps: int, requests: int) -> str:
+    def reason(self, decision: PublishDecision, steps: int, requests: int) -> str:
         """Why to publish now; empty for not now. steps, requests: since the learner began."""
         if self.policy == "evidence":
-            return verdict.reason if verdict.publish else ""
+            return decision.reason if decision.publish else ""
         passed = steps - self._steps if self.policy == "steps" else requests - self._requests
         return f"{passed} {self.policy} since the last publish" if passed >= self.interval else ""
 

@@ -88,7 +88,7 @@ class Sleep:
         learner = self._learner
         while learner.unscored and self._watch is not None:
             trajectory, why = learner.unscored.popleft(), ""
-            due = self._watch.is_due()
+            due = self._watch.next_is_due()
             if due and (score := learner.simulated(learner.drafts.incumbent, trajectory)) is not None:
                 learner.show_live(score)
                 why = self._watch.observe(*_counts(score))

@@ -92,7 +92,7 @@ def test_one_in_a_few_is_looked_at_and_the_one_after_a_bad_one() -> None:
     def looked_at(accepted: int) -> list[bool]:
         due = []
         for _ in range(WATCH_EVERY):
-            due.append(one.is_due())
+            due.append(one.next_is_due())
             if due[-1]:
                 one.observe(50, accepted)
         return due

@@ -87,7 +87,7 @@ def test_a_request_that_there_is_no_memory_to_score_is_trained_on_unscored(
         serve(world, learner, producer, range(6))
         block = learner.control.learner
         assert block.message == "OutOfMemoryError in scoring a request, which is no evidence: no room"
-        assert block.steps_taken > 0 and learner.evidence.verdict(0.0).tokens == 0
+        assert block.steps_taken > 0 and learner.evidence.decide(0.0).tokens == 0
 
 
 def test_what_cannot_be_scored_in_time_is_trained_on_unscored(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_what_cannot_be_scored_in_time_is_trained_on_unscored(tmp_path: Path) ->
         learner.turn()  # takes all, scores one
         assert [one.request for one in learner.unscored] == list(range(10, many))
         assert len(learner.curriculum.replay) == 9 + 1  # the oldest unscored, and the one that was
-        scored = learner.evidence.verdict(0.0).tokens
+        scored = learner.evidence.decide(0.0).tokens
         assert 0 < scored <= 16
         turns = 0
         while learner.unscored:
@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
         restarted: list[str] = []
         learner.sleep.restart = restarted.append  # type: ignore[method-assign]
         learner._maybe_publish()
-        assert learner.evidence.verdict(0.0).tokens == 0 and restarted == ["the candidate was not finite"]
+        assert learner.evidence.decide(0.0).tokens == 0 and restarted == ["the candidate was not finite"]
         assert learner.bank.published() == published
         assert "fc.weight is not finite" in learner.control.learner.message
         for draft in (learner.drafts.candidate, learner.curriculum.trainer.draft):

@@ -111,12 +111,12 @@ def test_a_vocabulary_that_misses_the_traffic_is_replaced_judged_and_published_w
 
     run(world, learner, 4)
     assert block.vocabulary_changes == 0 and block.vocabulary_coverage == 0.0  # too little was seen
-    assert learner.evidence.verdict(0.0).tokens > 0
+    assert learner.evidence.decide(0.0).tokens > 0
     run(world, learner, 1)
     assert block.vocabulary_changes == 1
     assert torch.isin(CYCLE, learner.drafts.candidate.target_ids).all() and EOS in learner.drafts.candidate.target_ids
     assert torch.equal(learner.drafts.incumbent.target_ids, day0)  # what serves stays until the evidence is in
-    assert world.bank.published() == 0 and learner.evidence.verdict(0.0).tokens == 0
+    assert world.bank.published() == 0 and learner.evidence.decide(0.0).tokens == 0
 
     run(world, learner, 12)
     assert block.publishes == 1 and block.vocabulary_changes == 1

@@ -106,7 +106,7 @@ def test_a_sleeper_looks_at_one_request_in_a_turn(tmp_path: Path) -> None:
         request = fall_asleep(world, learner, producer)
         learner.unscored.clear()
         for _ in range(drift.WATCH_EVERY):  # whatever it looked at last
-            learner.sleep._watch.is_due()  # type: ignore[union-attr]
+            learner.sleep._watch.next_is_due()  # type: ignore[union-attr]
         for one in range(drift.WATCH_EVERY + 2):
             send(producer, world.rows(request + one, answer=ANSWER))
         assert learner.turn() and len(learner.unscored) == drift.WATCH_EVERY + 1
@@ -151,11 +151,11 @@ def test_a_sleepers_evidence_is_of_before_its_sleep(tmp_path: Path) -> None:
         learner = Learner(shared)
         request = fall_asleep(world, learner, producer)
         learner.drafts.candidate_changed()
-        assert learner.evidence.verdict(0.0).tokens > 0
+        assert learner.evidence.decide(0.0).tokens > 0
         learner.curriculum.coverage.counts[words_it_may_not_say(learner)] = 0
         world.follows = torch.randperm(V, generator=torch.Generator().manual_seed(9))
         assert serve(world, learner, producer, range(request, request + 100)) < 100
-        assert learner.evidence.verdict(0.0).tokens == 0
+        assert learner.evidence.decide(0.0).tokens == 0
 
 
 def test_it_does_not_sleep_before_its_lessons(tmp_path: Path) -> None:
