@@ -110,7 +110,7 @@ class Attachment:
             self._copying = DeviceCopying.begin(session, self._runner, self.control, self.device)
             self._adapter.copying = self._copying
         worker.capture_on, worker.message = self._captures, self._nothing_to_capture()
-        worker.attached = 1  # the learner may start
+        worker.attached = True  # the learner may start
         self.serving = True
 
     @classmethod

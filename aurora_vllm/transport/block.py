@@ -164,7 +164,7 @@ class Floats(Wide[list[float]]):
         super().__init__(8 * POSITIONS)
 
     def _load(self, block: Block) -> list[float]:
-        return memoryview(self._read(block)).cast("d").tolist()
+        return list(struct.unpack(f"={POSITIONS}d", self._read(block)))
 
     def __set__(self, block: Block, value: Sequence[float]) -> None:
         row = [float(number) for number in value][:POSITIONS]

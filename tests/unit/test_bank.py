@@ -344,7 +344,7 @@ def test_a_restarted_learner_takes_the_torn_slot_before_a_good_one(segment: Segm
     for version in (2, 3, 4):
         publish(bank, version)
     bank.hold(live=3, previous=2)
-    assert children.finish(children.start(children.publish, segment.name, [5], 60)) == -9
+    assert children.finish(children.start(children.publish, segment.name, [5], 120)) == -9
     with pytest.raises(TornPublish):
         bank.read(4)
     bank.hold(live=3, previous=0)

@@ -30,7 +30,7 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
     Int: st.integers(-(2**63), 2**63 - 1),
     Bool: st.booleans(),
     Float: st.floats(allow_nan=False),
-    Text: st.text(st.characters(min_codepoint=1, codec="utf-8"), max_size=8),
+    Text: st.text(st.characters(min_codepoint=1, codec="utf-8"), max_size=2),  # 8 bytes, which fit into each
     Floats: st.lists(st.floats(allow_nan=False), min_size=8, max_size=8),
     Ints: st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9).map(lambda row: row + [0] * (512 - len(row))),
 }

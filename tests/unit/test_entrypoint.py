@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from aurora_vllm import cli, entrypoint, models, plan, preflight, resuming, vllm_server
+from aurora_vllm import checkpoint, cli, entrypoint, models, plan, preflight, resuming, vllm_server
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.session import ENVIRONMENT_KEY, PLAIN_KEY, why_plain
@@ -181,20 +181,21 @@ def test_a_plan_counts_copies_and_shows_what_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, capfd: Any, target: Target, draft_dir: Path
 ) -> None:
     """Through everything between the command line and what is printed; for a GPU, because there they take memory."""
+    draft = checkpoint.read_draft(draft_dir, target)
+    monkeypatch.setattr(models, "resolve_target", lambda *_, **__: target)
+    monkeypatch.setattr(models, "resolve_draft", lambda *_: draft)
     monkeypatch.setattr(entrypoint, "_probes", lambda: (ModelRunner("V2", "a test said so"), ()))
     monkeypatch.setattr(preflight, "gpu_total_bytes", lambda: 80 << 30)
     monkeypatch.setattr(preflight, "host_total_bytes", lambda: None)
     monkeypatch.setattr(preflight, "free_bytes", lambda: 1 << 20)
-    monkeypatch.setitem(ARGS, "model", str(target.directory))
     monkeypatch.setitem(ARGS, "gpu_memory_utilization", 0.9)
     monkeypatch.setitem(ARGS, "max_num_seqs", 64)
-    argv = ["M", f"--aurora-draft={draft_dir}"]
-    assert entrypoint.main([*argv, "--aurora-plan=json"]) == 0
+    assert entrypoint.main(["M", "--aurora-plan=json"]) == 0
     shown = json.loads(capfd.readouterr().out)
     assert shown["speculation"]["copied_tokens"] == 8
     memory = shown["memory"]
     assert memory["gpu"]["parts"]["copies"] > 0 and memory["gpu"]["parts"]["logits"] == 64 * 8 * target.vocab_size * 4
-    assert entrypoint.main(argv) == 2
+    assert entrypoint.main(["M"]) == 2
     wanted = f"ring and bank want {memory['shared_bytes'] / 2**20:.0f} MiB of shared memory, and /dev/shm has 1 free"
     assert wanted in capfd.readouterr().err and FakeServer.ran is None
 
