@@ -34,7 +34,7 @@ RING_RATIO, SWAP_P99_MS, STEP_SHARE, STEP_US = 0.8, 2.0, 0.01, 10_000.0  # the t
 HIDDEN = 4096  # Qwen3-8B
 BANDWIDTH_ROWS = 2048  # of a commit that is judged; of a smaller one the event alone takes as long as the copy
 SECTION_S, ALL_S = 200.0, 460.0  # at most; a GPU is lent for minutes
-LEARNER_ROWS, LOAD_SECONDS = 512, 15.0  # rows of a training step (batch_tokens' default), and of each measurement
+LEARNER_ROWS, LOAD_SECONDS = 512, 8.0  # rows of a training step (batch_tokens' default), and of each measurement
 
 Section = dict[str, Any]
 TARGETS: dict[str, tuple[str, Callable[[Section], bool]]] = {

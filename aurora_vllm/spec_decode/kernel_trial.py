@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -45,23 +46,44 @@ def try_kernels(layout: RowLayout, device: torch.device, positions: int, timeout
 
 
 def main(device_name: str, hidden_size: int, num_aux: int, dtype: str, positions: int) -> int:
-    """Launch every kernel once, and wait for it."""
+    """Launch every kernel, and wait for it."""
     device = torch.device(device_name)
     torch.zeros(1, device=device)  # the context
     print(BEGUN, flush=True)
     from aurora_vllm.spec_decode.capture_kernel import KernelFill
-    from aurora_vllm.spec_decode.device_copies import DeviceCopies
     from aurora_vllm.spec_decode.rehearsal import rehearse
-    from aurora_vllm.spec_decode.request_states import request_states
 
     layout = RowLayout(hidden_size, num_aux, getattr(torch, dtype))
     rehearse(KernelFill(layout), layout, device, device)  # ends with a copy to the host, which waits
     if positions:
-        tokens = torch.ones(1, 64, dtype=torch.int32, device=device)
-        states = request_states(tokens, tokens[:, 0].clone(), np.ones(1, dtype=np.int32), vocabulary=64)
-        DeviceCopies(states, positions, 1024, device).rehearse()
-        torch.zeros(1, device=device).cpu()
+        _copy(positions, device)
     return 0
+
+
+def _copy(positions: int, device: torch.device) -> None:
+    """A request that says one thing over and over has it proposed, and judged. Raises RuntimeError where it has not.
+
+    The rehearsal alone would read none of the tables: there nobody has sampled anything.
+    """
+    from aurora_vllm.control.copy_counts import NUM_KINDS
+    from aurora_vllm.spec_decode.device_copies import DeviceCopies
+    from aurora_vllm.spec_decode.request_states import request_states
+
+    one = torch.ones(1, dtype=torch.int32, device=device)
+    states = request_states(one.repeat(1, 64), 32 * one, np.full(1, 8, dtype=np.int32), vocabulary=64)
+    copies = DeviceCopies(states, positions, 1024, device)
+    copies.rehearse()
+    copies.begin("0", SimpleNamespace(extra_args=None, temperature=0.0))
+    batch = SimpleNamespace(
+        num_reqs=1, req_ids=["0"], idx_mapping=torch.zeros(1, dtype=torch.int64, device=device),
+        idx_mapping_np=np.zeros(1, np.int64), num_computed_tokens_np=np.full(1, 31),
+        num_scheduled_tokens=np.ones(1, np.int64), prefill_len_np=np.full(1, 32),
+    )  # fmt: skip
+    drafts = torch.zeros(1, positions, dtype=torch.int64, device=device)
+    for _ in range(2):  # the second judges what the first proposed
+        copies.replace(batch, one, positions * one, drafts, positions, 1, (1 << NUM_KINDS) - 1)
+    if drafts.tolist() != [[1] * positions]:  # waits, too
+        raise RuntimeError(f"a copy of ones is {drafts.tolist()}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def test_one_bad_number_is_found_in_one_pass(dtype: torch.dtype) -> None:
 
 def test_a_version_takes_what_the_rehearsal_freed() -> None:
     with torch.device(DEVICE):
-        draft, tensors = make_draft(), {name: tensor.to(DEVICE) for name, tensor in version(2).items()}
+        draft = make_draft()
+    tensors = {name: tensor.to(DEVICE) for name, tensor in version(2).items()}  # drawn on the host
     draft.draft_id_to_target_id.data.copy_(torch.arange(len(draft.draft_id_to_target_id)))
     specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     bank, names = processes.make_bank(DEVICE, specs)
