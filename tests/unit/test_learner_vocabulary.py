@@ -171,3 +171,21 @@ def test_a_change_that_finds_no_memory_changes_nothing(
     run(world, learner, 6)  # another try, when as much was seen again
     assert world.control.learner.vocabulary_changes == 1
     assert torch.equal(learner.curriculum.trainer.draft.target_ids, learner.drafts.candidate.target_ids)
+
+
+def test_a_candidate_that_is_thrown_away_takes_its_vocabulary_and_moments_along(world: World) -> None:
+    learner = Learner(world.session)
+    learner.curriculum._reselection.enough = 300
+    learner.curriculum.skip_lessons()
+    run(world, learner, 6)
+    assert world.control.learner.vocabulary_changes == 1
+    drafts = learner.drafts
+    assert not torch.equal(drafts.candidate.target_ids, drafts.incumbent.target_ids)
+    drafts.candidate.norm.weight.data[3] = torch.inf
+    learner.evidence.min_tokens = learner.evidence.margin = 0
+    learner._maybe_publish()
+    assert "not finite" in world.control.learner.message and world.bank.published() == 0
+    for draft in (drafts.candidate, learner.curriculum.trainer.draft):
+        assert torch.equal(draft.target_ids, drafts.incumbent.target_ids)
+        assert torch.isfinite(draft.norm.weight).all()
+    assert not learner.curriculum.trainer.optimizer.state
