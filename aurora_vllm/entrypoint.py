@@ -82,17 +82,16 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     from aurora_vllm import plan as plans
     from aurora_vllm.runtime import Runtime
 
+    os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)  # a vLLM served plain has a status, too
     runner, probes = _probes()
     misfits = [probe for probe in probes if not probe.ok]
     if misfits and not invocation.plan:
         reason = f"vLLM {server.version} does not fit ({misfits[0].name}: {misfits[0].detail})"
         notice(f"{reason}; serving it plain, without learning", "WARNING")
         session.export_plain(reason)
-        os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)  # for a status that says so
         server.run(args)
         return 0
 
-    os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)
     with one_line_for_os_errors():
         plan = _plan(invocation, server, args, runner, probes)
         if invocation.plan:

@@ -24,7 +24,7 @@ from aurora_vllm.spec_decode import compat
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
 from aurora_vllm.supervisor import SAVE_S
-from tests.unit.test_plan import draft_dir, serve_plan, target
+from tests.unit.plan_world import draft_dir, serve_plan, target
 from tests.unit.vllm_arguments import ARGS
 
 __all__ = ["draft_dir", "serve_plan", "target"]  # fixtures

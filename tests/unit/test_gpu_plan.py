@@ -25,7 +25,7 @@ from aurora_vllm.transport.bank import weights_bytes
 from aurora_vllm.transport.control import ControlBlock, WorkerBlock
 from aurora_vllm.transport.ring import HEADER_BYTES
 from aurora_vllm.transport.segment import SHM, Segment
-from tests.unit.test_plan import V2, draft_dir, serve_plan, target
+from tests.unit.plan_world import V2, draft_dir, serve_plan, target
 
 __all__ = ["draft_dir", "serve_plan", "target"]  # fixtures
 GIB = 2**30

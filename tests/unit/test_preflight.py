@@ -91,3 +91,10 @@ def test_a_port_of_a_server_that_has_just_ended_is_free() -> None:
             server.accept()[0].close()
             assert client.recv(1) == b""
     preflight.check_port(Namespace(**(ARGS | {"port": port})))
+
+
+def test_no_room_in_shared_memory_is_said_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.check_shared_memory(1)
+    monkeypatch.setattr(preflight, "free_bytes", lambda: 64 << 20)
+    with pytest.raises(AuroraError, match=r"want 310 MiB .* has 64 free; give it more room"):
+        preflight.check_shared_memory(310 << 20)

@@ -22,7 +22,7 @@ from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.ring import RingProducer
 from aurora_vllm.transport.segment import SHM, NoSharedMemory, Segment
-from tests.unit.test_plan import draft_dir, serve_plan, target
+from tests.unit.plan_world import draft_dir, serve_plan, target
 
 __all__ = ["draft_dir", "serve_plan", "target"]  # fixtures
 
