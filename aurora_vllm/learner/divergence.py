@@ -38,7 +38,7 @@ def divergence(
     emitted: torch.Tensor | None = None,
     logit_scale: float = 1.0,
     matmul_dtype: torch.dtype = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted sum over steps of each step's mean cost at temperature 1.
 
     Args:
@@ -54,10 +54,10 @@ def divergence(
         matmul_dtype: of the products with both heads, forward and backward. Softmax and sums are float32.
 
     Returns:
-        total (scalar, differentiable in hidden and lm_head), mean per step float32 [K], and per step bool [N]: whether
-        draft and target agree on the first choice.
+        total (scalar, differentiable in hidden and lm_head); per step the mean cost, float32 [K], and the number of
+        terms in which draft and target agree on the first choice, int64 [K].
     """
-    total, step_loss, *agree = _Divergence.apply(
+    total, step_loss, agreed = _Divergence.apply(
         target_states,
         target_head,
         terms,
@@ -69,7 +69,7 @@ def divergence(
         lm_head,
         *hidden,
     )
-    return total, step_loss, agree
+    return total, step_loss, agreed
 
 
 class _Divergence(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _Divergence(torch.autograd.Function):
         *hidden: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         step_loss = torch.zeros(len(terms), device=states.device)
-        agree = [torch.zeros(len(one.target), dtype=torch.bool, device=states.device) for one in terms]
+        agreed = torch.zeros(len(terms), dtype=torch.int64, device=states.device)
         grad_hidden = [torch.empty_like(h) if want_grad else h for h in hidden]
         grad_head: torch.Tensor | None = None
         weight = lm_head.to(dtype)
@@ -112,7 +112,7 @@ class _Divergence(torch.autograd.Function):
                 aimed = aim if len(rows) == len(aim) else aim[rows]  # mostly all of them: no copy
                 said = emitted[start + rows] if emitted is not None else None
                 step_loss[i] += (cost.cost_(part, first_choice, aimed, said) * terms[i].share[span]).sum()
-                agree[i][span] = right[i]
+                agreed[i] += right[i].sum()
             if not want_grad:
                 return
             error = logits.to(dtype)  # by now the gradient with respect to the logits, but for each row's weight
@@ -128,8 +128,8 @@ class _Divergence(torch.autograd.Function):
         assert isinstance(total, torch.Tensor)
         if want_grad:
             ctx.grads = (torch.zeros_like(lm_head) if grad_head is None else grad_head, *grad_hidden)
-        ctx.mark_non_differentiable(step_loss, *agree)
-        return total, step_loss, *agree
+        ctx.mark_non_differentiable(step_loss, agreed)
+        return total, step_loss, agreed
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -43,9 +43,6 @@ class LossOutput:
     step_loss: torch.Tensor  # float32 [K], mean cost of each step's rows of the accepted path, nats
     step_accuracy: torch.Tensor  # float32 [K], share of a step's rows where draft and target agree on the first choice
     step_rows: torch.Tensor  # int64 [K], rows in each mean
-    # int8 [K, B, T] by step i and row t: 1 agree, 0 disagree (or the target's choice is none the draft could propose),
-    # -1 not asked. Draft i of a chain that starts behind row t is accepted by greedy verification where 0..i are all 1.
-    agreement: torch.Tensor
     discard_loss: torch.Tensor  # float32 [K], as step_loss, of rejected branches; 0 where there is no row
     discard_rows: torch.Tensor  # int64 [K]
 
@@ -92,18 +89,17 @@ def ttt_loss(
     states = F.pad(batch.last, (0, 0, 0, 1))[plan.target_sequence, plan.target_row]  # [M, H], zero behind the end
     row_weights = weights[plan.target_sequence, plan.target_row]
 
-    hidden, terms, queries = [], [], []
+    hidden, terms = [], []
     path = unroll(draft, head, batch, plan, ttt_length, matmul_dtype)
     for i, output in enumerate(path.outputs):
         query, target = plan.queries_at(i)
-        queries.append(target)
         hidden.append(draft.norm(output[query]))
         share = row_weights[target]
         terms.append(Terms(target, share / share.sum(), STEP_DECAY**i))
     target_head = head.rows(draft.target_ids, matmul_dtype)
     weight, scale = draft.lm_head.weight, draft.config.logit_scale
     emitted = _emitted(draft, batch, plan) if objective.direction == "reverse+next-token" else None
-    total, step_loss, agree = divergence(
+    total, step_loss, agreed = divergence(
         hidden, weight, states, target_head, terms, objective.accepted, emitted, scale, matmul_dtype
     )
     discard_loss, discard_rows = torch.zeros_like(step_loss), torch.zeros(ttt_length, dtype=torch.int64)
@@ -118,13 +114,11 @@ def ttt_loss(
         discard_rows = torch.tensor([len(one.target) for one in discard_terms])
 
     step_rows = torch.tensor([len(one.target) for one in terms])
-    correct = torch.stack([one.sum() for one in agree]).cpu()
     return LossOutput(
         total=total,
         step_loss=step_loss,
-        step_accuracy=correct / step_rows.clamp(min=1),
+        step_accuracy=agreed.cpu() / step_rows.clamp(min=1),
         step_rows=step_rows,
-        agreement=_agreement(plan, wanted, agree, queries),
         discard_loss=discard_loss,
         discard_rows=discard_rows,
     )
@@ -222,15 +216,3 @@ def _discard_terms(
         share = torch.full((len(target),), 1 / max(len(target), 1), device=output.device)
         terms.append(Terms(target, share, STEP_DECAY**i))
     return hidden, terms
-
-
-def _agreement(
-    plan: UnrollPlan, wanted: torch.Tensor, agree: list[torch.Tensor], targets: list[torch.Tensor]
-) -> torch.Tensor:
-    """Spread the terms' verdicts over [K, B, T], indexed by step and row t."""
-    size, columns = wanted.shape
-    result = torch.full((len(agree), size, columns - 1), -1, dtype=torch.int8, device=wanted.device)
-    for i, (verdict, target) in enumerate(zip(agree, targets, strict=True)):
-        result[i, :, : max(columns - 1 - i, 0)].masked_fill_(wanted[:, 1 + i :], 0)
-        result[i, plan.target_sequence[target], plan.target_row[target] - 1 - i] = verdict.to(torch.int8)
-    return result

@@ -186,7 +186,7 @@ def small_replay(tmp_path: Path, held: int, passes: float) -> tuple[Curriculum, 
     curriculum = Curriculum(draft, head, settings(replay_passes=passes, batch_tokens=60), tmp_path, worth_keeping=True)
     traffic = linear_world(head, draft.norm.weight.detach().clone(), 20 * held, 30)
     curriculum.replay = Replay(held * traffic[0].nbytes)
-    stub = LossOutput(*[torch.zeros(1)] * 7)
+    stub = LossOutput(*[torch.zeros(1)] * 6)
     curriculum.trainer.step = lambda batch: stub  # type: ignore[method-assign]
     return curriculum, traffic
 

@@ -148,30 +148,29 @@ def test_without_a_row_to_learn_from_the_loss_is_zero() -> None:
     )
 
 
-def test_agreement_is_what_a_verifier_would_find() -> None:
-    """agreement, from training, and draft_choices, from scoring, are two ways to the same verdict."""
+def test_accuracy_is_what_a_verifier_would_find() -> None:
+    """step_accuracy, from training, and draft_choices, from scoring, are two ways to the same verdicts."""
     case = Sizes([9, 6], [3, 2], ttt=3)
     draft, head, batch = random_case(case, 8)
-    agreement = ttt_loss(draft, head, batch, 3).agreement
+    output = ttt_loss(draft, head, batch, 3)
     choices = draft_choices(draft, head, batch, 3, batch.attention_mask)
     first_choice = (batch.last @ head.lm_head.T).argmax(-1)
-    asked = 0
     for i in range(3):
+        verdicts = []
         for b, (length, prompt) in enumerate(zip(case.lengths, case.prompts, strict=True)):
             for t in range(9):
                 j = t + 1 + i
-                counts = prompt <= j < length
-                assert (agreement[i, b, t] >= 0) == counts
                 assert (choices[i, b, t] >= 0) == (j < length and t < length)
-                if counts:
-                    assert agreement[i, b, t] == (choices[i, b, t] == first_choice[b, j])
-                    asked += 1
-    assert asked and (agreement == 1).any() and (agreement == 0).any()
+                if prompt <= j < length and first_choice[b, j] in draft.target_ids:
+                    verdicts.append(bool(choices[i, b, t] == first_choice[b, j]))
+        assert output.step_rows[i] == len(verdicts)
+        assert float(output.step_accuracy[i]) == pytest.approx(sum(verdicts) / len(verdicts))
+    assert 0 < output.step_accuracy.sum() < 3
 
 
 def test_more_steps_than_rows() -> None:
     draft, head, batch = random_case(Sizes([2], [0], ttt=4))
-    assert ttt_loss(draft, head, batch, 4).agreement.shape == (4, 1, 2)
+    assert ttt_loss(draft, head, batch, 4).step_rows.shape == (4,)
     choices = draft_choices(draft, head, batch, 4, batch.attention_mask)
     assert (choices >= 0).nonzero().tolist() == [[0, 0, 0]]
 
