@@ -117,12 +117,6 @@ class DraftLengthController:
         chain = self._chain(kind, copied)
         return len(self._rating(bucket).worthwhile(copied, chain, decision.draft_length))
 
-    def gain(self, bucket: int, draft_length: int) -> float:
-        """Tokens per second with K drafts (0: copies alone, at their best length) over those of plain decoding."""
-        if not self.costs.known(bucket):
-            return 1.0 if draft_length == 0 else 0.0
-        return max((plan.gain for plan in self._plans(bucket) if plan.drafted == draft_length), default=0.0)
-
     def settle(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
         """Account for a step that is over: where steps go on losing, what was expected of copies is doubted.
 

@@ -21,7 +21,7 @@ from aurora_vllm.control.profit import (
     DraftLengthController,
 )
 from aurora_vllm.control.rating import WORTHWHILE
-from tests.unit.test_profit import copying, plain_steps
+from tests.unit.test_profit import copying, gain, plain_steps
 
 
 def uniform(
@@ -83,7 +83,7 @@ def test_of_uniform_proposals_the_best_length_and_maker_wins(
     assert chosen >= 1.0 and (decision.proposed == 0 or chosen > 1.0 + KEEP_MARGIN)
     assert chosen * (1.0 + KEEP_MARGIN) ** 2 >= max(alone if alone >= WORTHWHILE else 1.0, beside) * (1.0 - 1e-9)
     assert decision.draft_length or not decision.proposed or chosen >= WORTHWHILE
-    assert controller.gain(4, 0) == pytest.approx(alone if alone >= WORTHWHILE else 1.0)
+    assert gain(controller, 4, 0) == pytest.approx(alone if alone >= WORTHWHILE else 1.0)
     assert decision.proposals == ("whole" if decision.proposed else "none")
 
 
@@ -112,7 +112,7 @@ def test_fillers_are_paid_for() -> None:
     rare, usual = uniform(0.1, 0.9, token=0.03), uniform(0.8, 0.9, token=0.03)
     assert settled(rare).proposed == 0 and settled(usual).proposed == 3
     rare.lengths = ()
-    assert rare.gain(4, 0) > WORTHWHILE
+    assert gain(rare, 4, 0) > WORTHWHILE
 
 
 def test_uniform_proposals_are_given_up_when_tokens_become_dear_and_come_back() -> None:
