@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
-TICKS_S = os.sysconf("SC_CLK_TCK")
+from aurora_vllm.proc_stat import cpu_seconds
 
 
 class Pulse:
@@ -39,12 +37,3 @@ class Pulse:
             return self._looks > self._idle_looks
         self._cpu, self._looks = cpu, 0
         return cpu - self._cpu_at_beat > self._busy_s
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time of a process so far, all threads; 0 where there is none (proc_pid_stat(5))."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / TICKS_S  # utime, stime

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from aurora_vllm.errors import notice
+from aurora_vllm.proc_stat import is_alive, stat_fields
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 8.0  # vLLM's own way out takes a second or two, more on a busy machine
@@ -105,34 +106,20 @@ def end_descendants(patience_s: float = 1.0) -> None:
             except ProcessLookupError:
                 continue
         deadline = time.monotonic() + patience_s
-        while any(map(_is_alive, pids)) and time.monotonic() < deadline:
+        while any(map(is_alive, pids)) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 
 def _descendants(root: int) -> Iterator[int]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (stat := _stat(int(entry.name))):
+        if entry.name.isdigit() and (stat := stat_fields(int(entry.name))):
             children.setdefault(int(stat[1]), []).append(int(entry.name))
     waiting = [root]
     while waiting:
         found = children.get(waiting.pop(), [])
         yield from found
         waiting += found
-
-
-def _is_alive(pid: int) -> bool:
-    stat = _stat(pid)
-    return bool(stat) and stat[0] not in "ZX"
-
-
-def _stat(pid: int) -> list[str]:
-    """State, parent and so on of a process (/proc/PID/stat from its third field on); empty where it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return []
-    return text[text.rindex(")") + 2 :].split()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from aurora_vllm.proc_stat import process_start_time
+
 SHM = Path("/dev/shm")
 _NAME = re.compile(r"aurora-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{16}-[a-z0-9_]+")
 
@@ -193,17 +195,6 @@ def _owner(name: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"not the name of a segment: {name!r}")
     return int(match["pid"]), int(match["start"])
-
-
-def process_start_time(pid: int) -> int | None:
-    """When a living process started, in clock ticks since boot (field 22 of /proc/pid/stat); None for a dead one, and
-    for another user's where /proc hides them."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()  # the command, in parentheses, may hold spaces and parentheses
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _allocate(fd: int, kind: str, size: int) -> None:

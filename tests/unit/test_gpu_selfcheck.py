@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from aurora_vllm.proc_stat import process_start_time
 from aurora_vllm.spec_decode.device_copies import DeviceCopies
-from aurora_vllm.transport.segment import process_start_time
 from benchmarks import gpu_capture, gpu_copies, gpu_learner, gpu_ring, gpu_timing
 from benchmarks import gpu_processes as processes
 from benchmarks import gpu_selfcheck as selfcheck

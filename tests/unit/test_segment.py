@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from aurora_vllm.proc_stat import process_start_time
 from aurora_vllm.transport import segment as module
-from aurora_vllm.transport.segment import NoSharedMemory, Segment, process_start_time, sweep
+from aurora_vllm.transport.segment import NoSharedMemory, Segment, sweep
 from tests.unit import transport_children as children
 
 

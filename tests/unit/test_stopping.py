@@ -143,7 +143,7 @@ code = "import subprocess, sys; p = subprocess.Popen(['sleep', '30']); print(p.p
 child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 grandchild = int(child.stdout.readline())
 end_descendants(); child.wait()
-say("ready"); say(stopping._is_alive(grandchild))  # gone, or waiting for init to reap it
+say("ready"); say(stopping.is_alive(grandchild))  # gone, or waiting for init to reap it
 """
     assert run(script)[1] == "False\n"
 
