@@ -171,7 +171,7 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
     config, target, draft = plan.config, plan.target, plan.draft
     memory = predict_gpu(
         _draft_sizes(target, draft),
-        target_bytes=0 if _lends_ends(args) else target_head_bytes(target),
+        target_bytes=0 if _lends_target_head(args) else target_head_bytes(target),
         rows=_most_rows(config, target),
         ttt_length=config.ttt_length,
         ring_bytes=plan.ring_bytes - HEADER_BYTES,
@@ -207,7 +207,7 @@ def _copies_bytes(plan: ServePlan, args: Namespace) -> int:
 
 
 def _logits_bytes(plan: ServePlan, args: Namespace) -> int:
-    """Proposals leave half of a step to those who wait (``DraftLengthAdvisor``); the target's logits of all that is
+    """Proposals leave half of a step to those who wait (``SpeculationAdvisor``); the target's logits of all that is
     verified lie side by side."""
     config, requests = plan.config, _most_requests(args)
     tokens = 0 if config.speculate == "never" else max(config.num_speculative_tokens, plan.copied_tokens)
@@ -223,9 +223,9 @@ def _most_requests(args: Namespace) -> int:
     return getattr(args, "max_num_seqs", None) or MOST_REQUESTS
 
 
-def _lends_ends(args: Namespace) -> bool:
-    """Whether the worker can let the learner read the target's embedding and lm_head (placement.lend_ends): not where
-    torch or vLLM allocate by mapping, which CUDA IPC does not share."""
+def _lends_target_head(args: Namespace) -> bool:
+    """Whether the worker can let the learner read the target's embedding and lm_head (placement.py): not where torch or
+    vLLM allocate by mapping, which CUDA IPC does not share."""
     mapped = any("expandable_segments:True" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS)
     flags = ("enable_sleep_mode", "enable_cumem_allocator")
     return not mapped and not any(getattr(args, flag, False) for flag in flags)

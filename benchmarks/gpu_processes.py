@@ -203,12 +203,12 @@ def read_lent(names: list[str], pipe: Connection) -> None:
 
 
 def join_and_read(segments: tuple[str, str, str], pipe: Connection) -> None:
-    """The learner, as it starts: send its device, the bank's tensors and the first number of each of the target's ends,
-    which are bfloat16; then rows and wrong rows of a read."""
+    """The learner, as it starts: send its device, the bank's tensors and the first number of each of the target's two
+    matrices, which are bfloat16; then rows and wrong rows of a read."""
     ring, bank, control = (Segment.attach(name) for name in segments)
     joined = join(ring, bank, ControlBlock.attach(control).worker)
-    assert joined.ends is not None
-    ends = [float(end.view(torch.bfloat16)[0]) for end in (joined.ends.embedding, joined.ends.lm_head)]
+    assert joined.head is not None
+    ends = [float(end.view(torch.bfloat16)[0]) for end in (joined.head.embedding, joined.head.lm_head)]
     pipe.send((str(joined.device), [spec.name for spec in joined.bank.specs], ends))
     deadline = time.monotonic() + TIMEOUT_S
     while not len(rows := joined.ring.read(1024)) and time.monotonic() < deadline:

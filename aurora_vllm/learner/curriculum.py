@@ -43,7 +43,7 @@ class Curriculum:
 
     Args:
         candidate: a day-0 draft, one that somebody trained, or one that goes on from earlier work.
-        head: the target's frozen ends.
+        head: the target's embedding and lm_head.
         config: settings.
         target: directory of the target, for its tokenizer's order of tokens.
         worth_keeping: the draft has been trained before, so it is refined from the first step on.
@@ -210,7 +210,7 @@ class Curriculum:
         self._lesson = None
         self._lessons_due = [] if self.replay.evicted else self._lessons_due[1:]
         if not self._lessons_due:
-            self.teacher = None  # on a GPU it holds a copy of the target's ends
+            self.teacher = None  # on a GPU it holds a copy of the target's embedding and lm_head
 
     def _train(self) -> None:
         chosen = self.replay.sample(self._config.batch_tokens)

@@ -122,7 +122,7 @@ def make_induction(
     Args:
         trajectories: of at least three rows each.
         scale: [num_aux * H], typical size of each auxiliary channel.
-        head: the target's frozen ends.
+        head: the target's embedding and lm_head.
         final_norm: [H], weight of the target's final norm.
         size: C, even.
     """

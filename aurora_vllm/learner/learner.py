@@ -54,7 +54,8 @@ class Learner:
         session: of this run.
 
     Raises:
-        AuroraError: the target's ends or the draft cannot be read, or the device's memory cannot be opened.
+        AuroraError: the target's embedding and lm_head or the draft cannot be read, or the device's memory cannot be
+            opened.
         FileNotFoundError, ValueError: the shared memory is gone, or of another version of this package.
     """
 
@@ -68,12 +69,12 @@ class Learner:
             session.row_layout, max_tokens=config.max_trajectory_tokens, branches=config.discard_weight > 0
         )
         incumbent = load_draft(session.draft)
-        if joined.ends is None:
+        if joined.head is None:
             head = load_target_head(session.target)
         else:
             dtype, shape = getattr(torch, session.dtype), (incumbent.config.vocab_size, session.hidden_size)
-            head = lent_target_head(session.target, joined.ends.embedding, joined.ends.lm_head, dtype, shape)
-        not_lent = head.nbytes if joined.ends is None else 0  # mostly not in the plan
+            head = lent_target_head(session.target, joined.head.embedding, joined.head.lm_head, dtype, shape)
+        not_lent = head.nbytes if joined.head is None else 0  # mostly not in the plan
         bound_gpu_memory(session.learner_gpu_bytes and session.learner_gpu_bytes + not_lent, self.device)
         self.head, incumbent = head.to(self.device), incumbent.to(self.device)
         version, lineage = take_standing(incumbent, self.bank, self.control.worker)

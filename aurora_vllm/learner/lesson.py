@@ -76,7 +76,7 @@ class Lesson:
 
     Args:
         draft: day-0 draft (its final norm is the target's), float32; changed by :meth:`run`, at the very end.
-        head: the target's frozen ends.
+        head: the target's embedding and lm_head.
         induction: give the draft induction heads, where it has room for them and they help.
     """
 

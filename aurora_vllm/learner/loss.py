@@ -66,7 +66,7 @@ def ttt_loss(
 
     Args:
         draft: the draft in training.
-        head: the target's frozen ends.
+        head: the target's embedding and lm_head.
         batch: B trajectories of at most T rows.
         ttt_length: K, unroll steps.
         semantics: see above.

@@ -26,7 +26,7 @@ def plan_move(
 
     Args:
         draft: the draft.
-        head: the target's frozen ends.
+        head: the target's embedding and lm_head.
         target_ids: int64 [D], the new vocabulary: as many target ids as the draft has now, none twice.
         optimizer: that trains the draft.
 

@@ -1,4 +1,4 @@
-"""The frozen ends of the target: its token embedding and its lm_head. Nothing else of the target is needed to learn."""
+"""The target's token embedding and lm_head, both frozen: all of the target that the learner needs."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def load_target_head(directory: Path) -> TargetHead:
 def lent_target_head(
     directory: Path, embedding: torch.Tensor, lm_head: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int]
 ) -> TargetHead:
-    """The target's ends where the server holds them, no copies.
+    """The target's embedding and lm_head where the server holds them, no copies.
 
     Args:
         directory: of the target's checkpoint.

@@ -48,7 +48,7 @@ class Trainer:
 
     Args:
         draft: float32; its parameters are trained, embedding and ``d2t`` are not.
-        head: the target's frozen ends.
+        head: the target's embedding and lm_head.
         learning_rate: AdamW's, after ``warmup_steps`` linear steps.
         ttt_length: K, unroll steps.
         semantics, prompt_weight, objective: see ``ttt_loss``.

@@ -22,11 +22,11 @@ from aurora_vllm.spec_decode.runner_v1 import V1Adapter
 from aurora_vllm.spec_decode.runner_v2 import V2Adapter
 from aurora_vllm.spec_decode.stager import Stager
 from aurora_vllm.spec_decode.swap import LiveDraft
-from aurora_vllm.spec_decode.target_ends import find_ends
+from aurora_vllm.spec_decode.target_head import find_target_head
 from aurora_vllm.spec_decode.trace import StepTrace, TraceWriter
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
-from aurora_vllm.transport.placement import CPU, lend_ends, place
+from aurora_vllm.transport.placement import CPU, lend_target_head, place
 from aurora_vllm.transport.rows import LARGEST_STEP, RowLayout
 from aurora_vllm.transport.segment import Segment
 
@@ -93,7 +93,9 @@ class Attachment:
             producer, weights = place(ring, bank, self.device, worker, wanted=session.on_device)
             layout = session.row_layout
             kernels_work = self._try_kernels(layout)
-            lend_ends(lambda: find_ends(self._runner.get_model(), layout.hidden_size, layout.dtype), worker)
+            lend_target_head(
+                lambda: find_target_head(self._runner.get_model(), layout.hidden_size, layout.dtype), worker
+            )
             self.writer = TraceWriter(
                 sink=producer,
                 layout=layout,

@@ -8,7 +8,7 @@ Who creates, who opens, and when:
    target is on a device that has memory to share, it makes two pieces of it, has another process open them for a
    trial, lays ring and bank out again over them, writes the names into its part of the control block, and gives the
    room in POSIX shared memory back. Where any of it fails it lays ring and bank out as they were, frees what it made,
-   and says so in one warning. Then it lends the learner the target's embedding and lm_head (:func:`lend_ends`).
+   and says so in one warning. Then it lends the learner the target's embedding and lm_head (:func:`lend_target_head`).
 3. The learner, started after that (:func:`join`), opens what the control block names, and trains on that device; where
    nothing is named, on the CPU. It only ever opens: killed and started again it opens the same memory, and goes on at
    its own counter.
@@ -84,32 +84,32 @@ def place(
 
 
 @dataclass(frozen=True)
-class Ends:
-    """The target's frozen ends, as vLLM holds them."""
+class HeadTensors:
+    """The target's embedding and lm_head as vLLM holds them: [at least V, H], contiguous (vLLM pads a vocabulary); one
+    tensor where they are tied. As lent: uint8, flat."""
 
-    embedding: torch.Tensor  # [at least V, H], contiguous; vLLM pads a vocabulary. As lent: uint8, flat
-    lm_head: torch.Tensor  # the same; the same tensor where tied
+    embedding: torch.Tensor
+    lm_head: torch.Tensor
 
 
-def lend_ends(find: Callable[[], Ends | None], worker: WorkerBlock) -> None:
-    """Let the learner read these where they lie: else it has copies of its own, which take gigabytes of a GPU.
-
-    Where they cannot be lent one line says so, and that is what it does.
+def lend_target_head(find: Callable[[], HeadTensors | None], worker: WorkerBlock) -> None:
+    """Let the learner read the target's embedding and lm_head where they lie, so that it needs no copies, which would
+    take gigabytes of a GPU. Where they cannot be lent, one line in the log says so, and the learner makes copies.
 
     Args:
-        find: the target's, or None where it has no such matrices.
+        find: returns the two matrices, or None where the target has none of that kind.
         worker: the worker's part of the control block, after :func:`place`.
     """
     where = memory_for(torch.device(worker.memory_device)) if worker.memory_device else None
     made: list[NamedMemory] = []
     try:
-        ends = find() if where is not None else None
-        if ends is None or where is None:
+        head = find() if where is not None else None
+        if head is None or where is None:
             return
-        made.append(where.lend("embedding_memory", ends.embedding))
-        tied = ends.lm_head is ends.embedding
-        made.append(made[0] if tied else where.lend("lm_head_memory", ends.lm_head))
-        try_elsewhere(ends.embedding.device, [one.name for one in made])
+        made.append(where.lend("embedding_memory", head.embedding))
+        tied = head.lm_head is head.embedding
+        made.append(made[0] if tied else where.lend("lm_head_memory", head.lm_head))
+        try_elsewhere(head.embedding.device, [one.name for one in made])
         for one in made:
             one.hand_over()
     except Exception as error:  # of the driver, of torch, of a model nobody has seen
@@ -128,7 +128,7 @@ class Joined:
     ring: RingConsumer
     bank: WeightBank
     device: torch.device  # where they lie, and where to train
-    ends: Ends | None = None  # of the target, lent
+    head: HeadTensors | None = None  # the target's, lent
 
 
 def join(ring: Segment, bank: Segment, worker: WorkerBlock) -> Joined:
@@ -143,14 +143,14 @@ def join(ring: Segment, bank: Segment, worker: WorkerBlock) -> Joined:
         return Joined(RingConsumer.attach(ring), WeightBank.attach(bank), CPU)
     lent = dict.fromkeys(filter(None, (worker.embedding_memory, worker.lm_head_memory)))  # one name where tied
     try:
-        rows, weights, *ends = [where.open(name) for name in (worker.ring_memory, worker.bank_memory, *lent)]
+        rows, weights, *matrices = [where.open(name) for name in (worker.ring_memory, worker.bank_memory, *lent)]
     except Exception as error:  # of the driver, of the system, of torch: all of them end here
         why = _in_one_line(error)
         raise AuroraError(f"the learner cannot open the ring and the bank on {named} ({why})") from error
-    for one in ends:
+    for one in matrices:
         one.take_over()
-    target = Ends(ends[0].bytes, ends[-1].bytes) if ends else None
-    return Joined(RingConsumer.attach(ring, rows), WeightBank.attach(bank, weights), rows.device, target)
+    head = HeadTensors(matrices[0].bytes, matrices[-1].bytes) if matrices else None
+    return Joined(RingConsumer.attach(ring, rows), WeightBank.attach(bank, weights), rows.device, head)
 
 
 def _in_one_line(error: Exception) -> str:

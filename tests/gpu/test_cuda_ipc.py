@@ -12,7 +12,7 @@ from aurora_vllm.spec_decode.exchange import AcceleratorExchange, Standing
 from aurora_vllm.transport.bank import TensorSpec, WeightBank, bank_bytes
 from aurora_vllm.transport.control import ControlBlock, WorkerBlock, control_bytes
 from aurora_vllm.transport.cuda import CudaMemory
-from aurora_vllm.transport.placement import Ends, lend_ends, place
+from aurora_vllm.transport.placement import HeadTensors, lend_target_head, place
 from aurora_vllm.transport.ring import RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
 from benchmarks import gpu_capture, gpu_ring, gpu_timing
@@ -78,7 +78,7 @@ def test_a_published_version_goes_live_without_synchronising() -> None:
 
 
 def test_what_a_worker_places_and_lends_another_process_reads() -> None:
-    """The product's own way at start: place, lend_ends, and join on the other side."""
+    """The product's own way at start: place, lend_target_head, and join on the other side."""
     specs = [TensorSpec("a", (64, 32), torch.bfloat16)]
     with (
         Segment.create("ring", ring_bytes(8256, 256)) as ring,
@@ -91,7 +91,7 @@ def test_what_a_worker_places_and_lends_another_process_reads() -> None:
         producer, _weights = place(ring, bank, torch.device(DEVICE), worker, wanted=True)
         assert worker.memory_device == DEVICE
         embedding, lm_head = (torch.full((1000, 64), n, dtype=torch.bfloat16, device=DEVICE) for n in (2.0, 3.0))
-        lend_ends(lambda: Ends(embedding, lm_head), worker)
+        lend_target_head(lambda: HeadTensors(embedding, lm_head), worker)
         gc.collect()
         learner, pipe = processes.start(processes.join_and_read, (ring.name, bank.name, block.name))
         assert processes.receive(pipe) == (DEVICE, ["a"], [2.0, 3.0])

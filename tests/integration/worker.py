@@ -45,11 +45,11 @@ class InspectableWorker(AuroraWorker):
         """Of the target's embedding and lm_head: whether what a learner would be lent is what the checkpoint says."""
         from aurora_vllm.learner.target import load_target_head
         from aurora_vllm.session import Session
-        from aurora_vllm.spec_decode.target_ends import find_ends
+        from aurora_vllm.spec_decode.target_head import find_target_head
 
         session = Session.from_environment()
         assert session is not None
-        ends = find_ends(self.model_runner.get_model(), session.hidden_size, session.row_layout.dtype)
+        ends = find_target_head(self.model_runner.get_model(), session.hidden_size, session.row_layout.dtype)
         assert ends is not None
         stored = load_target_head(session.target)
         pairs = ((ends.embedding, stored.embed_tokens), (ends.lm_head, stored.lm_head))

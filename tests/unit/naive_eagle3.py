@@ -49,7 +49,7 @@ class Sizes:
 
 
 def random_case(sizes: Sizes, seed: int = 0, **options: Any) -> tuple[Eagle3Draft, TargetHead, Batch]:
-    """A draft, a target's ends and a batch, all random."""
+    """A draft, a target's head and a batch, all random."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -218,7 +218,7 @@ def test_what_was_made_can_be_opened_though_its_maker_forgot_it(monkeypatch: pyt
     worker = SimpleNamespace(memory_device="cuda:0", embedding_memory="", lm_head_memory="")
     tensors = [torch.arange(8.0), torch.arange(6.0)]
     held = [weakref.ref(tensor) for tensor in tensors]
-    placement.lend_ends(lambda: placement.Ends(*tensors), worker)  # type: ignore[arg-type]
+    placement.lend_target_head(lambda: placement.HeadTensors(*tensors), worker)  # type: ignore[arg-type]
     tensors.clear()
     gc.collect()
     names = worker.embedding_memory, worker.lm_head_memory

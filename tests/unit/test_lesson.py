@@ -27,7 +27,7 @@ CODES = HIDDEN // 8  # channels
 
 
 def day0_draft(**changes: int) -> tuple[Eagle3Draft, TargetHead]:
-    """A draft as day0.py makes them, and a target's ends, small and random."""
+    """A draft as day0.py makes them, and a target's head, small and random."""
     generator = torch.Generator().manual_seed(1)
     sizes = {
         "hidden_size": HIDDEN, "intermediate_size": 24, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,

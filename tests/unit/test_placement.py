@@ -19,7 +19,7 @@ from aurora_vllm.transport import placement, probe
 from aurora_vllm.transport.bank import WeightBank
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.cuda import NoDeviceMemory
-from aurora_vllm.transport.placement import CPU, Ends, join, lend_ends, place
+from aurora_vllm.transport.placement import CPU, HeadTensors, join, lend_target_head, place
 from aurora_vllm.transport.ring import RingConsumer, RingGauge, RingProducer
 from aurora_vllm.transport.segment import SHM, Segment
 from tests.unit.pretend_device import DEVICE, Far, pretend_device
@@ -229,10 +229,10 @@ def test_the_target_is_read_where_it_lies(
         ring, bank, control = parts(shared)
         place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
         embedding = padded(world.embedding)
-        ends = Ends(embedding, embedding if tied else padded(world.lm_head))
-        lend_ends(lambda: ends, control.worker)
+        head = HeadTensors(embedding, embedding if tied else padded(world.lm_head))
+        lend_target_head(lambda: head, control.worker)
         assert tried[1:] == [[EMBEDDING, EMBEDDING if tied else LM_HEAD]]
-        lent = join(ring, bank, control.worker).ends
+        lent = join(ring, bank, control.worker).head
         assert lent is not None
         head = lent_target_head(
             shared.target, lent.embedding, lent.lm_head, torch.float32, tuple(world.embedding.shape)
@@ -249,7 +249,7 @@ def test_what_cannot_be_lent_is_copied_after_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     world, stand_in = World(), use(monkeypatch, StandIn(refuses=fault))
-    ends = Ends(world.embedding, world.lm_head)
+    head = HeadTensors(world.embedding, world.lm_head)
 
     def try_elsewhere(device: torch.device, names: list[str]) -> None:
         if fault == "elsewhere" and EMBEDDING in names:
@@ -259,11 +259,11 @@ def test_what_cannot_be_lent_is_copied_after_one_warning(
     with session(world, tmp_path) as (shared, _):
         ring, bank, control = parts(shared)
         place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
-        lend_ends(lambda: 1 / 0 if fault.startswith("a model") else ends, control.worker)  # type: ignore[arg-type]
+        lend_target_head(lambda: 1 / 0 if fault.startswith("a model") else head, control.worker)  # type: ignore[arg-type]
         assert control.worker.memory_device and not (control.worker.embedding_memory or control.worker.lm_head_memory)
         assert set(stand_in.released) == set(stand_in.made) - {RING, BANK}
         joined = join(ring, bank, control.worker)
-        assert joined.ends is None and stand_in.opened == [RING, BANK]
+        assert joined.head is None and stand_in.opened == [RING, BANK]
     (said,) = warnings(caplog)
     assert "the learner takes a copy of the target's embedding and lm_head" in said and "\n" not in said
 
@@ -275,10 +275,10 @@ def test_a_model_of_another_kind_lends_nothing(
     with session(World(), tmp_path) as (shared, _):
         ring, bank, control = parts(shared)
         place(ring, bank, torch.device("cuda"), control.worker, wanted=True)
-        lend_ends(lambda: None, control.worker)
+        lend_target_head(lambda: None, control.worker)
         assert set(stand_in.made) == {RING, BANK}
     with session(World(), tmp_path) as (shared, _):  # nor does one whose ring and bank lie on the host
-        lend_ends(lambda: pytest.fail("asked for nothing"), parts(shared)[2].worker)
+        lend_target_head(lambda: pytest.fail("asked for nothing"), parts(shared)[2].worker)
     assert not warnings(caplog)
 
 
@@ -367,12 +367,12 @@ def test_a_learner_on_a_device_trains_judges_and_publishes_there(
     with session(world, tmp_path, discard_weight=0.1) as (shared, _), pretend_device(monkeypatch):
         ring, bank, control = parts(shared)
         producer, weights = place(ring, bank, DEVICE, control.worker, wanted=True)
-        ends = Ends(padded(world.embedding).to(DEVICE), padded(world.lm_head).to(DEVICE))
-        lend_ends(lambda: ends, control.worker)
+        head = HeadTensors(padded(world.embedding).to(DEVICE), padded(world.lm_head).to(DEVICE))
+        lend_target_head(lambda: head, control.worker)
         learner = Learner(shared)
         assert learner.device == DEVICE and isinstance(learner.drafts.candidate.fc.weight.data, Far)
         assert isinstance(learner.head.lm_head, Far)
-        assert learner.head.lm_head.here.data_ptr() == ends.lm_head.here.data_ptr()  # type: ignore[attr-defined]
+        assert learner.head.lm_head.here.data_ptr() == head.lm_head.here.data_ptr()  # type: ignore[attr-defined]
         serve(world, learner, producer, range(24))
         for _turn in range(12):
             learner.turn()

@@ -1,4 +1,4 @@
-"""The target's frozen ends: read from a checkpoint, nothing else of it."""
+"""The target's embedding and lm_head: read from a checkpoint, nothing else of it."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from aurora_vllm.transport.placement import Ends
+from aurora_vllm.transport.placement import HeadTensors
 
 
-def find_ends(target: Any, hidden_size: int, dtype: torch.dtype) -> Ends | None:
-    """What a learner may read of the target where it lies; None where that is not two plain matrices (a quantised
-    lm_head, an embedding that is computed, a model of another layout).
+def find_target_head(target: Any, hidden_size: int, dtype: torch.dtype) -> HeadTensors | None:
+    """The two matrices; None where they are not plain ones (a quantised lm_head, an embedding that is computed, a model
+    of another layout).
 
     Args:
         target: vLLM's model, as in ``LLMBaseProposer._maybe_share_embeddings``: a multimodal one has a language model.
@@ -29,4 +29,4 @@ def find_ends(target: Any, hidden_size: int, dtype: torch.dtype) -> Ends | None:
             return None
         found.setdefault(id(weight), weight.detach())
     both = list(found.values())
-    return Ends(both[0], both[-1])
+    return HeadTensors(both[0], both[-1])

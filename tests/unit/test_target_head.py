@@ -1,4 +1,4 @@
-"""The target's ends in a running model, by its layout."""
+"""The target's embedding and lm_head in a running model, by its layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from aurora_vllm.spec_decode.target_ends import find_ends
+from aurora_vllm.spec_decode.target_head import find_target_head
 
 HIDDEN = 4
 
@@ -25,7 +25,7 @@ def model(**changes: Any) -> Any:
 def test_they_are_the_parameters_themselves(multimodal: bool, name: str) -> None:
     target = model()
     target.model = SimpleNamespace(**{name: target.model.embed_tokens})
-    found = find_ends(
+    found = find_target_head(
         SimpleNamespace(get_language_model=lambda: target) if multimodal else target, HIDDEN, torch.float32
     )
     assert found is not None and not found.lm_head.requires_grad
@@ -36,7 +36,7 @@ def test_they_are_the_parameters_themselves(multimodal: bool, name: str) -> None
 def test_tied_they_are_one() -> None:
     target = model()
     target.lm_head = target.model.embed_tokens
-    found = find_ends(target, HIDDEN, torch.float32)
+    found = find_target_head(target, HIDDEN, torch.float32)
     assert found is not None and found.embedding is found.lm_head
 
 
@@ -53,4 +53,4 @@ def test_tied_they_are_one() -> None:
     ],
 )
 def test_anything_else_is_left_alone(changes: dict[str, Any]) -> None:
-    assert find_ends(model(**changes), HIDDEN, torch.float32) is None
+    assert find_target_head(model(**changes), HIDDEN, torch.float32) is None
