@@ -38,7 +38,7 @@ class _Step:
     drafted: int = 0
 
 
-class DraftLengthAdvisor:
+class SpeculationAdvisor:
     """Feeds the controllers from scheduler events and reports their decisions in the control block.
 
     Args:

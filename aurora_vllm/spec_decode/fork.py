@@ -15,7 +15,7 @@ from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling
 
 if TYPE_CHECKING:
-    from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+    from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 
 logger = logging.getLogger("vllm.aurora")
 
@@ -33,7 +33,7 @@ def attach(worker: Any) -> Attachment | None:
         return None
 
 
-def advise(scheduler: Any) -> DraftLengthAdvisor | None:
+def advise(scheduler: Any) -> SpeculationAdvisor | None:
     """At the end of ``Scheduler.__init__``: who chooses K, put where vLLM looks K up. None as in :func:`attach`."""
     if _is_ours(scheduler) or Session.from_environment() is None:
         return None

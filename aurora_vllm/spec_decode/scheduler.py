@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from aurora_vllm.parent import end_with_parent
 from aurora_vllm.session import Session
-from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from aurora_vllm.spec_decode.consent import note_salt
 from aurora_vllm.spec_decode.undrafted import Withdrawal
 from aurora_vllm.transport.segment import owner_is_alive, owner_pid
@@ -23,14 +23,14 @@ from aurora_vllm.transport.segment import owner_is_alive, owner_pid
 class _ChosenDraftLength:
     """Stands where vLLM keeps its table of K by batch size."""
 
-    def __init__(self, advisor: DraftLengthAdvisor) -> None:
+    def __init__(self, advisor: SpeculationAdvisor) -> None:
         self._advisor = advisor
 
     def __getitem__(self, batch_size: int) -> int:
         return self._advisor.draft_length(batch_size)
 
 
-def advise(scheduler: Any) -> DraftLengthAdvisor | None:
+def advise(scheduler: Any) -> SpeculationAdvisor | None:
     """Who chooses K for a vLLM scheduler, put where it looks K up; None where there is no session or no drafts."""
     session = Session.from_environment()
     if session is None or not scheduler.num_spec_tokens:
@@ -39,7 +39,7 @@ def advise(scheduler: Any) -> DraftLengthAdvisor | None:
     no_copies, lengths = (
         _copying(scheduler.vllm_config) if session.config.prompt_lookup else ("off by the settings", ())
     )
-    advisor = DraftLengthAdvisor(
+    advisor = SpeculationAdvisor(
         session,
         scheduler.num_spec_tokens,
         no_copies,

@@ -14,7 +14,7 @@ from aurora_vllm.control.profit import Decision
 from aurora_vllm.control.rollout import PROBATION_DRAFTS
 from aurora_vllm.session import ENVIRONMENT_KEY
 from aurora_vllm.spec_decode import advisor as advisor_module
-from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from aurora_vllm.spec_decode.consent import is_private
 from aurora_vllm.spec_decode.rollback_watch import ACCOUNT_EVERY
 from aurora_vllm.spec_decode.scheduler import AsyncAuroraScheduler, AuroraScheduler, advise
@@ -35,7 +35,7 @@ def test_a_step_beside_a_burst_of_the_learner_says_nothing_of_k(
     tmp_path: Path, before: bool, after: bool, share: float, counts: bool
 ) -> None:
     with session(World(), tmp_path, learner_cpu_share=share) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         advisor._control.learner.pid = advisor._control.server.learner_pid = 7
         step = SimpleNamespace(
             num_scheduled_tokens={"a": 1},
@@ -56,18 +56,18 @@ def test_a_step_beside_a_burst_of_the_learner_says_nothing_of_k(
 @pytest.mark.parametrize("running", [0, 8])
 def test_a_learner_that_was_killed_in_a_burst_works_no_more(tmp_path: Path, running: int) -> None:
     with session(World(), tmp_path) as (current, _):
-        control = DraftLengthAdvisor(current, 2)._control
+        control = SpeculationAdvisor(current, 2)._control
         control.learner.pid, control.learner.working, control.server.learner_pid = 7, True, running
-        assert not DraftLengthAdvisor(current, 2)._learner_works()
+        assert not SpeculationAdvisor(current, 2)._learner_works()
         control.server.learner_pid = 7
-        assert DraftLengthAdvisor(current, 2)._learner_works()
+        assert SpeculationAdvisor(current, 2)._learner_works()
 
 
 def test_where_choosing_fails_the_status_does_not_show_what_was_chosen_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         scheduler = advisor._control.scheduler
         assert advisor.draft_length(1) == scheduler.draft_length == 2
         with monkeypatch.context() as broken:
@@ -79,7 +79,7 @@ def test_where_choosing_fails_the_status_does_not_show_what_was_chosen_before(
 
 def test_a_draft_that_sat_out_when_choosing_failed_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with session(World(), tmp_path) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         for decision, sits_out in ((Decision(0, "", sits_out=True), True), (None, True), (Decision(2, ""), False)):
             monkeypatch.setattr(advisor._controller, "decide", lambda batch_size, it=decision: it or 1 / 0)
             advisor.draft_length(1)
@@ -93,7 +93,7 @@ def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(
     clock = iter([0.0, 1.0, 10.0, 13.0])
     monkeypatch.setattr(advisor_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with session(World(), tmp_path) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         seen: list[float] = []
         monkeypatch.setattr(advisor._controller.costs, "observe", lambda *step: seen.append(step[-1]))
         step = SimpleNamespace(
@@ -120,7 +120,7 @@ def test_an_engine_whose_server_was_killed_meanwhile_ends(tmp_path: Path, monkey
             advise(SimpleNamespace(num_spec_tokens=3))
 
 
-def go_live(advisor: DraftLengthAdvisor, version: int, previous: int) -> None:
+def go_live(advisor: SpeculationAdvisor, version: int, previous: int) -> None:
     """What the worker says, and that a step was scheduled and drafted with it since."""
     worker = advisor._control.worker
     worker.live_version, worker.previous_version = version, previous
@@ -134,7 +134,7 @@ def test_a_version_that_accepts_less_is_condemned_if_the_settings_say_so(
 ) -> None:
     """Version 2 accepts all it drafts, version 3 nothing."""
     with session(World(), tmp_path, speculate="always", rollback_confidence=confidence) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         scheduler, worker = advisor._control.scheduler, advisor._control.worker
         go_live(advisor, 2, 1)
         for _ in range(100):
@@ -165,7 +165,7 @@ def test_a_probation_that_ends_well_is_logged_once(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level(logging.INFO, "vllm.aurora")
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         for version in (2, 3):  # nothing is known that version 2 could be compared with
             go_live(advisor, version, version - 1)
             for _ in range(PROBATION_DRAFTS + 100):
@@ -176,7 +176,7 @@ def test_a_probation_that_ends_well_is_logged_once(
 
 def test_verdicts_on_copies_put_no_version_on_probation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         go_live(advisor, 2, 1)
         monkeypatch.setattr(advisor._proposals, "copied", lambda name: name == "copies")
         advisor.verified(2, 0, "copies")
@@ -187,7 +187,7 @@ def test_verdicts_on_copies_put_no_version_on_probation(tmp_path: Path, monkeypa
 
 def test_what_is_known_of_a_version_fades_with_the_next_and_comes_back_with_it(tmp_path: Path) -> None:
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         trials = lambda: advisor._controller.acceptance._live.trials[0]  # noqa: E731
         go_live(advisor, 2, 1)
         for _ in range(40):
@@ -205,7 +205,7 @@ def test_what_is_known_of_a_version_fades_with_the_next_and_comes_back_with_it(t
 
 def test_the_learners_simulation_counts_for_the_version_it_is_of(tmp_path: Path) -> None:
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         learner, known = advisor._control.learner, advisor._controller.acceptance
         learner.shadow_accepted_per_position = [0.5, 0.25]
         for version, steps in ((3, 40), (2, 0)):  # of another version, and of none yet
@@ -224,21 +224,21 @@ def test_a_draft_that_somebody_gave_is_trusted_until_it_is_measured(tmp_path: Pa
             current = current.model_copy(update={"resume": tmp_path})
         elif trusted:
             current = current.model_copy(update={"config": current.config.model_copy(update={"draft": tmp_path})})
-        expected = DraftLengthAdvisor(current, 2)._controller.acceptance.expected_length(2)
+        expected = SpeculationAdvisor(current, 2)._controller.acceptance.expected_length(2)
         assert expected == pytest.approx(1 + 0.6 + 0.36 if trusted else 1.0)
 
 
 def test_no_more_is_drafted_or_copied_than_vllm_verifies(tmp_path: Path) -> None:
     with session(World(), tmp_path, speculate="always", num_speculative_tokens=3) as (current, _):
         for verified, drafted in ((1, 1), (8, 3)):
-            advisor = DraftLengthAdvisor(current, verified)
+            advisor = SpeculationAdvisor(current, verified)
             assert advisor.draft_length(1) == drafted
             assert advisor._proposals._copier is not None and advisor._proposals._copier._positions == verified
 
 
 def test_the_worker_is_told_whether_the_draft_may_sit_prompts_out(tmp_path: Path) -> None:
     with session(World(), tmp_path) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         told = advisor._control.scheduler
         for wanted in (False, True, False):
             advisor._controller.wants_verdicts = wanted
@@ -249,7 +249,7 @@ def test_the_worker_is_told_whether_the_draft_may_sit_prompts_out(tmp_path: Path
 
 def test_steps_and_tokens_are_counted(tmp_path: Path) -> None:
     with session(World(), tmp_path) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         for scheduled, drafts, sampled in (
             ({"a": 3, "b": 1}, {"a": [7, 8]}, [[7, 9], [4]]),
             ({"a": 1, "b": 1}, {}, [[7], [4]]),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aurora_vllm.control.copying import Copies
-from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from aurora_vllm.spec_decode.copying import DraftCopier
 from aurora_vllm.spec_decode.prompt_lookup import KINDS, LONGEST_MATCH
 from tests.unit.tiny_world import World, session
@@ -213,7 +213,7 @@ def test_of_two_copies_the_one_that_has_been_right_is_taken() -> None:
 
 def test_copied_verdicts_count_for_the_draft_length_and_for_no_version(tmp_path: Path) -> None:
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         assert advisor.draft_length(2) == 2  # as the settings of this session say
         requests = {"a": request([5, 6, 7, 5, 6]), "b": request([1, 2, 3])}
         advisor.drafts_arrived(proposals(a=[0, 0], b=[0, 0]), requests)
@@ -228,7 +228,7 @@ def test_copied_verdicts_count_for_the_draft_length_and_for_no_version(tmp_path:
 
 def test_a_fault_in_copying_leaves_the_drafts_as_they_are(tmp_path: Path) -> None:
     with session(World(), tmp_path) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
         broken = request([])
         del broken.all_token_ids
         arrived = proposals(a=[3, 4])
@@ -241,7 +241,7 @@ def test_a_fault_in_copying_leaves_the_drafts_as_they_are(tmp_path: Path) -> Non
 
 def test_where_copying_is_off_it_says_why(tmp_path: Path) -> None:
     with session(World(), tmp_path) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2, no_copies="off by the settings")
+        advisor = SpeculationAdvisor(current, 2, no_copies="off by the settings")
         arrived = proposals(a=[0, 0])
         advisor.drafts_arrived(arrived, {"a": request([5, 6, 7, 5, 6])})
         assert arrived.draft_token_ids == [[0, 0]]

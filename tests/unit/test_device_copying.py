@@ -18,7 +18,7 @@ from aurora_vllm.control.copy_counts import NUM_KINDS, CountsLayout
 from aurora_vllm.control.profit import Decision
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode import device_copies
-from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from aurora_vllm.spec_decode.attachment import Attachment
 from aurora_vllm.spec_decode.device_copying import DeviceCopying
 from aurora_vllm.spec_decode.draft_layout import SwapRefused
@@ -176,7 +176,7 @@ def test_after_a_fault_the_draft_proposes_for_itself(current: Session, drafting:
 def test_the_scheduler_s_side_learns_what_was_counted(current: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_copies, "FETCH_EVERY", 1)
     runner, _, control = hooked(current)
-    advisor = DraftLengthAdvisor(current, POSITIONS, "off: not yet", lengths=(1, 2, 3))
+    advisor = SpeculationAdvisor(current, POSITIONS, "off: not yet", lengths=(1, 2, 3))
     assert control.scheduler.copying == "off: not yet"
     control.scheduler.draft_length, control.worker.live_version = 3, 4
     step = SimpleNamespace(
@@ -215,7 +215,7 @@ def test_a_version_is_judged_by_verdicts_that_come_together(
     current: Session, batch: int, right: float, decision: str
 ) -> None:
     """As a device delivers them, those of 16 steps at once, of which 64 are looked at; the version before had 0.6."""
-    advisor, control = DraftLengthAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3)), control_of(current)
+    advisor, control = SpeculationAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3)), control_of(current)
     rng = random.Random(batch)
     for version, chance in ((1, 0.6), (2, right)):
         control.worker.previous_version, control.worker.live_version = version - 1, version
@@ -231,18 +231,18 @@ def test_a_version_is_judged_by_verdicts_that_come_together(
 )
 def test_half_a_step_is_left_to_those_who_wait(current: Session, batch: int, asked: int, fits: int) -> None:
     """Of 64 tokens. All proposals have one length, and vLLM goes through the requests in their order."""
-    advisor = DraftLengthAdvisor(current, 8, "off", budget=64, lengths=(1, 2, 3, 8))
+    advisor = SpeculationAdvisor(current, 8, "off", budget=64, lengths=(1, 2, 3, 8))
     advisor._controller.decide = lambda _: Decision(min(asked, 3), "test", "whole", False, asked)  # type: ignore[method-assign]
     advisor.step_starts()
     assert advisor.draft_length(batch) == fits
     assert advisor._started[-1].drafted == min(asked, 3, fits)
-    alone = DraftLengthAdvisor(current, 8, "", budget=64)  # proposals are cut one by one where they pass the scheduler
+    alone = SpeculationAdvisor(current, 8, "", budget=64)  # proposals are cut one by one where they pass the scheduler
     alone._controller.decide = advisor._controller.decide  # type: ignore[method-assign]
     assert alone.draft_length(batch) == asked
 
 
 def test_a_choice_that_fails_proposes_nothing(current: Session) -> None:
-    advisor = DraftLengthAdvisor(current, 8, "off", lengths=(1, 2, 3, 8))
+    advisor = SpeculationAdvisor(current, 8, "off", lengths=(1, 2, 3, 8))
     advisor._last = Decision(3, "before", "whole", False, 8)
 
     def fail(_: int) -> Decision:
@@ -261,7 +261,7 @@ def test_requests_that_end_before_they_speak_are_forgotten(current: Session) -> 
 
 
 def test_verdicts_on_an_older_version_say_nothing_of_the_live_one(current: Session) -> None:
-    advisor, control = DraftLengthAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3)), control_of(current)
+    advisor, control = SpeculationAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3)), control_of(current)
     control.worker.live_version = 5
     for version in (4, 5):
         advisor._take_verdicts(version, {(3, 3): 10})
@@ -275,7 +275,7 @@ def test_copies_come_and_go_with_the_worker_s_word(current: Session) -> None:
     """What is asked of the scheduler: as many tokens as are to be verified, drafted or copied."""
     control = control_of(current)
     control.worker.copies_on_device = True
-    advisor = DraftLengthAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3))
+    advisor = SpeculationAdvisor(current, POSITIONS, "off", lengths=(1, 2, 3))
     controller, asked = advisor._controller, []
     for number in range(80):
         controller.costs.observe(1, 0, 0, 0.01)

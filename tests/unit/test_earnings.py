@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aurora_vllm.control.earnings import EVERY_S, MEMORY_S, SPENT, Earnings
 from aurora_vllm.control.step_costs import STEPS_TO_KNOW
 from aurora_vllm.spec_decode import advisor as advisor_module
-from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from tests.unit.tiny_world import World, session
 
 
@@ -77,7 +77,7 @@ def test_the_learner_is_told(
 
     shares = {"learner_cpu_share": 0.05, "learner_least_share": 0.02}
     with session(World(), tmp_path, speculate=speculate, **shares) as (current, _):
-        advisor = DraftLengthAdvisor(current, 2)
+        advisor = SpeculationAdvisor(current, 2)
 
         def run(done: SimpleNamespace, sampled: list[int], seconds: float) -> None:
             advisor.step_starts()

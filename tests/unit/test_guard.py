@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aurora_vllm.control import guard
 from aurora_vllm.control.guard import FLOOR, LONGEST_WINDOW, WINDOW, LearnerGuard, relative_times
-from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from tests.unit.tiny_world import World, session
 
 
@@ -102,9 +102,9 @@ def test_the_scheduler_measures_and_says_so(tmp_path: Path, monkeypatch: pytest.
     )
     prompt = SimpleNamespace(**(vars(step) | {"num_scheduled_tokens": {"a": 9}}))
 
-    def run(limit: float) -> DraftLengthAdvisor:
+    def run(limit: float) -> SpeculationAdvisor:
         with session(World(), tmp_path, learner_slowdown=limit, speculate="never") as (current, _):
-            advisor = DraftLengthAdvisor(current, 2)
+            advisor = SpeculationAdvisor(current, 2)
             control = advisor._control
             control.learner.pid = control.server.learner_pid = 7
             assert control.scheduler.learner_share == 1.0

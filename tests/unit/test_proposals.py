@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm import SamplingParams
 
-from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from aurora_vllm.spec_decode.proposals import Proposals, cut_to
 from aurora_vllm.spec_decode.undrafted import Withdrawal, leave_out_drafts
 from aurora_vllm.transport.control import ControlBlock, control_bytes
@@ -56,7 +56,7 @@ def test_zeros_that_nobody_proposed_are_not_verified(control: ControlBlock) -> N
 
 def test_zeros_are_no_evidence_against_a_version(tmp_path: Path) -> None:
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2, no_copies="not here")
+        advisor = SpeculationAdvisor(current, 2, no_copies="not here")
         advisor._control.worker.step = 1
         zeros = drafts([0, 0])
         advisor.drafts_arrived(zeros, {"0": request([1, 2])})

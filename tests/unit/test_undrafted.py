@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 
-from aurora_vllm.spec_decode.advisor import DraftLengthAdvisor
+from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from aurora_vllm.spec_decode.undrafted import (
     accept_requests,
     add_logits_processors,
@@ -59,7 +59,7 @@ def test_only_their_proposals_are_emptied(rows: list[tuple[bool, list[int]]]) ->
 
 def test_where_nobody_takes_drafts_none_are_made(tmp_path: Path) -> None:
     with session(World(), tmp_path, speculate="always") as (current, _):
-        advisor = DraftLengthAdvisor(current, 2, no_copies="not here")
+        advisor = SpeculationAdvisor(current, 2, no_copies="not here")
         assert advisor.draft_length(2) == 2
         requests: dict[str, Any] = {"a": SimpleNamespace(sampling_params=SEEDED)}
         advisor.drafts_arrived(SimpleNamespace(req_ids=["a"], draft_token_ids=[[1, 2]]), requests)
