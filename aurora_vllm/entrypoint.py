@@ -126,20 +126,20 @@ def _speculative_fields() -> frozenset[str]:
 def _plan(
     invocation: Invocation, server: VllmServer, args: Namespace, runner: ModelRunner, probes: tuple[Probe, ...]
 ) -> ServePlan:
-    from aurora_vllm import models, preflight
+    from aurora_vllm import memory_plan, models, preflight
     from aurora_vllm import plan as plans
 
     preflight.check_supported(args, invocation.config)
     config = take_speculative_config(args, invocation.config, invocation.explicit)
     target = models.resolve_target(args, weights=not invocation.plan)
     total = preflight.gpu_total_bytes()
-    rows = plans.least_rows_on_gpu(args) if total is not None else 0
+    rows = memory_plan.least_rows_on_gpu(args) if total is not None else 0
     draft = models.resolve_draft(config, target, (args.speculative_config or {}).get("revision"))
     plan = plans.make_plan(config, args, server.version, target, draft, runner, probes, rows)
     preflight.check_kv_cache(plan, args)
-    gpu = plans.plan_gpu(plan, args, total) if total is not None else None
+    gpu = memory_plan.plan_gpu(plan, args, total) if total is not None else None
     memory = preflight.host_total_bytes()
-    host = plans.plan_host(plan, args, memory) if memory is not None else None
+    host = memory_plan.plan_host(plan, args, memory) if memory is not None else None
     return replace(plan, aurora_file=invocation.aurora_file, gpu=gpu, host=host)
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_vllm import plan, plan_view, preflight
+from aurora_vllm import memory_plan, plan, plan_view, preflight
 from aurora_vllm.checkpoint import target_head_bytes
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.gpu_plan import GpuPlan
@@ -87,7 +87,7 @@ def test_vllm_is_told_and_the_plan_shows_it(serve_plan: plan.ServePlan, capsys: 
         worker_cls="auto", scheduler_cls=None, speculative_config=None, gpu_memory_utilization=0.9,
         kv_cache_memory_bytes=None,
     )  # fmt: skip
-    planned = replace(serve_plan, gpu=plan.plan_gpu(serve_plan, args, 16 * GIB))
+    planned = replace(serve_plan, gpu=memory_plan.plan_gpu(serve_plan, args, 16 * GIB))
     assert planned.gpu is not None and planned.gpu.used
     memory = planned.gpu.memory
     assert memory.swap == weights_bytes(serve_plan.draft.specs)
@@ -122,7 +122,7 @@ def test_the_logits_of_what_is_verified_are_in_the_plan(
 ) -> None:
     args = Namespace(gpu_memory_utilization=0.9, **flags)
     changed = plan.make_plan(AuroraConfig(**settings), args, "0", serve_plan.target, serve_plan.draft, V2)
-    memory = plan.plan_gpu(changed, args, 80 * GIB).memory
+    memory = memory_plan.plan_gpu(changed, args, 80 * GIB).memory
     assert bool(memory.copies) == (settings.get("prompt_lookup", True) and settings.get("speculate") != "never")
     found = memory.logits
     assert found == rows * serve_plan.target.vocab_size * serve_plan.layout.dtype.itemsize
@@ -143,7 +143,7 @@ def test_a_copy_of_the_targets_ends_is_counted_where_it_is_made(
 ) -> None:
     if variable:
         monkeypatch.setenv(variable, "expandable_segments:True")
-    found = plan.plan_gpu(serve_plan, Namespace(gpu_memory_utilization=0.9, **flags), 80 * GIB)
+    found = memory_plan.plan_gpu(serve_plan, Namespace(gpu_memory_utilization=0.9, **flags), 80 * GIB)
     assert found.memory.target == (target_head_bytes(serve_plan.target) if copied else 0)
 
 
@@ -157,8 +157,8 @@ def test_a_ring_on_a_gpu_holds_two_of_vllms_largest_steps(serve_plan: plan.Serve
     assert on_host == 256 * MIB // serve_plan.layout.row_bytes == rows(on_host - 1)
     assert rows(on_host + 7) == on_host + 7
     assert rows(on_host + 7, ring_mb=1) == MIB // serve_plan.layout.row_bytes  # somebody said how large
-    assert plan.least_rows_on_gpu(Namespace(max_num_batched_tokens=None)) == 16_384
-    assert plan.least_rows_on_gpu(Namespace(max_num_batched_tokens=500)) == 1000
+    assert memory_plan.least_rows_on_gpu(Namespace(max_num_batched_tokens=None)) == 16_384
+    assert memory_plan.least_rows_on_gpu(Namespace(max_num_batched_tokens=500)) == 1000
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_ring_on_a_gpu_holds_two_of_vllms_largest_steps(serve_plan: plan.Serve
 )
 def test_settings_that_keep_off_the_gpu(serve_plan: plan.ServePlan, settings: dict[str, Any], said: str) -> None:
     kept_off = replace(serve_plan, config=AuroraConfig(ring_mb=1, **settings))
-    found = plan.plan_gpu(kept_off, Namespace(gpu_memory_utilization=0.92), 80 * GIB)
+    found = memory_plan.plan_gpu(kept_off, Namespace(gpu_memory_utilization=0.92), 80 * GIB)
     assert found.refused == said and not found.used and found.utilization == 0.92
 
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aurora_vllm import memory_plan, preflight
 from aurora_vllm import plan as plans
-from aurora_vllm import preflight
 from aurora_vllm.checkpoint import Draft, Target
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.config_json import write_config
@@ -69,9 +69,9 @@ def test_more_than_the_host_has_is_refused() -> None:
     target, draft = Target("t", Path("t"), 16, 8, 100, "float32"), Draft(Path("d"), "given", (2, 4, 5), 64, ())
     plan = planned(target, draft, learner=LearnerMemory(30 * GIB, 0, 0, 0, 0, 0))
     with pytest.raises(AuroraError, match="want 30720 MiB, and the host has 20480; the learner's largest part is"):
-        plans.plan_host(plan, Namespace(gpu_memory_utilization=0.9), 20 * GIB)
+        memory_plan.plan_host(plan, Namespace(gpu_memory_utilization=0.9), 20 * GIB)
     without = replace(plan, config=AuroraConfig(learn=False))
-    assert plans.plan_host(without, Namespace(gpu_memory_utilization=0.9), 20 * GIB).ours == 2
+    assert memory_plan.plan_host(without, Namespace(gpu_memory_utilization=0.9), 20 * GIB).ours == 2
 
 
 def test_a_kv_cache_of_a_given_size_has_room_for_the_draft_s_part(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_a_kv_cache_of_a_given_size_has_room_for_the_draft_s_part(tmp_path: Path
     ],
 )
 def test_vllm_is_told(given: dict[str, Any], learns: bool, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(plans.CPU_KV_CACHE, raising=False)
+    monkeypatch.delenv(memory_plan.CPU_KV_CACHE, raising=False)
     if "environment" in given:
-        monkeypatch.setenv(plans.CPU_KV_CACHE, given.pop("environment"))
+        monkeypatch.setenv(memory_plan.CPU_KV_CACHE, given.pop("environment"))
     target = Target("t", Path("t"), 16, 8, 100, "float32")
     draft = Draft(Path("d"), "given", (1, 2, 3), 64, ())
     args = Namespace(gpu_memory_utilization=0.9, speculative_config=None, kv_cache_memory_bytes=None)
@@ -113,7 +113,7 @@ def test_vllm_is_told(given: dict[str, Any], learns: bool, told: bool, monkeypat
         target, draft, config=AuroraConfig(learn=learns), learner=LearnerMemory(GIB, 0, 0, 0, 0, 0),
         ring_bytes=GIB, bank_bytes=GIB,
     )  # fmt: skip
-    plan = replace(plan, host=plans.plan_host(plan, args, 40 * GIB))
+    plan = replace(plan, host=memory_plan.plan_host(plan, args, 40 * GIB))
     plans.apply(plan, args)
     assert plan.host is not None and plan.host.ours == (3 if learns else 2) * GIB
     assert args.gpu_memory_utilization == ((0.825 if learns else 0.85) if told else 0.9)
