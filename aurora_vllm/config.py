@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+FLAG_PREFIX = "--aurora-"
+
 
 class AuroraConfig(BaseModel):
     """All settings of the layer. Field names are the keys everywhere: ``ring_mb`` is ``--aurora-ring-mb``,
@@ -159,3 +161,8 @@ class AuroraConfig(BaseModel):
         if path == "":  # it would be the current directory
             raise ValueError("the path is empty")
         return path
+
+
+def flag_of(field: str) -> str:
+    """The command-line option that sets one of AuroraConfig's fields."""
+    return FLAG_PREFIX + field.replace("_", "-")

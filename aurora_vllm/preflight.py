@@ -11,11 +11,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config import AuroraConfig, flag_of
 from aurora_vllm.config_json import read_text_config
 from aurora_vllm.errors import PLAIN, AuroraError
 from aurora_vllm.learner.memory import MIB
-from aurora_vllm.settings import flag_of
 from aurora_vllm.transport.segment import SHM, free_bytes, sweep
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from aurora_vllm import settings_file
-from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config import FLAG_PREFIX, AuroraConfig, flag_of
 from aurora_vllm.errors import SettingsError, notice, unknown
 from aurora_vllm.interop.aurora_yaml import AuroraFile
 from aurora_vllm.settings_file import Settings
@@ -30,7 +30,6 @@ RESERVED_ENVIRONMENT = frozenset({"AURORA_SESSION", "AURORA_SERVED_PLAIN", "AURO
 LIKE_A_SETTING = 0.7  # difflib's ratio, from which a variable is taken for a setting misspelt
 # What Kubernetes makes of a service: AURORA_LEARNER_PORT_80_TCP of one called aurora-learner.
 OF_A_SERVICE = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
-FLAG_PREFIX = "--aurora-"
 SWITCHES = {
     "off": "plain vLLM: same arguments, nothing of aurora_vllm (AURORA_OFF=1 does the same)",
     "plan": "print what would run, and exit; --aurora-plan=json prints JSON",
@@ -189,11 +188,6 @@ def _is_true(variable: str, text: str) -> bool:
         return TypeAdapter(bool).validate_python(text or "0")
     except ValidationError:
         raise SettingsError([f"{variable}: input should be a valid boolean, not {text!r}"]) from None
-
-
-def flag_of(field: str) -> str:
-    """The option that sets one of AuroraConfig's fields."""
-    return FLAG_PREFIX + field.replace("_", "-")
 
 
 def _metavar(field: FieldInfo) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config import AuroraConfig, flag_of
 from aurora_vllm.errors import PLAIN, AuroraError
 
 FLAG = "--speculative-config"
@@ -48,8 +48,9 @@ def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: fro
         said["num_speculative_tokens"] = given["num_speculative_tokens"]
     for key, value in said.items():
         if key in explicit and str(getattr(config, key)) != str(value):
-            flag = "--aurora-" + key.replace("_", "-")
-            raise AuroraError(f"{by} and {flag} disagree ({value} and {getattr(config, key)})", "give one of them")
+            raise AuroraError(
+                f"{by} and {flag_of(key)} disagree ({value} and {getattr(config, key)})", "give one of them"
+            )
     try:
         return AuroraConfig(**(config.model_dump() | said))
     except ValidationError as error:

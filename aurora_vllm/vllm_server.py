@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
-from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config import AuroraConfig, flag_of
 from aurora_vllm.errors import GET_VLLM, AuroraError
-from aurora_vllm.settings import flag_of
 
 PLUGIN = "aurora"
 READ = "aurora_settings"  # where vLLM's parser puts what is ours

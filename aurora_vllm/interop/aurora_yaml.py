@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aurora_vllm.config import AuroraConfig
+from aurora_vllm.config import AuroraConfig, flag_of
 from aurora_vllm.errors import SettingsError, unknown
 from aurora_vllm.interop.keys import KEYS, SECTIONS, Key
 
@@ -83,7 +83,7 @@ def read(content: Mapping[Any, Any], file: Path) -> AuroraFile:
             continue
         if key is None:
             ours = name.replace("-", "_") in AuroraConfig.model_fields
-            hint = f"unknown key {name} in {file}, which is Aurora's; --aurora-{name.replace('_', '-')} sets ours"
+            hint = f"unknown key {name} in {file}, which is Aurora's; {flag_of(name)} sets ours"
             wrong.append(hint if ours else unknown(f"unknown key {name} in {file}", name, known))
             continue
         if value is None:
