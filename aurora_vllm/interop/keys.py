@@ -31,16 +31,15 @@ def _no(section: str, note: str, **defaults: Any) -> tuple[Key, ...]:
     return tuple(Key(f"{section}.{name}" if section else name, default, note) for name, default in defaults.items())
 
 
-def _negated(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("input should be true or false")
-    return not value
+def _switch(if_true: Any, if_false: Any) -> Callable[[Any], Any]:
+    """Aurora's true and false as two values of ours."""
 
+    def convert(value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError("input should be true or false")
+        return if_true if value else if_false
 
-def _sync(value: Any) -> str:
-    if not isinstance(value, bool):
-        raise ValueError("input should be true or false")
-    return "steps" if value else "evidence"
+    return convert
 
 
 def _is(wanted: Any) -> Callable[[Any], bool]:
@@ -100,18 +99,8 @@ KEYS: tuple[Key, ...] = (
     Key("training.max_seq_length", 8192, setting="max_trajectory_tokens"),
     Key("training.num_epochs", 10, "times each sample is trained on", setting="replay_passes"),
     Key("training.seed", 0, setting="seed"),
-    Key(
-        "training.train_with_decode",
-        False,
-        "what is decoded for clients is trained on",
-        holds=_is(True),
-    ),
-    Key(
-        "training.colocate",
-        False,
-        "the learner shares the machine with serving",
-        holds=_is(True),
-    ),
+    Key("training.train_with_decode", False, "what is decoded for clients is trained on", holds=_is(True)),
+    Key("training.colocate", False, "the learner shares the machine with serving", holds=_is(True)),
     Key(
         "training.lr_decay_style",
         "cosine",
@@ -120,12 +109,7 @@ KEYS: tuple[Key, ...] = (
     ),
     *_no("training", f"warm-up is 3 steps, not a share: {_NO_END}", warmup_ratio=0.015),
     *_no("training", _NO_END, lr_total_steps=None, num_train_steps=None),
-    Key(
-        "training.max_grad_norm",
-        0.5,
-        "gradients are scaled down to norm 1",
-        holds=_is(1),
-    ),
+    Key("training.max_grad_norm", 0.5, "gradients are scaled down to norm 1", holds=_is(1)),
     *_no(
         "training",
         "a step takes trajectories of about --aurora-batch-tokens positions, whatever their number",
@@ -171,30 +155,14 @@ KEYS: tuple[Key, ...] = (
         "bounded in bytes: --aurora-ring-mb and --aurora-replay-mb; a full ring drops whole requests",
         max_sample_pool_size=0,
     ),
-    *_no(
-        "inference",
-        _NO_GENERATION,
-        inference_batch_size=1,
-        inference_buffer_threshold=32,
-        inference_fetch_batch=1,
-    ),
+    *_no("inference", _NO_GENERATION, inference_batch_size=1, inference_buffer_threshold=32, inference_fetch_batch=1),
     *_no("inference", "vLLM serves the target", inference_engine_type="hf"),
-    *_no(
-        "inference",
-        _NO_RAY,
-        inference_num_gpus=None,
-        inference_num_gpus_per_engine=1,
-        inference_num_gpus_per_node=8,
-    ),
+    *_no("inference", _NO_RAY, inference_num_gpus=None, inference_num_gpus_per_engine=1, inference_num_gpus_per_node=8),
     *(
         Key(f"inference.sglang.{name}", default, "one engine, one worker", holds=_is(1))
         for name, default in (("tp_size", 8), ("pp_size", 1), ("nnodes", 1))
     ),
-    *_no(
-        "inference.sglang",
-        "vLLM counts differently: give its own --gpu-memory-utilization",
-        mem_fraction_static=0.8,
-    ),
+    *_no("inference.sglang", "vLLM counts differently: give its own --gpu-memory-utilization", mem_fraction_static=0.8),
     *_no("inference.sglang", _REPORTING, enable_metrics=False),
     *_no("inference.sglang", "vLLM's --limit-mm-per-prompt", enable_multimodal=False),
     *_no("inference.sglang", _NO_RAY, dist_init_addr=None, dist_timeout=60, init_timeout=300),
@@ -219,7 +187,7 @@ KEYS: tuple[Key, ...] = (
         False,
         "true: published unjudged every weight_sync_interval steps, as Aurora does",
         setting="sync",
-        convert=_sync,
+        convert=_switch("steps", "evidence"),
     ),
     Key(
         "decode.weight_sync_interval",
@@ -257,7 +225,9 @@ KEYS: tuple[Key, ...] = (
         wandb_run_id=None,
         wandb_team=None,
     ),
-    Key("debug.debug_inference_only", False, "true is --no-aurora-learn", setting="learn", convert=_negated),
+    Key(
+        "debug.debug_inference_only", False, "true is --no-aurora-learn", setting="learn", convert=_switch(False, True)
+    ),
     *_no(
         "debug",
         _NO_DEBUGGING,
