@@ -5,6 +5,7 @@ The test itself is :mod:`aurora_vllm.control.rollout`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 
@@ -40,18 +41,14 @@ class RollbackWatch:
         """Whether the version looks worse, and drafts should go on until that is decided."""
         return self._rollout.looks_worse
 
-    def verified(self, version: int, num_drafts: int, num_accepted: int) -> None:
-        """Of ``num_drafts`` tokens that a version proposed for one request, the target accepted ``num_accepted``."""
-        self._breaker.run(lambda: self._judge(version, num_drafts, num_accepted))
-
     def take(self, version: int, verdicts: Verdicts) -> None:
-        """Verdicts whose order is not known. Some of them, drawn at random: the test looks at one after the other, and
-        a few hundred decide it."""
+        """Verdicts on one version's drafts, in an order that is not known. Of many it takes a random sample: the test
+        looks at one after the other, and a few hundred decide it."""
         each = [verdict for verdict, count in verdicts.items() for _ in range(count)]
         if len(each) > 1:
             each = self._random.sample(each, min(len(each), MOST_AT_ONCE))
         for num_drafts, num_accepted in each:
-            self.verified(version, num_drafts, num_accepted)
+            self._breaker.run(functools.partial(self._judge, version, num_drafts, num_accepted))
 
     def _judge(self, version: int, num_drafts: int, num_accepted: int) -> None:
         rollout, scheduler = self._rollout, self._control.scheduler
