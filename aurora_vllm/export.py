@@ -15,15 +15,9 @@ from safetensors.torch import save_file
 from aurora_vllm.config_json import write_config
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner import checkpoints
-from aurora_vllm.learner.draft import (
-    Eagle3Config,
-    checkpoint_tensors,
-    load_config,
-    load_draft,
-    save_draft,
-    stored_dtype,
-)
+from aurora_vllm.learner.draft import checkpoint_tensors, load_config, load_draft, save_draft, stored_dtype
 from aurora_vllm.learner.draft_files import speculators_name
+from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.learner.staging import appears_whole
 
 Format = Literal["eagle3", "speculators"]

@@ -18,7 +18,7 @@ from torch import nn
 from aurora_vllm.config_json import read_config, write_config
 from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner.draft_files import flatten, read_tensors
-from aurora_vllm.learner.eagle3_config import Eagle3Config as Eagle3Config
+from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.learner.rope import inverse_frequencies
 from aurora_vllm.transport.bank_layout import TensorSpec
 

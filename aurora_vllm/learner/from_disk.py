@@ -11,8 +11,9 @@ import torch
 
 from aurora_vllm.config_json import read_config
 from aurora_vllm.errors import AuroraError
-from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, load_tensors
+from aurora_vllm.learner.draft import Eagle3Draft, load_tensors
 from aurora_vllm.learner.draft_files import flatten, read_tensors
+from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.learner.publish import publish
 from aurora_vllm.transport.bank import WeightBank
 

@@ -12,7 +12,8 @@ import torch
 
 from aurora_vllm.learner import checkpoints, staging
 from aurora_vllm.learner.checkpoints import Checkpoints
-from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft
+from aurora_vllm.learner.draft import Eagle3Draft
+from aurora_vllm.learner.eagle3_config import Eagle3Config
 from tests.unit.transport_children import kill_at_line
 
 FILES = (checkpoints.__file__, staging.__file__)

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from aurora_vllm import checkpoint, plan
 from aurora_vllm.checkpoint import Target
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, save_draft
+from aurora_vllm.learner.draft import Eagle3Draft, save_draft
+from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.spec_decode.compat import Probe
 from aurora_vllm.spec_decode.model_runner import ModelRunner
 

@@ -18,7 +18,8 @@ from prometheus_client import REGISTRY
 from safetensors.torch import save_file
 
 from aurora_vllm.config import AuroraConfig
-from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, save_draft
+from aurora_vllm.learner.draft import Eagle3Draft, bank_specs, save_draft
+from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.learner.learner import Learner
 from aurora_vllm.server.metrics import AuroraCollector
 from aurora_vllm.server.routes import AuroraEndpoints

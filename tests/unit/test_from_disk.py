@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aurora_vllm.errors import AuroraError
-from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, save_draft
+from aurora_vllm.learner.draft import Eagle3Draft, bank_specs, save_draft
+from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.learner.from_disk import publish_from_disk
 from aurora_vllm.transport.bank import WeightBank, bank_bytes
 from aurora_vllm.transport.segment import Segment

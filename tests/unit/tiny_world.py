@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from aurora_vllm.config import AuroraConfig
 from aurora_vllm.learner.assembler import Assembler
-from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs, save_draft
+from aurora_vllm.learner.draft import Eagle3Draft, bank_specs, save_draft
+from aurora_vllm.learner.eagle3_config import Eagle3Config
 from aurora_vllm.learner.learner import Learner
 from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.session import Session
