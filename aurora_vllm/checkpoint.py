@@ -15,8 +15,9 @@ import torch
 
 from aurora_vllm.config_json import read_config, read_text_config
 from aurora_vllm.errors import AuroraError, DamagedFile, unreadable
-from aurora_vllm.learner.draft import Eagle3Config, Eagle3Draft, bank_specs
+from aurora_vllm.learner.draft import Eagle3Draft, bank_specs
 from aurora_vllm.learner.draft_files import canonical_name, flatten, read_tensors, weight_files
+from aurora_vllm.learner.eagle3_config import Eagle3Config, aux_layer_ids
 from aurora_vllm.transport.bank import TensorSpec
 
 Shape = tuple[int, ...]
@@ -183,10 +184,7 @@ def fingerprint(directory: Path, *settings: object) -> str:
 
 
 def _aux_layers(config: Mapping[str, Any], target: Target, misfit: str) -> tuple[int, ...]:
-    # Where vLLM looks: GPUModelRunner._get_eagle3_aux_layers_from_config; its default: (2, L//2, L-3).
-    nested = config.get("eagle_config") or {}
-    ids = config.get("eagle_aux_hidden_state_layer_ids") or nested.get("eagle_aux_hidden_state_layer_ids")
-    layers = tuple(ids or (2, target.num_layers // 2, target.num_layers - 3))
+    layers = aux_layer_ids(config) or (2, target.num_layers // 2, target.num_layers - 3)  # vLLM's default
     ascending = all(a < b for a, b in itertools.pairwise(layers))  # vLLM sorts them and drops doubles
     if not ascending or layers[0] < 0 or layers[-1] > target.num_layers:
         raise AuroraError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,7 @@ class Eagle3Config:
         try:
             hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
             eagle = config.get("eagle_config") or {}
-            layer_ids = config.get("eagle_aux_hidden_state_layer_ids") or eagle.get("eagle_aux_hidden_state_layer_ids")
+            layer_ids = aux_layer_ids(config)
             parsed = cls(
                 hidden_size=hidden,
                 intermediate_size=int(config["intermediate_size"]),
@@ -56,7 +57,7 @@ class Eagle3Config:
                 num_aux_hidden_states=int(config.get("num_aux_hidden_states") or len(layer_ids or (0, 0, 0))),
                 rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
                 rope=_rope_parameters(config),
-                aux_layer_ids=tuple(layer_ids) if layer_ids else None,
+                aux_layer_ids=layer_ids,
                 attention_bias=bool(config.get("attention_bias", False)),
                 mlp_bias=bool(config.get("mlp_bias", False)),
                 # As vLLM's registry maps them; "Eagle3Qwen3vlForCausalLM" is a Llama layer.
@@ -86,6 +87,14 @@ class Eagle3Config:
         for key, (found, needed) in wanted.items():
             if found != needed:
                 raise AuroraError(f"the draft's config has {key} = {found!r}", f"only {needed!r} can be trained")
+
+
+def aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The auxiliary layers a ``config.json`` names, where vLLM looks for them
+    (``GPUModelRunner._get_eagle3_aux_layers_from_config``); None where it names none."""
+    nested = config.get("eagle_config") or {}
+    ids = config.get("eagle_aux_hidden_state_layer_ids") or nested.get("eagle_aux_hidden_state_layer_ids")
+    return tuple(ids) if ids else None
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
