@@ -77,10 +77,6 @@ class Assembler:
         self.discarded: Counter[str] = Counter()
         self.open_bytes = 0
 
-    @property
-    def open_requests(self) -> int:
-        return len(self._open)
-
     def feed(self, rows: torch.Tensor) -> list[Trajectory]:
         """Take rows as the ring gave them, in order; any slicing gives the same trajectories.
 

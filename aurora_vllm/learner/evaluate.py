@@ -51,10 +51,6 @@ class Score:
     def __add__(self, other: Score) -> Score:
         return Score(self.steps + other.steps, tuple(a + b for a, b in zip(self.accepted, other.accepted, strict=True)))
 
-    def per_position(self) -> list[float]:
-        """Share of verifications in which drafts 0..i were all accepted."""
-        return [count / self.steps if self.steps else 0.0 for count in self.accepted]
-
 
 @torch.no_grad()
 def accepted_prefix(

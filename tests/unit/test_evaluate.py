@@ -112,9 +112,8 @@ def test_scores_add_up() -> None:
     one, two = Score(4, (3, 1)), Score(6, (2, 2))
     assert one + two == Score(10, (5, 3))
     assert (one + two).acceptance_length == 1.8 and (one + two).tokens == 18
-    assert (one + two).per_position() == [0.5, 0.3]
     empty = Score(0, (0, 0))
-    assert empty.acceptance_length == 1.0 and empty.per_position() == [0.0, 0.0] and one + empty == one
+    assert empty.acceptance_length == 1.0 and one + empty == one
 
 
 def test_recent_forgets() -> None:

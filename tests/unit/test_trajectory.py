@@ -64,7 +64,7 @@ def test_any_history_gives_its_truth(seed: int, count: int, steps: int) -> None:
     assert assembler.discarded["dropped by the worker"] == dropped
     assert assembler.discarded["too short"] == len(ended) - len(expected)
     open_now = [one for one in requests if not one.ended and one.path_end > one.start]
-    assert assembler.open_requests == len(open_now)
+    assert len(assembler._open) == len(open_now)
     held = sum(one.path_end - one.start + sum(len(b[2]) for b in one.branches) for one in open_now)
     assert assembler.open_bytes == held * LAYOUT.row_bytes
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_trusted_is_discarded_and_counted_once(rows: list[Row], r
     assembler = Assembler(LAYOUT)
     assert assembler.feed(pack([*rows, END])) == []
     assert assembler.discarded == {reason: 1}
-    assert assembler.open_bytes == assembler.open_requests == 0
+    assert assembler.open_bytes == len(assembler._open) == 0
     assert len(assembler.feed(pack([*simple(range(6)), END]))) == 1  # the number may be used again after its end
 
 
@@ -144,14 +144,14 @@ def test_bounds_on_what_is_open() -> None:
     for number in range(10):
         by_count.feed(pack([row(number, 0, 1, 1, prompt_length=4)]))
         by_count.feed(pack([row(0, by_count_position(number), 1, 1, prompt_length=40)]))  # request 0 stays in use
-    assert by_count.open_requests == 3 and by_count.discarded == {"too much open at once": 7}
+    assert len(by_count._open) == 3 and by_count.discarded == {"too much open at once": 7}
     assert by_count.feed(pack([row(9, 1, 1, 2, prompt_length=4)])) == []
 
     by_bytes = Assembler(LAYOUT, max_open_bytes=10 * LAYOUT.row_bytes)
     for number in range(20):
         by_bytes.feed(pack([row(number, p, 1, 1, prompt_length=4) for p in range(3)]))
         assert by_bytes.open_bytes <= 10 * LAYOUT.row_bytes
-    assert by_bytes.open_requests == 3
+    assert len(by_bytes._open) == 3
 
 
 def by_count_position(number: int) -> int:
