@@ -21,17 +21,16 @@ The format is the one plain vLLM loads with ``--speculative-config '{"method": "
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from aurora_vllm.config_json import read_config, write_config
 from aurora_vllm.learner import lesson_shape
 from aurora_vllm.learner.staging import appears_whole
+from aurora_vllm.learner.stored_tensors import StoredTensors
 from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
 
 RECIPE = 3  # changes with what is written here, so that a draft cached by an older version is made anew
@@ -69,7 +68,7 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None
     """
     config = read_config(target)
     own = draft_config(config, draft_vocab_size)
-    weights = _Checkpoint(target)
+    weights = StoredTensors(target)
     layer = min(own["eagle_aux_hidden_state_layer_ids"][-1], config["num_hidden_layers"] - 1)
     _check_layer(weights, f"model.layers.{layer}.")
     draft_ids = day0_vocabulary(target, config["vocab_size"], own["draft_vocab_size"])
@@ -138,7 +137,7 @@ def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
     raise ValueError(f"an EAGLE-3 draft needs a target of at least 2 layers, this one has {num_layers}")
 
 
-def _check_layer(weights: _Checkpoint, prefix: str) -> None:
+def _check_layer(weights: StoredTensors, prefix: str) -> None:
     """Refuse a layer that does more than a Llama layer does.
 
     Raises:
@@ -150,7 +149,7 @@ def _check_layer(weights: _Checkpoint, prefix: str) -> None:
 
 
 def _draft_tensors(
-    weights: _Checkpoint, config: dict[str, Any], own: dict[str, Any], layer: int, draft_ids: torch.Tensor
+    weights: StoredTensors, config: dict[str, Any], own: dict[str, Any], layer: int, draft_ids: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """EAGLE-3 tensors under their Hugging Face names. config: the target's; own: the draft's."""
     prefix = f"model.layers.{layer}."
@@ -230,29 +229,3 @@ def _write(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) 
         write_config(staging, config)
         if out.exists():
             out.rename(Path(aside) / "replaced")
-
-
-class _Checkpoint:
-    """Tensors of a safetensors checkpoint, sharded or not, read one at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"no safetensors files in {directory}")
-        self._directory = directory
-        self._file_of: dict[str, Path] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                self._file_of.update(dict.fromkeys(tensors.keys(), file))
-
-    def names(self) -> Collection[str]:
-        return self._file_of.keys()
-
-    def get(self, name: str) -> torch.Tensor | None:
-        return self[name] if name in self._file_of else None
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._file_of:
-            raise ValueError(f"no day-0 draft from {self._directory}: it has no tensor {name}")
-        with safe_open(self._file_of[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
