@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 
 from aurora_vllm.learner import lesson_shape
 from aurora_vllm.learner.divergence import CHUNK
+from aurora_vllm.transport.bank_layout import aligned
 from aurora_vllm.transport.cuda import GRANULE
 
 MIB = 2**20
@@ -138,8 +139,8 @@ def predict_gpu(
         logits_bytes: of the most tokens that a step verifies, less one of every request, which vLLM measures.
     """
     return GpuMemory(
-        ring=_granules(ring_bytes),
-        bank=_granules(weights_bytes),
+        ring=aligned(ring_bytes, GRANULE),
+        bank=aligned(weights_bytes, GRANULE),
         swap=weights_bytes,
         copies=copies_bytes,
         logits=logits_bytes,
@@ -176,10 +177,6 @@ def predict(
 
 def _weights_bytes(draft: DraftSizes) -> int:
     return 4 * (7 * draft.parameters + 4 * draft.embedding)
-
-
-def _granules(size: int) -> int:
-    return -(-size // GRANULE) * GRANULE
 
 
 def _step_bytes(draft: DraftSizes, rows: int, ttt_length: int, bfloat16: bool) -> int:

@@ -37,6 +37,7 @@ from aurora_vllm.transport.bank_layout import (
     SPECS_AT,
     TensorSpec,
     bank_bytes,
+    check_tensors,
     decode,
     encode,
     sizes,
@@ -187,7 +188,7 @@ class WeightBank:
             raise ValueError(f"evidence of {len(encoded)} bytes, at most {EVIDENCE_BYTES} fit")
         if version <= self.newest():
             raise ValueError(f"version {version} is not newer than {self.newest()}, which the bank holds")
-        self._check(tensors)
+        check_tensors(tensors, self.specs)
         slot = self._claim_slot()
         slot.write(version, tensors, encoded)
         slot.close()
@@ -198,19 +199,6 @@ class WeightBank:
         """The highest version a slot is marked with; 0 for none. A writer killed before it said so left it unpublished:
         two slots of one number would be mistaken for each other."""
         return max(self.published(), *(slot.words.version for slot in self._slots))
-
-    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        expected = {spec.name for spec in self.specs}
-        if missing := sorted(expected - set(tensors)):
-            raise ValueError(f"missing tensors: {', '.join(missing)}")
-        if extra := sorted(set(tensors) - expected):
-            raise ValueError(f"tensors the bank has no place for: {', '.join(extra)}")
-        for spec in self.specs:
-            tensor = tensors[spec.name]
-            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise ValueError(
-                    f"{spec.name}: {tuple(tensor.shape)} {tensor.dtype}, the bank holds {spec.shape} {spec.dtype}"
-                )
 
     def _claim_slot(self) -> Slot:
         """Open a slot that is not held: a torn one, else the oldest."""

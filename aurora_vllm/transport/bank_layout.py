@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +60,22 @@ def encode(specs: Sequence[TensorSpec]) -> bytes:
 def decode(encoded: bytes) -> list[TensorSpec]:
     """The specs that :func:`encode` wrote."""
     return [TensorSpec(name, tuple(shape), getattr(torch, dtype)) for name, shape, dtype in json.loads(encoded)]
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], specs: Sequence[TensorSpec]) -> None:
+    """See that tensors are those of the specs.
+
+    Raises:
+        ValueError: names the tensors that are missing or unknown, or the first one of another shape or dtype.
+    """
+    expected = {spec.name for spec in specs}
+    if missing := sorted(expected - set(tensors)):
+        raise ValueError(f"missing tensors: {', '.join(missing)}")
+    if extra := sorted(set(tensors) - expected):
+        raise ValueError(f"tensors the bank has no place for: {', '.join(extra)}")
+    for spec in specs:
+        tensor = tensors[spec.name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise ValueError(
+                f"{spec.name}: {tuple(tensor.shape)} {tensor.dtype}, the bank holds {spec.shape} {spec.dtype}"
+            )
