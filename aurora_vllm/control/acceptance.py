@@ -1,4 +1,4 @@
-"""Which drafts the target accepted, by position. Numbers in, numbers out."""
+"""How often the target accepts a draft's tokens, by position. Numbers in, numbers out."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-WINDOW = 600.0  # verified drafts remembered: the newest say most about the traffic of now
+WINDOW = 600.0  # verified drafts after which one has lost 1 - 1/e of its weight: the newest say most about the traffic
 KEEP = 1.0 - 1.0 / WINDOW
 SHADOW_WEIGHT = 40.0  # simulated verifications weigh as much as this many live ones
 WEIGHT_OF_OLDER_VERSION = 0.25
 WEIGHT_AFTER_A_REST = 0.5
 
 
-# How often of so many verified tokens so many were accepted.
-Verdicts = Mapping[tuple[int, int], int]
+Verdicts = Mapping[tuple[int, int], int]  # (tokens verified, tokens accepted) -> how often
 
 
 def faded_sum(total: float, item: float, count: int, memory: float) -> float:
-    """A sum whose older items count for less, after ``count`` more items of this value each, or on average.
+    """An exponentially fading sum after ``count`` more items, each (or on average) of the value ``item``.
 
     Args:
         memory: items after which one has lost 1 - 1/e of its weight.
@@ -30,9 +29,9 @@ def faded_sum(total: float, item: float, count: int, memory: float) -> float:
 
 @dataclass
 class Acceptance:
-    """Live verdicts: how often draft i was accepted where those before it were, older ones for less.
+    """Live verdicts: how often token i was accepted where those before it were. Older ones count for less.
 
-    ``trials`` and ``hits`` are weighted counts, one a position.
+    ``trials`` and ``hits`` are weighted counts, one for each position.
     """
 
     positions: int
@@ -49,7 +48,7 @@ class Acceptance:
             self.hits[i] = self.hits[i] * KEEP + (num_accepted > i)
 
     def take(self, verdicts: Verdicts) -> None:
-        """Verdicts whose order is not known: all are of the same age."""
+        """Several verdicts of unknown order; they count as equally old."""
         for i in range(self.positions):
             trials = sum(count for (drafts, right), count in verdicts.items() if drafts > i and right >= i)
             if not trials:
@@ -59,15 +58,15 @@ class Acceptance:
             self.hits[i] = faded_sum(self.hits[i], hits / trials, trials, WINDOW)
 
     def fade(self, weight: float) -> None:
-        """What was counted so far says less now."""
+        """Multiply the weight of all that was counted so far."""
         self.trials, self.hits = ([count * weight for count in counts] for counts in (self.trials, self.hits))
 
     def accepted(self, deviations: float = 0.0) -> list[float]:
         """Mean accepted drafts of a verification with K drafts, for K = 0..positions.
 
         Args:
-            deviations: standard deviations by which each chance is taken lower (Wilson's score bound); 0 without
-                verdicts.
+            deviations: standard deviations by which each chance is lowered (Wilson's score bound). A chance without
+                verdicts is 0.
         """
         means, chain = [0.0], 1.0
         for trials, hits in zip(self.trials, self.hits, strict=True):
@@ -79,8 +78,8 @@ class Acceptance:
         """Chance that drafts 0..i are all accepted, for each i.
 
         Args:
-            believed: chance of each draft, given those before it, to believe in without verdicts.
-            weight: verdicts that this belief is worth.
+            believed: prior chance of each token, given those before it.
+            weight: number of verdicts that this prior is worth.
         """
         chances, chance = [], 1.0
         for trials, hits, belief in zip(self.trials, self.hits, believed, strict=True):
@@ -91,12 +90,12 @@ class Acceptance:
 
 @dataclass
 class AcceptanceEstimate:
-    """Chance that the draft's token i is accepted given that those before it were: live verdicts and the learner's
-    shadow.
+    """Chance that the draft's token i is accepted given that those before it were, from live verdicts and, as a prior,
+    from the learner's simulation (the "shadow").
 
     Args:
         positions: largest draft length.
-        prior: conditional chance to assume before any evidence; 0 for a draft nobody has tried.
+        prior: conditional chance to assume before there is any evidence; 0 for an untried draft.
     """
 
     positions: int
@@ -109,15 +108,15 @@ class AcceptanceEstimate:
         self._shadow = [self.prior] * self.positions
 
     def take(self, verdicts: Verdicts) -> None:
-        """Verdicts whose order is not known."""
+        """Several verdicts of unknown order."""
         self._live.take(verdicts)
 
     def forget(self) -> None:
-        """Time went by without a verdict: more and more it is the shadow that counts."""
+        """Time went by without verdicts: let the shadow count for more."""
         self._live.fade(WEIGHT_AFTER_A_REST)
 
     def new_version(self) -> None:
-        """Other weights are live: what the older ones did says less."""
+        """Other weights are live: let the older ones' verdicts count for less."""
         self._live.fade(WEIGHT_OF_OLDER_VERSION)
 
     def shadow(self, accepted_per_position: Sequence[float]) -> None:

@@ -1,8 +1,8 @@
-"""Has speculation been losing, whatever is expected of it?
+"""Detects that speculation loses time at present, whatever is expected of it.
 
-What decides on proposals remembers hundreds of them, and where every request's proposal is verified, right or wrong,
-each of those costs after the traffic has changed. What steps were really worth shows it in a few. Numbers in, a word
-out.
+The estimates behind a choice remember hundreds of proposals. Where every request's proposal is verified, right or
+wrong, steps lose after the traffic has changed until the estimates have caught up. What steps really gained shows it
+within a few. Numbers in, a verdict out.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 import math
 
 MEMORY = 24.0  # steps after which one has lost 1 - 1/e of its weight
-FEWEST = 12.0  # steps, by their weights, before a word is said
-SURE = 2.0  # standard errors that the mean has to lie below that
-LEAST = 0.1  # plain steps that one has to lose: what loses less costs little until it is noticed anyway
+FEWEST = 12.0  # steps, by their weights, before anything is decided
+SURE = 2.0  # standard errors by which the mean has to lie below -LEAST
+LEAST = 0.1  # loss in plain steps; a smaller one costs little until it is noticed anyway
 
 
 class Balance:
-    """Steps with proposals, the older ones for less."""
+    """Fading mean of the gain of steps with proposals."""
 
     def __init__(self) -> None:
         self._steps = self._sum = self._squares = 0.0
 
     def observe(self, gain: float) -> bool:
-        """One more step. True where those of late lost on average, surely enough; it begins anew then.
+        """One more step. Returns whether recent steps lost on average, significantly; if so, counting begins anew.
 
         Args:
-            gain: what it saved over plain decoding, in plain steps; negative where it lost.
+            gain: time it saved over plain decoding, in units of a plain step; negative where it lost.
         """
         keep = 1.0 - 1.0 / MEMORY
         self._steps = self._steps * keep + 1.0

@@ -1,6 +1,6 @@
-"""What the worker counts of copies where it replaces proposals on the device: a layout of one array, and its reading.
+"""Counts of copies where they are made on the device: the layout of the array, and how the scheduler's side reads it.
 
-The host there learns of a verdict a step late and never sees a proposal, so the device counts, the worker passes the
+There the host learns of a verdict a step late and never sees a proposal. So the device counts, the worker passes the
 sums on every few steps, and the scheduler takes in what has been added since. Numbers in, numbers out: no torch.
 """
 
@@ -23,14 +23,14 @@ COPIED, ORIGINS = 2, 3  # who proposed: 0 and 1 are the newest two versions of t
 
 @dataclass(frozen=True)
 class CountsLayout:
-    """Where which count stands, for proposals of at most ``positions`` tokens. All are int64 and only ever grow.
+    """Offsets of the counts, for proposals of at most ``positions`` tokens. All are int64 and only ever grow.
 
     ========== ============================================ ==================================================
     seen       [NUM_KINDS]                                  proposals for which there was such a copy
     compared   [NUM_KINDS, 4]                               2 * (copy's first token right) + (draft's right)
-    simulated  [NUM_KINDS, positions + 1]                   copies by how many of their tokens came true
+    simulated  [NUM_KINDS, positions + 1]                   copies by how many of their tokens were right
     verdicts   [ORIGINS, positions + 1, positions + 1]      by tokens verified, then tokens accepted
-    versions   [2]                                          no counts: which versions origins 0 and 1 are
+    versions   [2]                                          not counts: which versions origins 0 and 1 are
     ========== ============================================ ==================================================
     """
 
@@ -62,19 +62,19 @@ class CountsLayout:
 
 
 class TakeVerdicts(Protocol):
-    """Takes in verdicts on what a version of the draft proposed, or on what was copied (None)."""
+    """Receives verdicts on what a version of the draft proposed, or (None) on copies."""
 
     def __call__(self, version: int | None, verdicts: Verdicts) -> None: ...
 
 
 class CountsReader:
-    """Turns sums into what was added since the last look: the work of a few steps, in an order that is not known.
+    """Turns sums into what was added since the last call: the verdicts of a few steps, in unknown order.
 
-    Nothing may depend on how it is gone through here: of large batches it is thousands of verdicts, and in ascending
-    order all that failed would come first.
+    They are passed on as totals, so that nothing depends on an order: with large batches they are thousands, and in
+    ascending order all failures would come first.
 
     Args:
-        positions: of the proposals.
+        positions: longest proposal.
     """
 
     def __init__(self, positions: int) -> None:
@@ -82,12 +82,12 @@ class CountsReader:
         self._before = np.zeros(self._layout.versions, dtype=np.int64)
 
     def read(self, sums: Sequence[int], copies: Copies, take_verdicts: TakeVerdicts) -> None:
-        """Take it in.
+        """Take in what is new.
 
         Args:
-            sums: int [layout.size], or more.
-            copies: what is known of copies; fed with what was seen, compared and simulated.
-            take_verdicts: called once for each version with verdicts, and once for copies.
+            sums: int [layout.size], or longer.
+            copies: receives what was seen, compared and simulated.
+            take_verdicts: called once for each version that has verdicts, and once for copies.
         """
         layout, width = self._layout, self._layout.positions + 1
         now = np.array(sums[: layout.size])
@@ -107,6 +107,6 @@ class CountsReader:
 
 
 def _verdicts(counts: np.ndarray, verified: int | None = None) -> Verdicts:
-    """counts: int64 [tokens verified, tokens accepted], or [tokens accepted] where all verified so many."""
+    """counts: int64 [tokens verified, tokens accepted], or [tokens accepted] where ``verified`` is the same for all."""
     found = ((tuple(at), int(counts[tuple(at)])) for at in np.argwhere(counts).tolist())
     return {(at[0], at[1]) if verified is None else (verified, at[0]): count for at, count in found}

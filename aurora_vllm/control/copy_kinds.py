@@ -1,19 +1,19 @@
-"""Kinds of copies: alike in how far they can be trusted, and judged together."""
+"""Kinds of copies. Those of one kind are about equally reliable, and are judged together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-NO_COPY = 0  # the kind of a proposal for which there is nothing to copy
+NO_COPY = 0  # the kind where there is nothing to copy
 
 
 @dataclass(frozen=True)
 class CopyKinds:
-    """A kind is where a copy comes from, how many tokens before it stood there as well, and whether the request is
-    sampled: such requests take copies up less often, and greedy ones must not speak for them.
+    """A kind is a source (the request itself or others), a number of matching tokens before the copy, and whether the
+    request is sampled: sampled requests accept copies less often than greedy ones, so they are counted apart.
 
     Args:
-        matches: numbers of matching tokens that are told apart.
+        matches: the numbers of matching tokens that are distinguished.
     """
 
     matches: tuple[int, ...]
@@ -24,5 +24,5 @@ class CopyKinds:
         return 1 + 4 * len(self.matches)
 
     def number(self, match: int, from_others: bool, is_sampled: bool) -> int:
-        """By match first, then by source, greedy requests' kinds before those of sampled ones."""
+        """Ordered by match, within source, within greedy before sampled."""
         return 1 + self.matches.index(match) + len(self.matches) * (from_others + 2 * is_sampled)

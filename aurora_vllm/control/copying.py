@@ -1,8 +1,8 @@
-"""Copy or draft? Whether tokens copied from earlier text are proposed instead of the draft's.
+"""Copy or draft? Decides whether tokens copied from earlier text are proposed instead of the draft's.
 
-Both proposals are there in every step, and what the target emits next shows which first token was right, whichever was
-verified. So the choice needs no exploration: it is a comparison of pairs, by the kind of copy: where it comes from,
-how many tokens matched, and whether the request is sampled. Numbers in, decisions out.
+Both proposals exist in every step, and the token that the target emits next shows which first token was right,
+whichever was verified. So the choice needs no exploration: it is a paired comparison, for each kind of copy (its
+source, how many tokens matched, and whether the request is sampled). Numbers in, decisions out.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from aurora_vllm.control.acceptance import Acceptance, Verdicts, faded_sum
 
 MEMORY = 200.0  # comparisons remembered for each kind of copy
-ROWS = 1000.0  # see Copies, memory
+ROWS = 1000.0  # default of ``memory`` in Copies
 WEIGHT_IN_DOUBT = 0.5
-FEW = 10.0  # simulated verifications that count as misses beforehand, and weigh of what other kinds say
+FEW = 10.0  # weight of a prior, in verifications: misses for all kinds together, and these for each single kind
 
 
 class Copies:
-    """What is known of copies, by kind; kind 0 stands for no copy.
+    """Statistics of copies by kind; kind 0 stands for no copy.
 
     Args:
         positions: largest draft length.
         kinds: how many there are, kind 0 included.
-        memory: proposals after which what is known of how often text repeats itself counts half.
+        memory: proposals after which counts of how often each kind occurs are halved.
     """
 
     def __init__(self, positions: int, kinds: int, memory: float = ROWS) -> None:
@@ -35,7 +35,7 @@ class Copies:
         self._all = Acceptance(positions)
 
     def seen(self, kind: int) -> None:
-        """A proposal could have been such a copy."""
+        """For a proposal there was a copy of this kind, whether or not it was taken."""
         self._rows[kind] += 1.0
         self._forget_rows()
 
@@ -44,28 +44,28 @@ class Copies:
             self._rows = [count / 2.0 for count in self._rows]
 
     def compare(self, kind: int, copy_was_right: bool, draft_was_right: bool) -> None:
-        """The target emitted the token both had proposed for."""
+        """The target emitted the token that copy and draft both proposed first."""
         gain = int(copy_was_right) - int(draft_was_right)
         self._lead[kind] = self._lead[kind] * (1.0 - 1.0 / MEMORY) + gain
 
     def preferred(self, kind: int) -> bool:
-        """Whether copies of this kind were right at least as often as drafts; unheard of, they are tried."""
+        """Whether copies of this kind were right at least as often as drafts; without evidence they are tried."""
         return kind > 0 and self._lead[kind] >= 0.0
 
     def simulate(self, kind: int, num_drafts: int, num_accepted: int) -> None:
-        """What verifying a copy would have shown, or has."""
+        """The outcome of verifying a copy, real or simulated."""
         self._simulated[kind].observe(num_drafts, num_accepted)
         self._all.observe(num_drafts, num_accepted)
 
     def take(
         self, seen: Sequence[int], compared: Mapping[int, tuple[int, int]], simulated: Mapping[int, Verdicts]
     ) -> None:
-        """All of that at once, much of it and in an order that is not known.
+        """All of the above at once, for many proposals in unknown order.
 
         Args:
-            seen: how often, by kind.
-            compared: by kind, how much more often the copy was right than the draft, of how many comparisons.
-            simulated: by kind, what became of copies.
+            seen: number of proposals, by kind.
+            compared: by kind, how much more often the copy was right than the draft, and the number of comparisons.
+            simulated: by kind, outcomes of verification.
         """
         self._rows = [before + count for before, count in zip(self._rows, seen, strict=True)]
         self._forget_rows()
@@ -78,7 +78,7 @@ class Copies:
         self._all.take(together)
 
     def doubt(self) -> None:
-        """What was proposed gains less than all of this says: it was so some time ago."""
+        """Proposals gain less than these statistics say, so they are out of date: weigh them less."""
         self._rows[0] += sum(self._rows)
         for one in (*self._simulated, self._all):
             one.fade(WEIGHT_IN_DOUBT)
@@ -89,11 +89,11 @@ class Copies:
         return self._simulated[kind].chain(usual, FEW)
 
     def expected(self, kind: int) -> float:
-        """Copied tokens accepted, on average, where all are verified."""
+        """Mean number of copied tokens that would be accepted."""
         return sum(self.chain(kind))
 
     def shares(self) -> Iterator[tuple[int, float]]:
-        """Kinds, and how often each is met; no copy where nothing is known."""
+        """Each kind and its share of proposals; only kind 0 before any was seen."""
         total = sum(self._rows)
         if not total:
             yield 0, 1.0

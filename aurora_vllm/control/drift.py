@@ -1,16 +1,16 @@
-"""When learning stops because it no longer helps, and when it begins again. Numbers in, decisions out.
+"""When learning stops because it no longer helps, and when it starts again. Numbers in, decisions out.
 
-**Asleep when it does not help.** Whether candidates beat incumbents does not tell: the margin is small against the
-noise of some hundred tokens, so versions go out for ever, each compared with one that is hardly older. What tells is a
-trial: the draft as it is, set aside, against what becomes of it in so many optimizer steps, both on the same
-trajectories, before either trained on them. Traffic that becomes harder is harder for both.
+**Asleep when it does not help.** That candidates beat incumbents proves nothing: the margin is small against the noise
+of some hundred tokens, so versions are published for ever, each compared with one that is hardly older. A trial does
+prove it: the draft is set aside as it is, and compared with what a number of optimizer steps make of it, both on the
+same trajectories before either was trained on them. Traffic that becomes harder is harder for both.
 
 **Awake when acceptance drops.** The incumbent's acceptance, on a sample of the traffic, goes through Page's test for a
 drop of the mean (Page, "Continuous inspection schemes", Biometrika 1954; river's PageHinkley). One observation is a
-whole request, because the verdicts within one resemble each other, in units of the spread that requests had during the
-trial. In simulation (requests differ by 0.1 in the chance that a draft is accepted, 0.6 on average) one learner in
-five wakes without cause within 1,500 observations; a chance that falls to 0.45 is found after 12 observations (median;
-50 in 95 of 100), one that falls to 0.35 after 6. A wrong alarm costs a trial.
+whole request, because the verdicts within one resemble each other; the unit is the standard deviation over requests
+during the trial. In simulation (requests differ by 0.1 in the chance that a draft is accepted, 0.6 on average) one
+learner in five wakes without cause within 1,500 observations; a chance that falls to 0.45 is detected after 12
+observations (median; 95th percentile 50), one that falls to 0.35 after 6. A false alarm costs a trial.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Literal
 
-TRIAL_STEPS = 40  # optimizer steps before a trial is judged: behind a lesson the first 25 train the head alone
-TRIAL_EVIDENCE = 5  # times what a publish is judged on
-MEANINGFUL = 0.03  # acceptance length to be gained by a trial; two cores pay several per cent of their rate for it
+TRIAL_STEPS = 40  # optimizer steps before a trial is judged: after a lesson the first 25 train lm_head only
+TRIAL_EVIDENCE = 5  # times as many tokens as a publish is judged on
+MEANINGFUL = 0.03  # gain in acceptance length that justifies learning, which costs two cores several per cent
 
-OBSERVATION = 40  # verifications of one observation; a request that has more is one all the same
-WATCH_EVERY = 4  # of that many requests one is looked at
-ALLOWANCE, ALARM = 0.5, 8.0  # spreads: a smaller drop is none, and how far the sum of larger ones must get
-LEAST_SPREAD = 0.1  # of accepted drafts, where the trial saw too few requests to tell
+OBSERVATION = 40  # least verifications of one observation; a request with more is one observation, too
+WATCH_EVERY = 4  # one of that many requests is simulated
+ALLOWANCE, ALARM = 0.5, 8.0  # Page's delta and lambda, in spreads: the drop that is tolerated, and the sum at alarm
+LEAST_SPREAD = 0.1  # of accepted drafts, where the trial saw too few requests to estimate it
 COVERAGE_DROP = 0.05  # share of the traffic that leaves the draft vocabulary
-TRY_AGAIN_TOKENS = 200_000  # what no test sees (a slow change; a draft that has nothing to lose) gets another trial
+TRY_AGAIN_TOKENS = 200_000  # then another trial, for what no test sees (slow change; a draft that accepts nothing)
 
 Decision = Literal["undecided", "goes on", "sleeps"]
 
 
 class Trial:
-    """Whether training helps: a draft that is set aside against what becomes of it.
+    """Whether training helps: compares a draft that was set aside with what training makes of it.
 
     Args:
         steps: optimizer steps so far.
@@ -48,18 +48,18 @@ class Trial:
         self._then, self._now = [0, 0], [0, 0]  # verifications, accepted drafts
 
     def is_judged(self, steps: int) -> bool:
-        """Whether there was enough training: scores count from now on."""
+        """Whether there was enough training, so that scores count."""
         return steps >= self._judged_from
 
     def observe(self, then: tuple[int, int], now: tuple[int, int]) -> None:
-        """One trajectory. then, now: verifications and accepted drafts, of the draft set aside and of the other."""
+        """One trajectory. then, now: verifications and accepted drafts, of the one set aside and the other."""
         for total, score in ((self._then, then), (self._now, now)):
             total[0] += score[0]
             total[1] += score[1]
 
     @property
     def tokens(self) -> int:
-        """Response tokens it was judged on."""
+        """Response tokens it was judged on so far."""
         return sum(self._then)
 
     @property
@@ -85,16 +85,17 @@ class Trial:
 
 
 class AcceptanceWatch:
-    """Whether the traffic became harder for a draft that nobody trains.
+    """Whether the traffic became harder for a draft that is not being trained.
 
     Args:
-        usual: accepted drafts a verification, of requests so far.
+        usual: accepted drafts per verification of each request during the trial.
         coverage: share of the traffic in the draft vocabulary now.
-        tokens: seen so far.
+        tokens: tokens seen so far.
     """
 
     def __init__(self, usual: Sequence[float], coverage: float, tokens: int) -> None:
-        # Here, not above: river brings scipy, 0.6 CPU seconds and 65 MiB, and a learner that never sleeps needs none.
+        # Imported here: river brings scipy, which takes 0.6 CPU seconds and 65 MiB, and a learner that never sleeps
+        # does not need it.
         from river.drift import PageHinkley
 
         self._spread = max(stdev(usual) if len(usual) > 1 else 0.0, LEAST_SPREAD)
@@ -108,12 +109,12 @@ class AcceptanceWatch:
         self._wait = 0
 
     def next_is_due(self) -> bool:
-        """Whether the next request is looked at: one in a few, and the one after a bad one. Call once for each."""
+        """Whether to simulate the next request: one in a few, and the one after a bad one. Call once for each."""
         self._wait -= 1
         return self._wait < 0
 
     def observe(self, verifications: int, accepted: int) -> str:
-        """One request that was looked at. Why to wake; empty where there is no reason."""
+        """One simulated request. Returns why to wake; empty where there is no reason."""
         self._verifications += verifications
         self._accepted += accepted
         self._wait = WATCH_EVERY - 1
@@ -130,7 +131,7 @@ class AcceptanceWatch:
         return f"woke: acceptance length fell from {1 + self._usual:.2f} to {1 + fmean(self._recent):.2f}"
 
     def traffic(self, coverage: float, tokens: int) -> str:
-        """The share covered by the draft vocabulary, and tokens seen so far. Why to wake, as above."""
+        """The share covered by the draft vocabulary, and tokens seen so far. Returns why to wake, as above."""
         if coverage < self._coverage - COVERAGE_DROP:
             return f"woke: the draft vocabulary covers {coverage:.2f} of the traffic, it was {self._coverage:.2f}"
         if tokens - self._tokens >= TRY_AGAIN_TOKENS:

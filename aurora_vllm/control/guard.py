@@ -1,12 +1,12 @@
-"""How much of its share the learner may take: what it adds to the time per output token stays within a bound.
+"""Bounds what learning adds to the time per output token, by cutting the learner's share.
 
-Steps beside a burst of the learner's are compared with those beside none, at equal batch bucket and draft length, so
-that acceptance and load are the same. Both kinds lie interleaved in one window of some hundred steps, so that what
-slows the machine for longer slows both. What learning adds is what it adds to such a step, times the share of steps it
-has: that is the time per output token of a request that meets bursts as often as requests do, and it falls with the
-learner's share, which is what can be cut. Two quantiles are compared, and the worse one counts: the median, and the
-90th percentile, because waiting for a CPU shows in the tail first. The 99th would need thousands of steps beside a
-burst; a window holds dozens. Numbers in, decisions out: no vLLM, no torch.
+Steps during a burst of the learner's work are compared with steps without one, at equal batch bucket and draft length,
+so that acceptance and load are the same. Both kinds alternate within a window of some hundred steps, so whatever slows
+the machine for longer slows both. What learning adds is the slowdown of such a step times the share of steps that are
+slowed: the increase for a request that meets bursts as often as requests do on average. It falls with the learner's
+share, which is what can be cut. Two quantiles are compared, and the worse one counts: the median and the 90th
+percentile, because waiting for a CPU shows in the tail first. (The 99th would need thousands of steps during bursts; a
+window has dozens.) Numbers in, decisions out: no vLLM, no torch.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from dataclasses import dataclass, field
 from aurora_vllm.control.step_costs import batch_bucket
 
 WINDOW = 512  # steps between two decisions
-LONGEST_WINDOW = 8 * WINDOW  # where bursts are rare; then too few to matter
-LEAST_WORKING = 24  # steps beside a burst to judge by
-LEAST_RESTING = 12  # steps of one kind without, for their median to be known
+LONGEST_WINDOW = 8 * WINDOW  # where bursts are rare; if they still are too few by then, they do not matter
+LEAST_WORKING = 24  # steps during bursts that a decision needs
+LEAST_RESTING = 12  # steps of one kind without a burst that their median needs
 TAIL = 0.9
 CUT, RESTORE, FLOOR = 0.5, 1.25, 0.25
 
 
 @dataclass
 class LearnerGuard:
-    """Cuts the learner's share in halves while it slows serving too much, and restores it in small steps.
+    """Halves the learner's share while it slows serving too much, and restores it in small steps.
 
     Args:
-        limit: of what learning may add to the time per output token, as a share of it.
+        limit: the most that learning may add to the time per output token, as a share of it.
 
     Attributes:
         share: factor on the learner's share, in FLOOR..1.
@@ -60,10 +60,10 @@ class LearnerGuard:
         return True
 
     def _decide(self, resting: Sequence[float], working: Sequence[float]) -> None:
-        """resting, working: step times in units of what such a step usually takes without the learner."""
+        """resting, working: step times relative to the usual step of the same kind without the learner."""
         if len(working) < LEAST_WORKING or len(resting) < LEAST_RESTING:
             what = "hardly works" if len(resting) >= LEAST_RESTING else "hardly rests"
-            # One that never rests cannot be compared with: nothing is known, and nothing is changed.
+            # Where the learner never rests there is nothing to compare with, so nothing is changed.
             self.slowdown, restore = 0.0, what == "hardly works"
             because = f"the learner {what} beside steps that can be compared"
         else:
@@ -84,15 +84,15 @@ class LearnerGuard:
 
 
 def relative_times(steps: Sequence[tuple[int, int, float, bool]]) -> tuple[list[float], list[float]]:
-    """Step times in units of the median step of the same batch bucket and draft length without the learner.
+    """Step times relative to the median step of the same batch bucket and draft length without the learner.
 
-    Kinds of step that were too seldom without it are left out.
+    Kinds with too few such steps are left out.
 
     Args:
         steps: batch size, draft length, seconds, whether the learner worked.
 
     Returns:
-        Those without the learner, and those beside it.
+        Those without the learner, and those during its bursts.
     """
     kinds: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
     for batch_size, draft_length, seconds, working in steps:

@@ -3,10 +3,10 @@
 Acceptance alone is the wrong signal: a draft that is often right can still cost more than it saves once the batch is
 compute-bound. So every draft length K, 0 included, is rated by the tokens a step is expected to gain over the seconds
 it is expected to take at the present batch size (:mod:`.rating`), and the best rate wins. Copies cost nothing to
-propose, so they count at each K, and where all proposals of a batch have one length, alone at each length they may
-have. Numbers in, decisions out: this file knows neither vLLM nor torch.
+propose, so they count at each K. Where all proposals of a batch have one length, copies alone are rated, too, at each
+length they may have. Numbers in, decisions out: no vLLM, no torch.
 
-The price of verifying one more token, as a chance of acceptance::
+The price of verifying one more token, expressed as a chance of acceptance::
 
     price = seconds to verify one more token * batch * gain of what is chosen / t(plain)
 """
@@ -25,22 +25,22 @@ from aurora_vllm.control.step_costs import StepCosts, batch_bucket
 
 PROBE_STEPS = 8
 PROBE_EVERY = 240  # steps between two looks at the alternative
-PATIENCE = 4  # times as many where the alternative looks bad: the look that said so may have been unlucky
-HOPEFUL = 0.95  # of the rate without drafting; a K that promises less looks bad
+PATIENCE = 4  # times as many where the alternative looks bad, in case the look that said so was unlucky
+HOPEFUL = 0.95  # of the rate without drafting: a K with less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
-KEEP_MARGIN = 0.02  # a change must promise this much
-STRIDE = 3  # times the longest proposal there was: as long may the next one be
-PLAN_EVERY = 8  # steps a decision stands: what it rests on moves slowly, and deciding takes 0.1 to 0.2 ms
+KEEP_MARGIN = 0.02  # relative gain that a change must promise
+STRIDE = 3  # the next proposal may be this many times as long as the longest so far
+PLAN_EVERY = 8  # steps a decision stands: its inputs change slowly, and deciding takes 0.1 to 0.2 ms
 
 
 @dataclass(frozen=True)
 class Decision:
     """A draft length and, in words, why.
 
-    ``draft_length``: tokens for which the draft model is run; 0 where copies alone are proposed.
-    ``proposals``: "whole" proposals are verified as they are, "worthwhile" ones are cut to what pays, "none" are.
-    ``sits_out``: nobody drafts now or is likely to soon, so the draft need not run over prompts to remember them.
-    ``proposed``: tokens to schedule for every request's proposal; never fewer than are drafted.
+    ``draft_length``: tokens for which the draft model runs; 0 where copies alone are proposed.
+    ``proposals``: "whole": verified as they are; "worthwhile": cut to what pays; "none": not verified.
+    ``sits_out``: there is no drafting now or soon, so the draft need not run over prompts to fill its KV cache.
+    ``proposed``: tokens to schedule for every request's proposal; at least ``draft_length``.
     """
 
     draft_length: int
@@ -55,8 +55,8 @@ class Decision:
 
 @dataclass
 class _BucketState:
-    choice: tuple[int, int] = (0, 0)  # tokens drafted, and proposed
-    longest: int = 0  # proposal there was
+    choice: tuple[int, int] = (0, 0)  # tokens drafted, tokens proposed
+    longest: int = 0  # proposal so far
     gain: float = 1.0
     since_plain: int = 0
     since_drafts: int = 0
@@ -64,7 +64,7 @@ class _BucketState:
     probe_left: int = 0
     probe_length: int = 0
     stands: Decision | None = None
-    stands_for: int = 0  # steps more
+    stands_for: int = 0  # more steps
 
 
 @dataclass
@@ -73,11 +73,11 @@ class DraftLengthController:
 
     Args:
         max_draft_length: K is in 0..max_draft_length.
-        mode: "auto" weighs; "always" and "never" fix K.
+        mode: "auto" decides; "always" and "never" fix K.
         prior: conditional acceptance to assume before evidence (0: wait for the learner's shadow).
-        copies: what is known of copied proposals; None where proposals cannot be replaced or cut.
-        lengths: allowed lengths of copy-only proposals, ascending, if all requests of a step verify equally many
-            tokens; empty where each proposal is cut by itself.
+        copies: statistics of copied proposals; None where proposals cannot be replaced or cut.
+        lengths: allowed lengths of copy-only proposals, ascending, where all requests of a step verify the same number
+            of tokens; empty where each proposal is cut by itself.
     """
 
     max_draft_length: int
@@ -85,7 +85,7 @@ class DraftLengthController:
     prior: float = 0.0
     copies: Copies | None = None
     lengths: tuple[int, ...] = ()
-    wants_verdicts: bool = False  # probe even a draft that seems hopeless: somebody has to know
+    wants_verdicts: bool = False  # probe even a draft that seems hopeless: a version on probation needs verdicts
     costs: StepCosts = field(init=False)
     _balance: Balance = field(default_factory=Balance)
     acceptance: AcceptanceEstimate = field(init=False)
@@ -98,18 +98,18 @@ class DraftLengthController:
         self._last = 1, Decision(0, "nothing was decided yet", "none")
 
     def decide(self, batch_size: int) -> Decision:
-        """K for a step over this many requests. Call once for each step."""
+        """The decision for a step of this many requests. Call once for each step."""
         bucket = batch_bucket(batch_size)
         decision = self._decide(bucket)
         self._last = bucket, decision
         return decision
 
     def worth(self, kind: int, copied: bool) -> int:
-        """Tokens to verify of a proposal that is there now. Not for proposals that are all verified alike.
+        """Tokens to verify of a present proposal, where each is cut by itself.
 
         Args:
             kind: of the copy that could be proposed; 0 for none.
-            copied: it is proposed, not the draft's tokens.
+            copied: whether the copy is proposed, not the draft's tokens.
         """
         bucket, decision = self._last
         if decision.proposals != "worthwhile":
@@ -118,15 +118,15 @@ class DraftLengthController:
         return len(self._rating(bucket).worthwhile(copied, chain, decision.draft_length))
 
     def settle(self, batch_size: int, drafted: int, verified: int, accepted: int) -> float:
-        """Account for a step that is over: where steps go on losing, what was expected of copies is doubted.
+        """Account for a finished step; where steps keep losing, the statistics of copies are weighed less.
 
-        An accepted token is worth its part of a plain step of decoding, whatever else was in this step: it spares a
-        later one. What proposing and verifying cost comes off.
+        An accepted token is worth one request's part of a plain step, which it saves later, whatever else was in this
+        step. The cost of proposing and verifying is deducted.
 
         Args:
-            batch_size: requests in it.
+            batch_size: number of requests.
             drafted, verified: as for :meth:`StepCosts.observe`.
-            accepted: of the verified ones, over all requests.
+            accepted: of the verified tokens, over all requests.
 
         Returns:
             Seconds by which the step was better than plain decoding; negative where it was worse.
@@ -168,7 +168,7 @@ class DraftLengthController:
         plans = self._plans(bucket)
         best = max(plans, key=lambda plan: plan.gain)
         now = next((plan for plan in plans if (plan.drafted, plan.proposed) == state.choice), plans[0])
-        margin = 0.0 if now.drafted and not best.drafted else KEEP_MARGIN  # to stop drafting is no risk
+        margin = 0.0 if now.drafted and not best.drafted else KEEP_MARGIN  # no risk in no longer drafting
         chosen = best if best.gain > now.gain * (1.0 + margin) else now
         state.choice = chosen.drafted, chosen.proposed
         state.longest = max(state.longest, chosen.proposed)
@@ -179,16 +179,16 @@ class DraftLengthController:
 
     @property
     def _uniform(self) -> bool:
-        """Whether all proposals of a batch are verified alike, and copies are there. They may come and go."""
+        """Whether all proposals of a batch have one length. Only while there are copies, which may come and go."""
         return self.copies is not None and bool(self.lengths)
 
     def _plans(self, bucket: int) -> list[Plan]:
-        """All there is to choose from, plain decoding first; or copies alone where they are cut one by one."""
+        """All choices. The first is K = 0: plain decoding or, where proposals are cut one by one, copies alone."""
         rating, copies, drafts = self._rating(bucket), self._offers(drafting=False), self._offers(drafting=True)
         plans, most = [rating.plan(0, 0, copies)], self.max_draft_length
         longest = self._buckets[bucket].longest if bucket in self._buckets else 0
         for before, k in itertools.pairwise((0, *self.lengths) if self._uniform else ()):
-            # What a longer proposal costs at this batch size is found out step by step, unless shorter ones do not pay.
+            # The cost of longer proposals at this batch size is explored step by step, while shorter ones pay.
             if before and k > STRIDE * longest and max(plan.gain for plan in plans) > 1.0:
                 most = min(most, before)
                 break
@@ -196,12 +196,12 @@ class DraftLengthController:
         return plans + [rating.plan(k, k, drafts) for k in range(1, most + 1)]
 
     def _offers(self, drafting: bool) -> list[Offer]:
-        """What there is to propose."""
+        """The proposals to expect, each with its share."""
         if self.copies is None:
             return [Offer(1.0, False, self._chain(0, copied=False))]
         offers = []
         for kind, share in self.copies.shares():
-            copied = self.copies.preferred(kind) if drafting else kind > 0  # without a draft it has no rival
+            copied = self.copies.preferred(kind) if drafting else kind > 0  # without a draft a copy has no rival
             offers.append(Offer(share, copied, self._chain(kind, copied)))
         return offers
 
@@ -214,13 +214,13 @@ class DraftLengthController:
         return Rating(self.costs, bucket, self._price(bucket), cut, self._uniform)
 
     def _price(self, bucket: int) -> float:
-        """Chance of acceptance below which the time to verify one more token gains more elsewhere."""
+        """Chance of acceptance below which one more token is not worth the time to verify it."""
         gain = self._buckets[bucket].gain if bucket in self._buckets else 1.0
         return self.costs.per_token(bucket) / self.costs.predict(bucket) * bucket * gain
 
     def _maybe_probe(self, state: _BucketState, chosen: Plan, plans: Sequence[Plan]) -> None:
-        """Plain decoding is looked at again while anything is proposed; drafting while it is off, seldom where it looks
-        bad."""
+        """Now and then probe the alternative: plain decoding while anything is proposed, drafting while it is off (less
+        often where it looks bad)."""
         if chosen.verified > 0.0 and state.since_plain >= PROBE_EVERY:
             state.since_plain, state.probe_length, state.probe_left = 0, 0, PROBE_STEPS
             return
@@ -233,7 +233,7 @@ class DraftLengthController:
             if state.since_drafts >= PROBE_EVERY * patience:
                 state.since_drafts, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS
         elif state.since_forgot >= PROBE_EVERY * PATIENCE:
-            # Nobody drafts, so verdicts on a traffic that may be long gone would stand for ever.
+            # Without drafting, verdicts on traffic that may be long gone would stand for ever.
             state.since_forgot = 0
             self.acceptance.forget()
 
@@ -260,5 +260,5 @@ class DraftLengthController:
 
 
 def _best_of_drafting(plans: Sequence[Plan]) -> Plan:
-    """K >= 1 that promises most."""
+    """The best plan with K >= 1."""
     return max((plan for plan in plans if plan.drafted), key=lambda plan: plan.gain)

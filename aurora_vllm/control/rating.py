@@ -1,9 +1,9 @@
-"""What a choice of how much to draft, and how much to verify, would give. Numbers in, numbers out::
+"""Rates a choice of how many tokens to draft and how many to verify. Numbers in, numbers out::
 
     gain   = tokens a request is expected to gain * t(plain) / t(choice)     t: predicted seconds of a step
 
-Where proposals can be cut, request by request, only tokens that are likely enough to pay for being verified count.
-Where all of a batch have one length all of it is verified, right or wrong: a request without a copy verifies anything.
+Where proposals can be cut one by one, only tokens count that are likely enough to be worth verifying. Where all
+proposals of a batch have one length, all of it is verified, right or wrong, even for a request without a copy.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from aurora_vllm.control.step_costs import StepCosts
 
-WORTHWHILE = 1.03  # of plain decoding's rate, that copying alone must promise: below it is a gamble for nothing
+WORTHWHILE = 1.03  # rate over plain decoding's that copying alone must promise; less is not worth the risk
 
 
 class Offer(NamedTuple):
-    """Something to propose: how often there is, whether it is a copy, the chance that its tokens 0..i are all right."""
+    """A proposal: how often it occurs, whether it is a copy, and the chance that its tokens 0..i are all right."""
 
     share: float
     copied: bool
@@ -28,7 +28,7 @@ class Offer(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice and what it would give: its rate over plain decoding's, and what a request gains and verifies a step."""
+    """A choice and its rating: its rate over plain decoding's; tokens a request gains and verifies per step."""
 
     drafted: int
     proposed: int
@@ -42,14 +42,14 @@ PLAIN = Plan(0, 0, 1.0, 1.0, 0.0)
 
 @dataclass(frozen=True)
 class Rating:
-    """At one batch size.
+    """Rates choices at one batch size.
 
     Args:
-        costs: of steps; plain decoding has to be known.
-        bucket: the batch size's.
-        price: chance of acceptance below which the time to verify one more token gains more elsewhere.
-        cut: proposals are cut to what is worth being verified.
-        uniform: as many tokens are verified of every request.
+        costs: of steps; those of plain decoding must be known.
+        bucket: of the batch size.
+        price: chance of acceptance below which one more token is not worth the time to verify it.
+        cut: proposals are cut to what is worth verifying.
+        uniform: the same number of tokens is verified for every request.
     """
 
     costs: StepCosts
@@ -59,7 +59,7 @@ class Rating:
     uniform: bool
 
     def plan(self, drafted: int, proposed: int, offers: Sequence[Offer]) -> Plan:
-        """The draft runs for so many tokens of each request, and proposals have so many where all have as many."""
+        """Rate drafting ``drafted`` tokens for each request; ``proposed`` is the length of uniform proposals."""
         tokens, verified = 1.0, 0.0
         for share, copied, chain in offers:
             likely = self.worthwhile(copied, chain, drafted)[: proposed if self.uniform else None]
@@ -72,6 +72,6 @@ class Rating:
         return PLAIN if drafted == 0 and gain < WORTHWHILE else Plan(drafted, proposed, gain, tokens, verified)
 
     def worthwhile(self, copied: bool, chain: Sequence[float], draft_length: int) -> list[float]:
-        """Chances of those tokens of a proposal that are worth being verified: all that are there, if it is not cut."""
+        """The chances of those tokens of a proposal that are worth verifying; all of them if it is not cut."""
         there = chain if copied else chain[:draft_length]
         return list(itertools.takewhile(lambda chance: chance > self.price, there) if self.cut else there)

@@ -1,22 +1,23 @@
 """Whether a new version of the draft stays: a sequential test of its verdicts against those of the version before.
 
-A published version won a simulation on the learner's copy; live it may still be worse (bytes that changed, other
-kernels, a draft somebody pushed). So it is on probation for its first verified drafts. All versions have the same
-shapes, so a step with K drafts costs the same whichever proposed them: at equal K tokens per second are acceptance, and
-acceptance, which load does not disturb, is what is compared. Numbers in, decisions out: no vLLM, no torch.
+A published version won a simulation on the learner's copy. Live it may still be worse (corrupted bytes, other kernels,
+a draft that was pushed), so it is on probation for its first verified drafts. All versions have the same shapes, so a
+step with K drafts costs the same whichever proposed them. At equal K, therefore, tokens per second depend on acceptance
+alone, which unlike time is not disturbed by load, and so acceptance is compared. Numbers in, decisions out: no vLLM, no
+torch.
 
-**The test.** The verdict of one request's K drafts is the accepted number a in 0..K. From the older version's verdicts
-follows a lower bound b(K) of its mean. While the new version's mean is at least b(K), whatever the past, a gambler who
-stakes on "less" multiplies his wealth by ``1 - s (a - b(K))``, s <= 1 / (K - b(K)), and expects to win nothing: his
-wealth ever reaches w with probability at most 1/w (Ville's inequality; Waudby-Smith and Ramdas, "Estimating means of
-bounded random variables by betting", JRSS B 2024). He may be looked at after every verdict, K may change between
-two, and reaching w is the evidence. The chance of a false alarm, 1 - confidence, is shared in halves by his
-luck and by the bound.
+**The test.** The verdict on one request's K drafts is the number accepted, a in 0..K. The older version's verdicts give
+a lower bound b(K) of its mean. As long as the new version's mean is at least b(K), whatever the past, a gambler who
+bets on "less" multiplies his wealth by ``1 - s (a - b(K))``, s <= 1 / (K - b(K)), and expects no gain. The probability that
+his wealth ever reaches w is then at most 1/w (Ville's inequality; Waudby-Smith and Ramdas, "Estimating means of bounded
+random variables by betting", JRSS B 2024). It may be looked at after every verdict, and K may change in between;
+reaching w is the evidence. The probability of a false alarm, 1 - confidence, is split in halves between the gambler's
+luck and the bound.
 
-**What is not known.** The older version's verdicts are older: traffic may have become harder meanwhile, verdicts of one
-request resemble each other, and draft KV written by the old weights is read by the new ones for a while. Hence the
-margin, a smallest number of verdicts, and an end of probation, behind which a
-change of traffic is nobody's fault. A regression smaller than the margin is left to the learner.
+**Limits.** The two versions' verdicts are not of the same time: traffic may have become harder. Verdicts of one request
+resemble each other. And for a while the new weights read draft KV that the old ones wrote. Hence the margin, a minimum
+number of verdicts, and an end of probation, after which a change of traffic can no longer be blamed on the version. A
+regression smaller than the margin is left to the learner.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from typing import Literal
 from aurora_vllm.control.acceptance import Acceptance
 
 PROBATION_DRAFTS = 400  # verified drafts after which a version that was not found worse stays
-LEAST_DRAFTS = 60  # verified drafts before a decision: they have to be of more than one or two requests
+LEAST_DRAFTS = 60  # verified drafts before a decision, so that they come from more than one or two requests
 MARGIN = 0.15  # share of the older version's accepted drafts that a new one may lose
-STAKES = (0.25, 0.5, 0.9)  # of the boldest; wealth is the mean of three gamblers', who are sure of different things
+STAKES = (0.25, 0.5, 0.9)  # of the largest s; the wealth is the mean of three gamblers' with different stakes
 
 Decision = Literal["undecided", "keep", "rollback"]
 
 
 class Probation:
-    """One version against what is known of the one before.
+    """Tests one version against the verdicts on the one before.
 
     Args:
-        previous: the older version's verdicts. They are read once.
-        confidence: in 0..1, of a rollback.
+        previous: the older version's verdicts, read once.
+        confidence: in 0..1, that a rollback requires.
     """
 
     def __init__(self, previous: Acceptance, confidence: float) -> None:
@@ -55,12 +56,11 @@ class Probation:
 
     @property
     def evidence(self) -> float:
-        """Wealth of the test martingale, no unit: at 2 / (1 - confidence) the version is rolled back, above 1 it looks
-        worse than better."""
+        """Wealth of the test martingale: at 2 / (1 - confidence) the version is rolled back; above 1 it looks worse."""
         return sum(self._wealth) / len(STAKES)
 
     def observe(self, num_drafts: int, num_accepted: int) -> None:
-        """One request's verdict: of ``num_drafts`` proposed tokens ``num_accepted`` were. Nothing after a decision."""
+        """One request's verdict. Ignored after a decision."""
         if self.decision != "undecided":
             return
         drafts = min(num_drafts, len(self._bound) - 1)
@@ -80,7 +80,7 @@ class Probation:
 
     @property
     def comparison(self) -> str:
-        """Both acceptance lengths; the older version's at the draft lengths the new one had."""
+        """Both acceptance lengths, in words; the older version's at the draft lengths of the new one's verdicts."""
         drafts = max(self.drafts, 1)
         return (
             f"acceptance length {1 + self._accepted / drafts:.2f}, {1 + self._expected / drafts:.2f} before, "
@@ -89,11 +89,11 @@ class Probation:
 
 
 class Rollout:
-    """Follows the versions that draft, and says whether the newest one stays.
+    """Follows the versions that draft, and decides whether the newest one stays.
 
     Args:
         positions: largest draft length.
-        confidence: that a version is worse, at which it is rolled back; 0: none ever is.
+        confidence: that a version is worse, at which it is rolled back; 0: never.
     """
 
     def __init__(self, positions: int, confidence: float) -> None:
@@ -108,9 +108,9 @@ class Rollout:
 
         Args:
             version: of the weights that proposed the drafts.
-            previous: the version that is kept and would be rolled back to.
+            previous: the version that a rollback would return to.
         """
-        if version > self._newest:  # one that came back by a rollback has been on probation before
+        if version > self._newest:  # not for one that came back by a rollback: it has been on probation before
             self._begin(version, previous)
         self._known.setdefault(version, Acceptance(self._positions)).observe(num_drafts, num_accepted)
         if self._probation is not None and version == self._newest:
@@ -129,24 +129,24 @@ class Rollout:
 
     @property
     def drafts(self) -> int:
-        """Verified drafts that count for its probation."""
+        """Verified drafts of its probation so far."""
         return self._probation.drafts if self._probation else 0
 
     @property
     def evidence(self) -> float:
-        """That it is worse than the one before, see :attr:`Probation.evidence`; 0 without probation."""
+        """Evidence that it is worse than the one before, see :attr:`Probation.evidence`; 0 without probation."""
         return self._probation.evidence if self._probation else 0.0
 
     @property
     def decision(self) -> Decision:
-        """On the newest version."""
+        """The decision on the newest version."""
         if self._probation is not None:
             return self._probation.decision
         return "keep" if self._newest else "undecided"
 
     @property
     def looks_worse(self) -> bool:
-        """Undecided, and more verdicts would probably end in a rollback."""
+        """Whether it is undecided, and more verdicts would probably lead to a rollback."""
         return self.decision == "undecided" and self.evidence > 1.0
 
     @property
@@ -158,7 +158,7 @@ class Rollout:
         if not self._confidence:
             return f"{name} stays: rollback is switched off by the settings"
         if self._probation is None:
-            # The version before did not pay, so it was not drafted with; it is nothing to go back to.
+            # The version before did not pay, so it was never used; there is nothing to go back to.
             return f"{name} is not on probation: no verdicts of a version before it"
         comparison = self._probation.comparison
         if self.decision == "rollback":

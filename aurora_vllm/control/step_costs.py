@@ -1,11 +1,11 @@
-"""What a decode step costs: plain decoding, and prices for verifying at all, for each token verified and each drafted.
+"""What a decode step costs: plain decoding, plus prices for verifying at all, per token verified and per token drafted.
 
     seconds = plain + verify * [V > 0] + per_token * V + per_draft * P
 
-with V the drafts a step verifies, over all requests, and P the draft length the draft model is run for. Four numbers
-for each batch size, fitted to every step of nothing but decoding by least squares, older steps for less. What is
-verified varies from step to step by itself, so prices are learned without experiments; a prior says what they are
-before there is anything to learn from, and holds where V and P never vary apart.
+with V the draft tokens a step verifies, over all requests, and P the draft length the draft model is run for. These
+are four numbers for each batch size, fitted by least squares to every pure decode step, with less weight for older
+ones. What is verified varies from step to step anyway, so no experiments are needed. A prior gives the prices before
+there is data, and where V and P never vary independently.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-STEPS_TO_KNOW = 5  # plain steps before what plain decoding takes counts as known
+STEPS_TO_KNOW = 5  # plain steps after which the duration of plain decoding counts as known
 MEMORY = 200.0  # steps after which one has lost 1 - 1/e of its weight
 UNTRIED = np.array([0.0, 0.02, 0.03, 0.06])  # prices to assume, of a plain step: optimistic, so that they are tried
-TRUST = np.array([0.0, 2.0, 20.0, 5.0])  # of that, as the sum of squares of as many steps
-OUTLIER = 1.4  # a step longer than so many times the expected counts as that long: something else happened
+TRUST = np.array([0.0, 2.0, 20.0, 5.0])  # weight of these, as the sum of squares of that many steps
+OUTLIER = 1.4  # times the expected duration at which longer steps are clipped: something else slowed them
 
 
 def batch_bucket(batch_size: int) -> int:
@@ -52,7 +52,7 @@ class _Fit:
         plain = float(np.median(self.plain)) if self.prices is None else float(self.prices[0])
         prior = TRUST * self.untried * plain
         free = np.ones(4, dtype=bool)
-        for _ in range(4):  # a price below nothing is noise: it is none, and the others are fitted without it
+        for _ in range(4):  # a negative price is noise: it is set to 0, and the others are fitted without it
             found = np.zeros(4)
             part = self.moments[np.ix_(free, free)] + np.diag(TRUST[free])
             found[free] = np.linalg.solve(part, self.products[free] + prior[free])
@@ -70,8 +70,8 @@ class StepCosts:
     """Prices by batch bucket, in seconds.
 
     Args:
-        uniform: as many tokens are verified of every request. One more then is one for each of them, and what is
-            assumed of its price is their price together: a large batch would never try it else.
+        uniform: the same number of tokens is verified for every request. One more then is one for each of them, and
+            the prior's price is for all of these together: else a large batch would never try it.
     """
 
     def __init__(self, uniform: bool = False) -> None:
@@ -82,10 +82,10 @@ class StepCosts:
         """One step of decoding.
 
         Args:
-            batch_size: requests in it.
-            drafted: P, what the draft model proposed at its end for each of them.
-            verified: V, drafts verified in it, over all of them.
-            seconds: it took.
+            batch_size: number of requests.
+            drafted: P, tokens the draft model proposed for each request at the end of the step.
+            verified: V, draft tokens verified, over all requests.
+            seconds: duration.
         """
         bucket = batch_bucket(batch_size)
         fit = self._fits.get(bucket)
@@ -95,12 +95,12 @@ class StepCosts:
         fit.add(drafted, verified, seconds)
 
     def known(self, bucket: int) -> bool:
-        """Whether plain decoding at this batch size was measured."""
+        """Whether plain decoding was measured at this batch size."""
         fit = self._fits.get(bucket)
         return fit is not None and fit.prices is not None
 
     def predict(self, bucket: int, drafted: float = 0.0, verified: float = 0.0) -> float:
-        """Seconds of such a step. Raises KeyError where nothing is known."""
+        """Predicted duration of a step in seconds. Raises KeyError where nothing is known."""
         return float(self._prices(bucket) @ _row(drafted, verified))
 
     def per_token(self, bucket: int) -> float:
