@@ -1,4 +1,4 @@
-"""What lies in a target's and a draft's directory, and whether the two fit together. Reads headers, never weights."""
+"""What a target's and a draft's checkpoints contain, and whether they fit together. Reads headers, never weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Target:
-    """The model that is served, as vLLM runs it."""
+    """The served model, as vLLM runs it."""
 
     model: str  # what the user wrote
     directory: Path
@@ -34,12 +34,12 @@ class Target:
     vocab_size: int
     dtype: str  # "float32", "bfloat16", ...
     max_model_len: int | None = None  # longest request vLLM takes, where known
-    kv_width: int | None = None  # keys and values of one token in all layers together, where every layer has them
+    kv_width: int | None = None  # elements of a token's keys and values, all layers; None where a layer has none
 
 
 @dataclass(frozen=True)
 class Draft:
-    """An EAGLE-3 draft: where it comes from, what of the target it reads, and its trainable tensors."""
+    """An EAGLE-3 draft: its origin, the target layers it reads from, and its trainable tensors."""
 
     directory: Path
     origin: str  # "given", "resumed", "day-0, cached", "day-0, to be made"
@@ -47,7 +47,7 @@ class Draft:
     vocab_size: int
     specs: tuple[TensorSpec, ...]  # by their Hugging Face names: what travels through the weight bank
 
-    embedding: int = 0  # parameters of an embedding of its own, which does not change
+    embedding: int = 0  # parameters of its own embedding, which is frozen; 0 where it uses the target's
 
     @property
     def num_parameters(self) -> int:
@@ -55,7 +55,7 @@ class Draft:
 
     @property
     def kv_width(self) -> int:
-        """Keys and values of one token."""
+        """Elements of a token's keys and values."""
         return sum(spec.shape[0] for spec in self.specs if spec.name.endswith((".k_proj.weight", ".v_proj.weight")))
 
 
@@ -89,10 +89,10 @@ def read_shapes(directory: Path) -> dict[str, Shape]:
 
 
 def read_draft(directory: Path, target: Target) -> Draft:
-    """A draft somebody else trained, checked against the target.
+    """Read the headers of a draft that was trained elsewhere, and check it against the target.
 
     Raises:
-        AuroraError: it is no EAGLE-3 draft, or it was trained for another target; names the tensor and both shapes.
+        AuroraError: it is not an EAGLE-3 draft, or does not fit this target; names the tensor and both shapes.
     """
     if not directory.is_dir():
         raise AuroraError(
@@ -152,7 +152,7 @@ def draft_shapes(directory: Path) -> dict[str, Shape]:
 
 
 def draft_specs(config: dict[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
-    """The tensors a draft of this config has, as the weight bank holds them. Allocates nothing.
+    """Specs of the tensors that the weight bank holds for a draft of this config. Allocates nothing.
 
     Raises:
         AuroraError: a key is missing, or asks for something that cannot be trained.
@@ -162,7 +162,7 @@ def draft_specs(config: dict[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
 
 
 def target_head_bytes(target: Target) -> int:
-    """Size of the target's embedding and lm_head in its files, of the embedding alone where they are one.
+    """Bytes of the target's embedding and lm_head as stored; of the embedding alone where they are tied.
 
     Raises:
         AuroraError: there is no config.json.
@@ -174,7 +174,7 @@ def target_head_bytes(target: Target) -> int:
 
 
 def fingerprint(directory: Path, *settings: object) -> str:
-    """16 hex digits that change with a checkpoint's config, its weight files (name, size, mtime) and `settings`."""
+    """A hash, 16 hex digits, of a checkpoint's config, its weight files (name, size, mtime) and `settings`."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for file in sorted(directory.glob("*.safetensors")):
         status = file.stat()  # follows the hub cache's links

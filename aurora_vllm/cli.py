@@ -1,5 +1,5 @@
-"""The ``aurora-vllm`` command: ``serve`` is ``python -m aurora_vllm.entrypoint``, ``export`` takes a draft out,
-``check-vllm`` says whether a vLLM is still the one that is wrapped.
+"""The ``aurora-vllm`` command: ``serve`` is ``python -m aurora_vllm.entrypoint``, ``export`` writes a learned draft,
+``check-vllm`` compares a vLLM with the one that the tests ran.
 
 Kept light at import, as the entrypoint is: processes that vLLM spawns import it again.
 """

@@ -11,10 +11,10 @@ FLAG_PREFIX = "--aurora-"
 
 
 class AuroraConfig(BaseModel):
-    """All settings of the layer. Field names are the keys everywhere: ``ring_mb`` is ``--aurora-ring-mb``,
+    """All settings. Field names are the keys everywhere: ``ring_mb`` is ``--aurora-ring-mb``,
     ``AURORA_RING_MB`` and ``ring_mb:`` in a YAML file.
 
-    They travel between processes, so no validator asks for CPUs or memory: :mod:`.preflight` does.
+    They are sent between processes, so no validator looks at the machine's CPUs or memory; :mod:`.preflight` does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -10,10 +10,10 @@ from aurora_vllm.errors import DamagedFile, unreadable
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """What is in it.
+    """The file's content.
 
     Raises:
-        DamagedFile: there is none, or it is no JSON object.
+        DamagedFile: there is no such file, or it is not a JSON object.
     """
     file = directory / "config.json"
     try:
@@ -30,11 +30,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_text_config(directory: Path) -> dict[str, Any]:
-    """The same of the language model, where the target has other parts, too."""
+    """As :func:`read_config`; of a multimodal target, its language model's keys override the outer ones."""
     config = read_config(directory)
     return config | dict(config.get("text_config") or {})
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """Write one that people can read."""
+    """Write it indented, for people to read."""
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException:
         if guard.number is None:
             raise
-        code = guard.exit_code  # stopped while starting; whatever broke in vLLM then is not news
+        code = guard.exit_code  # it was stopped while it started: what vLLM raised then is of no interest
     guard.leave(code)
     return code
 
@@ -82,7 +82,7 @@ def _serve(invocation: Invocation, server: VllmServer, args: Namespace) -> int:
     from aurora_vllm import plan as plans
     from aurora_vllm.runtime import Runtime
 
-    os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)  # a vLLM served plain has a status, too
+    os.environ["VLLM_PLUGINS"] = vllm_server.allow_plugin(os.environ)  # first: plain serving has a status route, too
     runner, probes = _probes()
     misfits = [probe for probe in probes if not probe.ok]
     if misfits and not invocation.plan:

@@ -1,7 +1,7 @@
-"""A draft as others load it: a checkpoint's, or any EAGLE-3 draft, as a directory in one of two formats.
+"""Export of a draft, from a checkpoint or any EAGLE-3 draft, to a directory in one of two formats.
 
-eagle3        ``--speculative-config '{"method": "eagle3", "model": OUT, ...}'`` of vLLM's server for TARGET
-speculators   the same, and OUT in TARGET's place: it says itself which target it is for (format of speculators 0.9)
+eagle3        for ``vllm serve TARGET --speculative-config '{"method": "eagle3", "model": OUT, ...}'``
+speculators   (format of speculators 0.9) for the same, and for ``vllm serve OUT``: it names its target itself
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Format = Literal["eagle3", "speculators"]
 
 
 def export(source: Path, out: Path, form: Format, verifier: str | None = None) -> Path:
-    """Write ``out``; it appears complete or not at all.
+    """Write a draft to ``out``, which appears complete or not at all.
 
     Args:
-        source: a checkpoint, a directory of checkpoints (its newest is meant), or an EAGLE-3 draft in any format.
-        out: must not exist, or be empty.
-        verifier: the target's name, for the speculators format; without it, what the checkpoint was trained for.
+        source: a checkpoint, a directory of checkpoints (the newest is taken), or an EAGLE-3 draft in any format.
+        out: must not exist, or must be empty.
+        verifier: the target's name, for the speculators format; by default the target the checkpoint was trained for.
 
     Returns:
         The directory that was read.
@@ -67,16 +67,16 @@ def speculators_config(
     """The ``config.json`` of a draft in the speculators format (speculators/models/eagle3/config.py).
 
     Args:
-        config: its flat one, for what does not change what it computes.
+        config: the draft's flat config.json, for the keys that do not change what it computes.
         verifier: ``name_or_path`` and ``architectures`` of the target.
 
     Raises:
-        AuroraError: this draft scales its logits, for which the format has no place.
+        AuroraError: this draft scales its logits, which the format cannot express.
     """
     if draft.logit_scale != 1.0:
         raise AuroraError("the speculators format has no logit_scale", "export this draft with --format eagle3")
     kept = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
-    # In full, not as speculators' to_diff_dict: vLLM has no defaults for what is left out.
+    # All keys, not only those that differ from the defaults (speculators' to_diff_dict): vLLM fills in none.
     layer = {key: config[key] for key in kept if config.get(key) is not None}
     layer |= {
         key: getattr(draft, key)
@@ -119,7 +119,7 @@ def speculators_config(
 
 
 def _origin(source: Path, name: str | None) -> tuple[dict[str, Any], int]:
-    """The target a draft was trained for, and the K it was served with; 3 where it does not say."""
+    """The target a draft was trained for, and the K it was served with; 3 where the draft does not say."""
     try:
         made_by = checkpoints.Checkpoint.read(source).facts["provenance"]
     except AuroraError:

@@ -1,4 +1,4 @@
-"""What Aurora takes on the target's GPU, and what vLLM is told to leave it. Arithmetic: asks no device anything."""
+"""What Aurora takes on the target's GPU, and the lower share that vLLM is told to take. Arithmetic: asks no device."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from aurora_vllm.learner.memory import MIB, GpuMemory
 
-LEAST_SHARE = 0.5  # of what vLLM was to have; with less, the learner is the wrong thing to spend the GPU on
+LEAST_SHARE = 0.5  # of what vLLM was to have: where Aurora would leave it less, the learner stays off the GPU
 
 
 def lowered_utilization(asked: float, ours: int, total: int) -> float:
-    """vLLM's share of a memory of ``total`` bytes less Aurora's part, rounded down to thousandths."""
+    """The share ``asked`` of ``total`` bytes, less ``ours`` bytes; rounded down to thousandths."""
     return min(asked, math.floor((asked - ours / total) * 1000 + 1e-6) / 1000)
 
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """One run's GPU. vLLM takes ``--gpu-memory-utilization`` of all of its memory, whoever else is there; so that
-    number is lowered by what Aurora takes, and both together take what the user asked for.
+    """One run's GPU. vLLM takes the share ``--gpu-memory-utilization`` of the whole memory, whatever else uses it; so
+    this share is lowered by what Aurora takes, and both together take what the user asked for.
 
     Args:
         total: bytes of the GPU.
         asked: vLLM's ``--gpu-memory-utilization``, given or its default.
         memory: what Aurora takes.
-        kv_cache_given: ``--kv-cache-memory-bytes`` is set, and vLLM ignores the utilization.
-        refused: why the GPU is not to be used in any case; empty where it may be.
+        kv_cache_given: ``--kv-cache-memory-bytes`` is set, so vLLM ignores the utilization.
+        refused: why the GPU must not be used; empty where it may be.
     """
 
     total: int
@@ -42,17 +42,17 @@ class GpuPlan:
 
     @property
     def used(self) -> bool:
-        """Whether ring, bank and learner are to lie on the GPU."""
+        """Whether ring, bank and learner go on the GPU."""
         return not self.refused and (self.kv_cache_given or self.lowered >= LEAST_SHARE * self.asked)
 
     @property
     def utilization(self) -> float:
-        """What vLLM is told."""
+        """The share that vLLM is told to take."""
         return self.lowered if self.used and not self.kv_cache_given else self.asked
 
     @property
     def why(self) -> str:
-        """In words."""
+        """The decision in words."""
         need = f"{self.memory.total / MIB:.0f} MiB"
         if self.refused:
             return f"not used, {self.refused}: ring and bank in POSIX shared memory, learner on the CPU"

@@ -1,8 +1,8 @@
-"""What Aurora takes of the host's memory beside a vLLM that serves from a CPU, and what vLLM is told to leave it.
+"""What Aurora takes of the host's memory where vLLM serves from a CPU, and the lower share that vLLM is told.
 
-On a CPU ``--gpu-memory-utilization`` is a share of the host's memory, or of a container's, and the KV cache gets all of
-it that the model leaves (vllm/v1/worker/cpu_worker.py): by default 92 %. Ring, bank and learner on top of that would
-have the kernel kill somebody once the cache is full. Arithmetic: asks no machine anything.
+On a CPU ``--gpu-memory-utilization`` is a share of the host's memory, or of a container's, 92 % by default; the KV
+cache gets what the model leaves of it (vllm/v1/worker/cpu_worker.py). With ring, bank and learner on top of that,
+memory would run out once the cache is full, and the kernel would kill a process. Arithmetic: asks no machine.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class HostPlan:
     """One run's host memory.
 
     Args:
-        total: bytes that vLLM takes its share of.
+        total: bytes of which vLLM takes its share.
         asked: ``--gpu-memory-utilization``, given or its default.
         ours: bytes of ring, bank and the learner at its peak.
-        kv_cache_given: somebody said how large the KV cache is, and vLLM ignores the utilization.
+        kv_cache_given: the size of the KV cache is set, so vLLM ignores the utilization.
     """
 
     total: int
@@ -32,14 +32,14 @@ class HostPlan:
 
     @property
     def utilization(self) -> float:
-        """What vLLM is told: never less than half of what was asked, whatever Aurora takes."""
+        """The share that vLLM is told to take: never less than half of what was asked, whatever Aurora takes."""
         if self.kv_cache_given:
             return self.asked
         return max(lowered_utilization(self.asked, self.ours, self.total), LEAST_SHARE * self.asked)
 
     @property
     def why(self) -> str:
-        """In words."""
+        """The decision in words."""
         need = f"{self.ours / MIB:.0f} MiB"
         if self.kv_cache_given:
             return f"{need} must be free beside vLLM, whose KV cache is as large as was said"

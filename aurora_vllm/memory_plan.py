@@ -29,7 +29,7 @@ MOST_REQUESTS = 1024  # vLLM's max_num_seqs on a GPU of 70 GB or more, where nob
 
 
 def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> LearnerMemory:
-    """The learner's peak with the replay full; a batch is at least one trajectory, and a request may be that long."""
+    """The learner's peak, with a full replay buffer and the longest trajectory in a batch."""
     import torch
 
     from aurora_vllm.learner.train import fast_matmul_dtype
@@ -45,12 +45,12 @@ def predict_learner(config: AuroraConfig, target: Target, draft: Draft) -> Learn
 
 
 def least_rows_on_gpu(args: Namespace) -> int:
-    """Rows of a ring that a step of nothing but prompts does not fill alone."""
+    """Rows of a ring that has room for two of vLLM's largest steps."""
     return 2 * _largest_step(args)
 
 
 def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
-    """What this plan takes on a GPU of ``total`` bytes, and what vLLM's arguments become by it."""
+    """What this plan takes on a GPU of ``total`` bytes, and what is left to vLLM."""
     config, target, draft = plan.config, plan.target, plan.draft
     memory = predict_gpu(
         _draft_sizes(target, draft),
@@ -70,10 +70,10 @@ def plan_gpu(plan: ServePlan, args: Namespace, total: int) -> GpuPlan:
 
 
 def plan_host(plan: ServePlan, args: Namespace, total: int) -> HostPlan:
-    """What this plan takes of a host's ``total`` bytes beside a vLLM on its CPU.
+    """What this plan takes of a host's ``total`` bytes where vLLM serves from its CPU, and what is left to vLLM.
 
     Raises:
-        AuroraError: more than there is.
+        AuroraError: it takes more than there is.
     """
     ours = plan.shared_bytes + (plan.learner.total if plan.config.learn else 0)
     if ours >= total:

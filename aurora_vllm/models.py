@@ -1,4 +1,4 @@
-"""Which target and which draft: found, fetched, checked against each other, and made where there is none."""
+"""The target and the draft of a run: found or downloaded, checked against each other; a day-0 draft is made."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ GIVE_ONE = f"give one with --aurora-draft; {PLAIN}"
 
 
 def resolve_target(args: Namespace, weights: bool) -> Target:
-    """Find the target and see what vLLM makes of it.
+    """Find the target, and read its dtype and sizes from vLLM's own configuration of it.
 
     Args:
-        weights: also fetch the weights of a model on the Hugging Face hub; without, its configuration is enough.
+        weights: whether to download the weights of a model on the Hugging Face hub; else its configuration is enough.
 
     Raises:
-        AuroraError: it is not there, or not of a kind Aurora serves.
+        AuroraError: it does not exist, or is of a kind that Aurora does not serve.
     """
     directory = fetch(args.model, "model", weights, revision=args.revision, cache_dir=args.download_dir)
     config = read_config(directory)
@@ -38,7 +38,7 @@ def resolve_target(args: Namespace, weights: bool) -> Target:
             f"{args.model} is a draft", f"serve its target ({verifier}) and give this one as --aurora-draft"
         )
     if weights:
-        checkpoint.read_shapes(directory)  # that there are some, whole
+        checkpoint.read_shapes(directory)  # raises where weights are missing or damaged
     model = _vllm_model_config(args)
     if model.runner_type != "generate":
         raise AuroraError(f"{args.model} does not generate text (vLLM's runner is {model.runner_type!r})", PLAIN)
@@ -62,10 +62,10 @@ def kv_width(model: Any) -> int | None:
 
 
 def resolve_draft(config: AuroraConfig, target: Target, revision: str | None = None) -> Draft:
-    """The resumed or the given draft, checked; or what the day-0 draft is or will be.
+    """The draft of this run: the resumed or the given one, checked, or the day-0 draft, which may not exist yet.
 
     Args:
-        revision: of a draft on the Hugging Face hub.
+        revision: of a given draft on the Hugging Face hub.
 
     Raises:
         AuroraError: it does not fit, or none can be made.
@@ -96,10 +96,10 @@ def resolve_draft(config: AuroraConfig, target: Target, revision: str | None = N
 
 
 def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
-    """Make the day-0 draft where it is not there yet, whole. Several servers may start on one cache at once.
+    """Make the day-0 draft where it does not exist yet, or is damaged. Several servers may share one cache.
 
     Raises:
-        AuroraError: the target is not of the shape it can be made from, or it cannot be written.
+        AuroraError: no draft can be made from a target of this shape, or the draft cannot be written.
     """
     if draft.origin == "given":
         return draft
@@ -132,14 +132,14 @@ def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
 
 
 def fetch(name: str, kind: str, weights: bool, revision: str | None = None, cache_dir: str | None = None) -> Path:
-    """The directory of a checkpoint: a local one, or one of the Hugging Face hub, downloaded.
+    """The directory of a checkpoint: a local one, or one downloaded from the Hugging Face hub.
 
     Args:
         kind: "model" or "draft", for messages.
-        weights: fetch safetensors too.
+        weights: whether to download safetensors files, too.
 
     Raises:
-        AuroraError: it is in neither place.
+        AuroraError: it is not found in either place.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -157,7 +157,7 @@ def fetch(name: str, kind: str, weights: bool, revision: str | None = None, cach
         patterns.append("*.bin")  # yuhuili's have no safetensors
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
-    except Exception as error:  # the hub's client has a dozen kinds, network errors come bare
+    except Exception as error:  # the hub's client raises a dozen types, and lets network errors through
         reason = first_line(error).rstrip(".") or type(error).__name__
         raise AuroraError(
             f"{kind} {name} is no directory here and cannot be had from the Hugging Face hub ({reason})",
@@ -166,7 +166,7 @@ def fetch(name: str, kind: str, weights: bool, revision: str | None = None, cach
 
 
 def _vllm_model_config(args: Namespace) -> Any:
-    """vLLM's ModelConfig: its word on dtype, sizes and runner counts, since it is vLLM that runs the model."""
+    """vLLM's ModelConfig. Dtype, sizes and runner are taken from it, since it is vLLM that runs the model."""
     platform = importlib.import_module("vllm.platforms").current_platform
     if hasattr(platform, "pre_register_and_update"):
         platform.pre_register_and_update()

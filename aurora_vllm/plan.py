@@ -1,4 +1,4 @@
-"""ServePlan: what a run will be, decided before anything starts."""
+"""ServePlan: all that is decided about a run before anything starts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from aurora_vllm.spec_decode.model_runner import ModelRunner
 
 RING_MB = 256
-MIN_RING_ROWS = 64  # below, not even a short prompt fits, and every request would be dropped
+MIN_RING_ROWS = 64  # with fewer, not even a short prompt fits, and every request would be dropped
 
-# vLLM computes the last block of a cached prefix again where it serves an EAGLE draft, because the draft's state of its
-# last row read the token that came next then. One row of the draft is what that gains; on a CPU it costs 128 tokens of
-# every prompt that begins like another. Where a block's hash covers the token behind it (vLLM 0.33), it need not.
+# Where vLLM serves an EAGLE draft it computes the last block of a cached prefix again, because the draft's state in the
+# block's last row depends on the token that followed then. That makes one row of the draft right, and on a CPU costs
+# 128 tokens of every prompt that begins like another. vLLM 0.33 hashes the following token, too, and need not do it.
 KEEP_LAST_BLOCK, HASHES_LOOK_AHEAD = "disable_eagle_block_drop", "disable_lookahead_block_hashes"
 
 
@@ -45,7 +45,7 @@ class ServePlan:
     probes: tuple[Probe, ...]
     target: Target
     draft: Draft
-    copied_tokens: int  # most of them that are copied in place of a draft
+    copied_tokens: int  # the most that may be copied in place of a draft; 0: none are
     layout: RowLayout
     ring_rows: int
     ring_bytes: int
@@ -53,26 +53,26 @@ class ServePlan:
     learner: LearnerMemory  # at its peak, without the shared ring and bank
     aurora_file: AuroraFile | None = None
     gpu: GpuPlan | None = None  # None where the target runs on a CPU
-    host: HostPlan | None = None  # only there
+    host: HostPlan | None = None  # None where it does not
 
     @property
     def fits(self) -> bool:
-        """Whether every hook fits the installed vLLM; where not, vLLM is served plain."""
+        """Whether every hook fits the installed vLLM; if not, vLLM is served plain."""
         return all(probe.ok for probe in self.probes)
 
     @property
     def shared_bytes(self) -> int:
-        """Of shared memory; the control block's few pages are not counted."""
+        """Ring and bank; the control block's few pages are not counted."""
         return self.ring_bytes + self.bank_bytes
 
     @property
     def draft_kv_bytes(self) -> int:
-        """Of one token, in vLLM's KV cache; for a cache of the target's dtype, as is the next one."""
+        """Bytes of one token of the draft in vLLM's KV cache, if that has the target's dtype."""
         return self.draft.kv_width * self.layout.dtype.itemsize
 
     @property
     def target_kv_bytes(self) -> int | None:
-        """Of one token, all layers together; None where not every layer keeps keys and values."""
+        """Likewise of the target, all layers together; None where not every layer keeps keys and values."""
         width = self.target.kv_width
         return None if width is None else width * self.layout.dtype.itemsize
 
@@ -87,14 +87,14 @@ def make_plan(
     probes: tuple[Probe, ...] = (),
     least_rows: int = 0,
 ) -> ServePlan:
-    """Work out the sizes.
+    """Work out the sizes of a run.
 
     Args:
-        args: vLLM's.
-        least_rows: of the ring, where the settings do not say how large it is.
+        args: vLLM's parsed arguments.
+        least_rows: rows the ring has at least, unless the settings give its size.
 
     Raises:
-        AuroraError: the ring is too small to be of use.
+        AuroraError: the ring is too small to be useful.
     """
     import torch
 
@@ -128,7 +128,7 @@ def make_plan(
 
 
 def most_copied(config: AuroraConfig, args: Namespace, model_runner: ModelRunner) -> int:
-    """Most tokens that may be copied in place of a draft; 0: none are."""
+    """The most tokens that may be copied in place of a draft; 0 where copying is off."""
     if not config.prompt_lookup or config.speculate == "never":
         return 0
     if given_fields(args).get("draft_sample_method", "greedy") != "greedy":
@@ -137,16 +137,16 @@ def most_copied(config: AuroraConfig, args: Namespace, model_runner: ModelRunner
     if model_runner.name == "V2":
         most = min(most, MOST_TOKENS)  # its kernels' limit
     if getattr(args, "enable_lora", False):
-        # vLLM then wants room in a step for as many proposed tokens of every request.
+        # vLLM then reserves room in a step for that many proposed tokens of every request.
         most = min(most, config.num_speculative_tokens)
     return most
 
 
 def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] = ()) -> None:
-    """Change vLLM's parsed arguments into those of this plan, and nothing else of them.
+    """Change vLLM's parsed arguments to those of this plan; all others stay as they are.
 
     Args:
-        speculative_fields: of this vLLM's ``SpeculativeConfig``.
+        speculative_fields: names of the fields of this vLLM's ``SpeculativeConfig``.
     """
     args.worker_cls = WORKER_CLASS
     args.scheduler_cls = SCHEDULER_CLASS
@@ -154,7 +154,7 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
     args.speculative_config = given_fields(args) | {
         "method": "eagle3",
         "model": str(plan.draft.directory),
-        # To vLLM this is how many proposed tokens it may have to verify, and some are copied.
+        # vLLM understands this as the most proposed tokens it has to verify, copied ones among them.
         "num_speculative_tokens": max(most, copied),
     }
     if KEEP_LAST_BLOCK in speculative_fields and HASHES_LOOK_AHEAD not in speculative_fields:
@@ -162,8 +162,8 @@ def apply(plan: ServePlan, args: Namespace, speculative_fields: Collection[str] 
     if (share := plan.gpu or plan.host) is not None:
         args.gpu_memory_utilization = share.utilization
     if plan.model_runner.name == "V2":
-        # V2 captures CUDA graphs for the draft lengths that vLLM's own table of them names, and only for those. Our
-        # scheduler takes no others, and does not look at the batch sizes that stand there.
+        # V2 captures CUDA graphs for the draft lengths in vLLM's table of K by batch size, and only for those. Our
+        # scheduler keeps to these lengths. It does not look at the batch sizes in the table, so those are arbitrary.
         lengths = sorted({*range(most + 1), copied}, reverse=True)
         table = [[size, size, length] for size, length in enumerate(lengths, start=1)]
         args.speculative_config.setdefault("num_speculative_tokens_per_batch_size", table)

@@ -1,4 +1,4 @@
-"""How a plan is shown: by ``--aurora-plan``, and in the log of a start."""
+"""A plan as text: for ``--aurora-plan``, and for the log at start."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def show(plan: ServePlan, style: str) -> None:
 
 
 def in_one_line(plan: ServePlan) -> str:
-    """What the log of a start says."""
+    """The plan as one line, for the log at start."""
     parts = [
         f"aurora_vllm {own_version() or 'of a checkout'} on vLLM {plan.vllm_version}, "
         f"model runner {plan.model_runner.name}",
@@ -50,7 +50,7 @@ def in_one_line(plan: ServePlan) -> str:
 
 
 def untested(plan: ServePlan) -> str:
-    """A warning about a vLLM, or parts of it, that the tests have not run; "" where there is nothing to warn of."""
+    """A warning that the tests have not run this vLLM, or parts of it; "" where they have."""
     new = [probe for probe in plan.probes if probe.ok and not probe.tested]
     if not new:
         return ""

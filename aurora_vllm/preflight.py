@@ -1,4 +1,4 @@
-"""What is checked before the model is loaded: each fault is one line and exit code 2, nothing left behind."""
+"""Checks before the model is loaded: each fault is one line and exit code 2, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WORKER_CLASS = "aurora_vllm.spec_decode.worker.AuroraWorker"
 SCHEDULER_CLASS = "aurora_vllm.spec_decode.scheduler.AuroraScheduler"
 
-# vLLM's argument -> the values Aurora works with. One engine and one worker, for now.
+# vLLM's argument -> the values that Aurora supports, its default first. One engine and one worker, for now.
 SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "tensor_parallel_size": (1,),
     "pipeline_parallel_size": (1,),
@@ -36,11 +36,11 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "data_parallel_external_lb": (False,),
     "data_parallel_hybrid_lb": (False,),
     "data_parallel_multi_port_external_lb": (False,),
-    "enable_dbo": (False,),  # V2 speculates without it, and V1 in V2's place was not foreseen at the start
+    "enable_dbo": (False,),  # V2 cannot speculate with it: vLLM would fall back to V1, which is not planned for
     "headless": (False,),
-    "distributed_executor_backend": (None, "uni", "mp"),  # what a worker has to know lies in its environment
+    "distributed_executor_backend": (None, "uni", "mp"),  # a worker gets its session from the environment
     "grpc": (False,),
-    "logits_processors": (None, []),  # vLLM would end: it takes none where it speculates
+    "logits_processors": (None, []),  # vLLM takes none where it speculates, and would end
     "worker_cls": ("auto", WORKER_CLASS),
     "scheduler_cls": (None, SCHEDULER_CLASS),
     # The learner reads the target's embedding and lm_head from the files vLLM reads them from.
@@ -49,16 +49,16 @@ SUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_supported(args: Namespace, config: AuroraConfig) -> None:
-    """Refuse what Aurora cannot serve yet, or not on this machine.
+    """Refuse what Aurora does not support yet, or cannot do on this machine.
 
     Raises:
         AuroraError: names the flag.
     """
     cpus = len(os.sched_getaffinity(0))
-    if config.learner_threads > cpus:  # OpenMP would make them all, and the server would have none left
+    if config.learner_threads > cpus:  # OpenMP would start that many, and starve the server
         raise AuroraError(f"{flag_of('learner_threads')}: there are {cpus} CPUs for it, not {config.learner_threads}")
     for name, values in SUPPORTED.items():
-        value = getattr(args, name, values[0])  # an argument another vLLM does not have is not in the way
+        value = getattr(args, name, values[0])  # another vLLM may not have this argument
         if value not in values:
             flag = "--" + name.replace("_", "-")
             said = flag if isinstance(value, bool) else f"{flag} {value}"
@@ -76,18 +76,17 @@ def check_supported(args: Namespace, config: AuroraConfig) -> None:
 
 
 def gpu_total_bytes() -> int | None:
-    """Memory of the GPU that vLLM will take, by vLLM's own word, which makes no CUDA context; None where it is none of
-    CUDA's."""
+    """Memory of the GPU that vLLM will use, asked of vLLM, which makes no CUDA context for it; None without CUDA."""
     platform = importlib.import_module("vllm.platforms").current_platform
     return int(platform.get_device_total_memory()) if platform.is_cuda() else None
 
 
 def check_kv_cache(plan: ServePlan, args: Namespace) -> None:
-    """See that a KV cache whose size is given has room for a request, the draft's part included. vLLM says it after it
-    has loaded the model.
+    """See that a KV cache of a given size has room for the longest request, the draft's part included. vLLM checks it,
+    too, but only after it has loaded the model.
 
     Raises:
-        AuroraError: it has room for the target's part alone.
+        AuroraError: it has room for the target's part only.
     """
     given, longest, target = (
         getattr(args, "kv_cache_memory_bytes", None),
@@ -97,7 +96,7 @@ def check_kv_cache(plan: ServePlan, args: Namespace) -> None:
     if given is None or longest is None or target is None or getattr(args, "kv_cache_dtype", "auto") != "auto":
         return
     if getattr(args, "max_model_len", None) == -1 or _forgets(read_text_config(plan.target.directory)):
-        return  # vLLM makes it fit, or needs less
+        return  # vLLM shortens the longest request until it fits, or needs less than this
     if longest * target <= given < (needed := longest * (target + plan.draft_kv_bytes)):
         raise AuroraError(
             f"--kv-cache-memory-bytes {given}: a request of {longest} tokens takes {needed} with the draft's part",
@@ -106,14 +105,14 @@ def check_kv_cache(plan: ServePlan, args: Namespace) -> None:
 
 
 def _forgets(config: Mapping[str, Any]) -> bool:
-    """Whether a target's attention looks back a bounded way in some layer."""
+    """Whether some layer's attention has a bounded window."""
     kinds = set(config.get("layer_types") or ())
     return bool(config.get("sliding_window")) or bool(kinds - {"full_attention"})
 
 
 def host_total_bytes() -> int | None:
-    """Memory that a vLLM on a CPU takes its share of, by vLLM's own word; None where it serves from something else, or
-    keeps the answer elsewhere."""
+    """Memory of which a vLLM on a CPU takes its share, asked of vLLM; None on other platforms, and where this vLLM has
+    no such function."""
     if not importlib.import_module("vllm.platforms").current_platform.is_cpu():
         return None
     try:
@@ -127,7 +126,7 @@ def check_port(args: Namespace) -> None:
     """See that the address is free before minutes go into loading a model.
 
     Raises:
-        AuroraError: it is not.
+        AuroraError: it is taken, or cannot be bound.
     """
     if getattr(args, "uds", None):
         if Path(args.uds).exists():
@@ -147,13 +146,13 @@ def check_port(args: Namespace) -> None:
 
 
 def check_shared_memory(wanted: int) -> None:
-    """See that ring and bank will find room, before a model is downloaded and a draft made.
+    """See that there is room for ring and bank, before a model is downloaded and a draft is made.
 
     Args:
         wanted: bytes.
 
     Raises:
-        AuroraError: there is less.
+        AuroraError: there is not enough room.
     """
     sweep()  # what a killed server left behind
     free = free_bytes()

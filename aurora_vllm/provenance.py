@@ -15,7 +15,7 @@ _SECRETS = frozenset({"key", "token", "password", "secret"})
 
 
 def provenance(session: Session) -> dict[str, Any]:
-    """What a checkpoint says of itself; JSON. Nothing in it comes from the traffic."""
+    """What is recorded in every checkpoint of a run, for JSON. Nothing in it comes from the traffic."""
     return {
         "command": list(session.command),
         "config": session.config.model_dump(mode="json"),
@@ -30,7 +30,7 @@ def provenance(session: Session) -> dict[str, Any]:
 
 
 def without_secrets(argv: Sequence[str]) -> tuple[str, ...]:
-    """A command line with the values of ``--api-key``, ``--hf-token`` and the like blanked."""
+    """A command line in which the values of ``--api-key``, ``--hf-token`` and the like are ``***``."""
     words, secret = [], False
     for word in argv:
         if word.startswith("--"):

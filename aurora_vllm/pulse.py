@@ -1,4 +1,4 @@
-"""Whether a process that ought to be at work still is."""
+"""Detects a child process that hangs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from aurora_vllm.proc_stat import cpu_seconds
 
 
 class Pulse:
-    """Watches a process that says now and then that it lives.
+    """Watches a process that has a heartbeat.
 
-    Between two such words it may be at a piece of work that takes long, beside a full load very long. So it hangs only
-    where it uses no CPU at all, or more than any piece of work does.
+    Between two beats it may do a piece of work that takes long, and very long on a machine under full load. So it is
+    said to hang only if it uses no CPU at all meanwhile, or more than any piece of work takes.
 
     Args:
         pid: of a child of this process.
-        heartbeat: what it says: a number that changes.
-        idle_looks: looks in a row that find neither another heartbeat nor more CPU time, after which it hangs. Looks,
-            not seconds: while a container is paused the clock goes on, and nobody's heart beats.
-        busy_s: CPU seconds without another heartbeat, after which it hangs.
+        heartbeat: a number that the process changes now and then.
+        idle_looks: looks in a row without a beat or any CPU time after which it hangs. They are counted, not timed:
+            while a container is paused, the clock goes on and nothing else does.
+        busy_s: CPU seconds without a beat after which it hangs.
     """
 
     def __init__(self, pid: int, heartbeat: Callable[[], int], idle_looks: float, busy_s: float) -> None:
@@ -28,7 +28,7 @@ class Pulse:
         self._cpu = self._cpu_at_beat = cpu_seconds(pid)
 
     def hangs(self) -> bool:
-        """One look. They come at a steady pace."""
+        """Look once. To be called at a steady pace."""
         beat, cpu = self._heartbeat(), cpu_seconds(self._pid)
         if beat != self._beat:
             self._beat, self._cpu_at_beat = beat, cpu

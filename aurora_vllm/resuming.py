@@ -1,4 +1,4 @@
-"""Before a server goes on from a checkpoint: which one, whether it fits the target, and where new ones will go."""
+"""``--aurora-resume``: which checkpoint a server goes on from, and whether it fits the target."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from aurora_vllm.learner.target import weights_fingerprint
 
 
 def resumed_draft(config: AuroraConfig, target: Target) -> Draft | None:
-    """The draft of the checkpoint that ``--aurora-resume`` means, checked; None where it means none, or none yet.
-
-    Of those that "latest" stands for, damaged ones are passed over.
+    """The checked draft of the checkpoint that ``--aurora-resume`` names; None without the flag, and where "latest"
+    finds none. "latest" passes over damaged checkpoints.
 
     Raises:
         AuroraError: there is no such checkpoint, or its draft does not fit the target.
@@ -33,17 +32,17 @@ def resumed_draft(config: AuroraConfig, target: Target) -> Draft | None:
         except DamagedFile as error:
             if config.resume != Path(checkpoints.LATEST):
                 raise
-            # "latest" is a flag of every start, and serving comes first.
+            # "latest" is meant to be given at every start, and a damaged checkpoint should not prevent one.
             notice(f"{error.what}; it is passed over", "WARNING")
     notice(f"no checkpoint in {config.checkpoint_dir} to go on from: learning begins from the start")
     return None
 
 
 def check_same_target(draft: Draft, target: Target) -> None:
-    """See that a checkpoint was trained for this target's very weights.
+    """See that a checkpoint was trained for exactly this target's weights.
 
     Raises:
-        AuroraError: for others. (Its draft alone may still be of use: --aurora-draft asks for shapes only.)
+        AuroraError: it was trained for others. (--aurora-draft takes its draft all the same: it checks shapes only.)
     """
     trained_for = checkpoints.Checkpoint.read(draft.directory).facts["provenance"].get("target") or {}
     if trained_for.get("fingerprint") != weights_fingerprint(target.directory):
@@ -55,10 +54,10 @@ def check_same_target(draft: Draft, target: Target) -> None:
 
 
 def check_checkpoint_dir(config: AuroraConfig) -> None:
-    """Make the directory checkpoints go to.
+    """Make the directory for checkpoints.
 
     Raises:
-        AuroraError: nothing can be written there.
+        AuroraError: it cannot be made or written to.
     """
     if config.checkpoint_dir is None:
         return

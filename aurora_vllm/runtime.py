@@ -30,11 +30,11 @@ class Runtime:
     def __init__(self, plan: ServePlan, told_when_up: bool) -> None:
         """
         Args:
-            told_when_up: vLLM will load our endpoint plugin in this process, which says when the engine is up; without
-                it the learner starts when the worker has attached.
+            told_when_up: vLLM will load our endpoint plugin in this process, which sets ``engine_is_up``; if not, the
+                learner starts once the worker has attached.
 
         Raises:
-            AuroraError: no room in shared memory.
+            AuroraError: there is no room in shared memory.
         """
         self._owner, self._prefix = os.getpid(), own_prefix()
         self._supervisor: Supervisor | None = None
@@ -44,7 +44,7 @@ class Runtime:
         sweep()
         try:
             sizes = {"ring": plan.ring_bytes, "bank": plan.bank_bytes, "control": control_bytes()}
-            # Kept: the lock that says they are in use is held as long as they are mapped here.
+            # Kept as an attribute: the lock that marks them as in use is held as long as they are mapped here.
             self._segments = ring, bank, block = tuple(Segment.create(kind, size) for kind, size in sizes.items())
         except NoSharedMemory as error:
             self.close()
@@ -84,16 +84,16 @@ class Runtime:
                 hang_cpu_s=HANG_CPU_S,
             )
             self._supervisor.start()
-            # With the signal, not after vLLM: the learner reads memory of the target's that goes with its engine.
+            # At the signal, not after vLLM: the learner reads the target's memory, which ends with the engine.
             stopping.at_once.append(self._supervisor.stop)
 
     def close(self) -> None:
-        """End the learner, then remove the segments; idempotent."""
-        if os.getpid() != self._owner:  # a forked child runs atexit handlers too, and must not take the parent's things
+        """End the learner, then remove the segments. Idempotent."""
+        if os.getpid() != self._owner:  # a forked child runs atexit handlers, too, and must not clean up for its parent
             return
         if self._supervisor is not None:
             self._supervisor.stop()
-        # By name, not from a list: a signal may come between the making of a segment and its entry in one.
+        # By name, not from a list: a signal may come after a segment is made and before it is entered in a list.
         for path in SHM.glob(f"{self._prefix}*"):
             path.unlink(missing_ok=True)
         if self._control is not None:  # what the worker made: transport/placement.py

@@ -34,8 +34,8 @@ class Session(BaseModel):
     ring: str  # names of the shared-memory segments
     bank: str
     control: str
-    on_device: bool = False  # ring and bank are to lie on the target's GPU, and the learner is to train there
-    learner_gpu_bytes: int = 0  # there, by plan, without context, ring and bank; 0: not bounded
+    on_device: bool = False  # ring, bank and learner go on the target's GPU
+    learner_gpu_bytes: int = 0  # planned for the learner's tensors there; 0: not bounded
     resume: Path | None = None  # the checkpoint that `draft` is, where the learner goes on from one
     model: str = ""  # the target as the user named it
     command: tuple[str, ...] = ()  # that started the server, secrets blanked
@@ -57,11 +57,11 @@ class Session(BaseModel):
 
 
 def export_plain(reason: str) -> None:
-    """Put where child processes find it that there is no session, and why: vLLM is served plain."""
+    """Tell child processes that there is no session, and why: vLLM is served plain."""
     os.environ.pop(ENVIRONMENT_KEY, None)
     os.environ[PLAIN_KEY] = reason
 
 
 def why_plain() -> str:
-    """What :func:`export_plain` was told; "" where it was not called."""
+    """The reason given to :func:`export_plain`; "" where it was not called."""
     return os.environ.get(PLAIN_KEY, "")

@@ -1,8 +1,8 @@
-"""From flags, environment and YAML files to one AuroraConfig, before anything heavy is imported.
+"""Reads flags, environment and YAML files into one AuroraConfig, before anything heavy is imported.
 
 Precedence: ``--aurora-*`` flags, then ``AURORA_*`` environment, then the YAML file of ``--aurora-config``, then keys
-``aurora-*`` in that of vLLM's ``--config``, then the defaults. The keys are AuroraConfig's field names everywhere. What
-is not ours is left alone, in order, for vLLM.
+``aurora-*`` in the file of vLLM's ``--config``, then the defaults. The keys are AuroraConfig's field names everywhere.
+All other arguments are left to vLLM, in their order.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from aurora_vllm.interop.aurora_yaml import AuroraFile
 from aurora_vllm.settings_file import Settings
 
 ENVIRONMENT_PREFIX = "AURORA_"
-# Ours, but no settings: the session, or why there is none (aurora_vllm.session), the YAML file, and the switch.
+# Ours, but not settings: the session or why there is none (aurora_vllm.session), the YAML file, and the off switch.
 RESERVED_ENVIRONMENT = frozenset({"AURORA_SESSION", "AURORA_SERVED_PLAIN", "AURORA_CONFIG", "AURORA_OFF"})
-LIKE_A_SETTING = 0.7  # difflib's ratio, from which a variable is taken for a setting misspelt
-# What Kubernetes makes of a service: AURORA_LEARNER_PORT_80_TCP of one called aurora-learner.
+LIKE_A_SETTING = 0.7  # difflib's ratio from which on a variable is taken for a misspelt setting
+# Variables that Kubernetes sets for a service: AURORA_LEARNER_PORT_80_TCP for one called aurora-learner.
 OF_A_SERVICE = re.compile(r".+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 SWITCHES = {
     "off": "plain vLLM: same arguments, nothing of aurora_vllm (AURORA_OFF=1 does the same)",
@@ -40,14 +40,14 @@ SWITCHES = {
 
 @dataclass(frozen=True)
 class Invocation:
-    """A command line, understood as far as aurora_vllm is concerned."""
+    """A command line, parsed as far as it concerns aurora_vllm."""
 
     config: AuroraConfig
     off: bool
     plan: Literal["", "text", "json"]
     help: bool
     vllm_argv: list[str]  # what is left for vLLM; without a leading "serve"
-    explicit: frozenset[str]  # fields set by somebody, as opposed to defaults
+    explicit: frozenset[str]  # fields that were set, as opposed to defaults
     aurora_file: AuroraFile | None = None  # the YAML file, where it is one of Aurora's own
 
 
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     """Read the settings.
 
     Raises:
-        SettingsError: unknown keys or values that do not fit, a line for each.
+        SettingsError: unknown keys or wrong values, one line for each.
         AuroraError: the YAML file cannot be read.
     """
     flags, vllm_argv = _split(argv)
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     off = bool(switches.get("off")) or _is_true("AURORA_OFF", environment.get("AURORA_OFF", ""))
     aurora_file = None
     layers = [{key: (flag_of(key), value) for key, value in flags.items()}]
-    if not off:  # then nobody asked for settings; a stray variable must not stop plain vLLM
+    if not off:  # with --aurora-off settings do not matter: a stray variable must not stop plain vLLM
         file = switches.get("config") or environment.get("AURORA_CONFIG")
         from_file, aurora_file = settings_file.read(Path(file).expanduser()) if file else ({}, None)
         layers += [_from_environment(environment), from_file, settings_file.in_vllms(vllm_argv)]
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
     vllm_argv = vllm_argv[1:] if vllm_argv[:1] == ["serve"] else vllm_argv
     if aurora_file is not None:
         aurora_file = aurora_file.overridden(settings)
-        # In front of the options, for the last of two equal ones wins; behind the model, which vLLM wants first.
+        # Before the user's options, because the last of two equal ones wins; after the model, which vLLM wants first.
         model = [word for word in vllm_argv[:1] if not word.startswith("-")]
         vllm_argv = [*model, *aurora_file.flags, *vllm_argv[len(model) :]]
     return Invocation(
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str], environment: Mapping[str, str]) -> Invocation:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The ``--aurora-*`` flags, generated from AuroraConfig's fields. Values stay text here: pydantic judges them."""
+    """The ``--aurora-*`` flags, generated from AuroraConfig's fields. Values stay text: pydantic validates them."""
     parser = _Parser(prog="aurora_vllm", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     group = parser.add_argument_group(
         "Aurora",
@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage, vLLM's is 100 lines
+    def error(self, message: str) -> NoReturn:  # argparse would print the whole usage
         raise SettingsError(
             [message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, not")]
         )
@@ -124,7 +124,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _split(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """``--aurora-*`` flags by field name, and everything else in order."""
-    # As vLLM's FlexibleArgumentParser does: --aurora_ring_mb is --aurora-ring-mb.
+    # As in vLLM's FlexibleArgumentParser, --aurora_ring_mb means --aurora-ring-mb.
     words = [_normalise(word) if _is_ours(word) else word for word in argv]
     own = parser()
     taken, rest = own.parse_known_args(words)
@@ -145,7 +145,8 @@ def _normalise(word: str) -> str:
 
 
 def _from_environment(environment: Mapping[str, str]) -> Settings:
-    """An empty one counts as not set. One that is like no setting is not ours: AWS has an Aurora, too."""
+    """Settings in ``AURORA_*`` variables. Empty ones count as not set. Those unlike any setting are ignored: they may
+    be another program's (AWS has an Aurora, too)."""
     found: Settings = {}
     wrong = []
     for variable in sorted(set(environment) - RESERVED_ENVIRONMENT):

@@ -1,6 +1,6 @@
-"""Settings that lie in YAML files: in one of ours, in one of Aurora's own, and among vLLM's options in vLLM's.
+"""Settings in YAML files: in one of ours, in one of Aurora's own, and among vLLM's options in a file of vLLM's.
 
-A setting found comes with where it was said, for the message should its value not fit.
+Each setting comes with its place, which the error message names if the value is wrong.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from aurora_vllm.errors import AuroraError, SettingsError, unknown
 from aurora_vllm.interop import aurora_yaml
 from aurora_vllm.interop.aurora_yaml import AuroraFile
 
-KEY_PREFIX = "aurora_"  # of ours in vLLM's file
+KEY_PREFIX = "aurora_"  # of our keys in vLLM's file
 
-Settings = dict[str, tuple[str, Any]]  # AuroraConfig field -> (where it was said, value)
+Settings = dict[str, tuple[str, Any]]  # AuroraConfig field -> (where it was set, value)
 
 
 def read(file: Path) -> tuple[Settings, AuroraFile | None]:
-    """What ``--aurora-config`` names: the settings in it, and an account of it where it is Aurora's.
+    """Read the file of ``--aurora-config``: its settings and, if it is one of Aurora's own, an account of its keys.
 
     Raises:
-        AuroraError: it cannot be read, or is no mapping.
-        SettingsError: keys that nobody knows.
+        AuroraError: it cannot be read, or is not a mapping.
+        SettingsError: unknown keys.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -50,10 +50,10 @@ def read(file: Path) -> tuple[Settings, AuroraFile | None]:
 
 
 def in_vllms(vllm_argv: Sequence[str]) -> Settings:
-    """The keys ``aurora-...`` in the file that vLLM's own ``--config`` names. The file is vLLM's to complain about.
+    """The keys ``aurora-...`` in the file of vLLM's own ``--config``. If the file is not readable, vLLM will say so.
 
     Raises:
-        SettingsError: keys that begin so, and that nobody knows.
+        SettingsError: unknown keys with this prefix.
     """
     file = _after_config(vllm_argv)
     if file is None:

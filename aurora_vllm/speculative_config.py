@@ -1,4 +1,4 @@
-"""What the user tells vLLM itself about speculation."""
+"""vLLM's own ``--speculative-config`` and its short flags, as the user gave them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ UNSUPPORTED = {  # key -> why not
     "quantization": QUANTISED,
     "draft_lm_head_quantization": QUANTISED,  # from vLLM 0.33 on
     "parallel_drafting": "Aurora trains drafts that propose one token after another",
-    "enable_adaptive_verification": UNCAPTURED,  # how much is verified is decided on the GPU, after the scheduler
+    "enable_adaptive_verification": UNCAPTURED,  # the GPU decides how much is verified, after the scheduler
     "use_heterogeneous_vocab": "Aurora trains drafts with the target's tokens",
 }
 
 
 def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: frozenset[str]) -> AuroraConfig:
-    """Understand vLLM's --speculative-config and its short flags: an EAGLE-3 draft there is the draft to start from.
+    """Take the draft, and K, from vLLM's --speculative-config and its short flags.
 
     Args:
-        args: vLLM's; what its short flags say stands in ``speculative_config`` afterwards.
-        explicit: the settings somebody gave; one of these that says something else is a contradiction.
+        args: vLLM's parsed arguments; its short flags are moved into ``speculative_config``.
+        explicit: the settings that were given; one that differs from what is said here is a contradiction.
 
     Raises:
         AuroraError: another method, no model, or a contradiction.
@@ -59,12 +59,12 @@ def take_speculative_config(args: Namespace, config: AuroraConfig, explicit: fro
 
 
 def given_fields(args: Namespace) -> dict[str, Any]:
-    """What ``--speculative-config`` says, by the names of vLLM's fields."""
+    """The content of ``--speculative-config``, by the names of vLLM's fields."""
     return {key.replace("-", "_"): value for key, value in (getattr(args, "speculative_config", None) or {}).items()}
 
 
 def _fold_short_flags(args: Namespace) -> str:
-    """Put what the short flags say where the long one's value is, as vLLM would do later. The flags, in words."""
+    """Move the short flags' values into the long one's, as vLLM would do later. Returns the flags used, in words."""
     flags = [FLAG] if args.speculative_config is not None else []
     for flag, key in SHORT_FLAGS.items():
         name = flag.removeprefix("--").replace("-", "_")

