@@ -8,11 +8,11 @@ torch.
 
 **The test.** The verdict on one request's K drafts is the number accepted, a in 0..K. The older version's verdicts give
 a lower bound b(K) of its mean. As long as the new version's mean is at least b(K), whatever the past, a gambler who
-bets on "less" multiplies his wealth by ``1 - s (a - b(K))``, s <= 1 / (K - b(K)), and expects no gain. The probability that
-his wealth ever reaches w is then at most 1/w (Ville's inequality; Waudby-Smith and Ramdas, "Estimating means of bounded
-random variables by betting", JRSS B 2024). It may be looked at after every verdict, and K may change in between;
-reaching w is the evidence. The probability of a false alarm, 1 - confidence, is split in halves between the gambler's
-luck and the bound.
+bets on "less" multiplies his wealth by ``1 - s (a - b(K))``, s <= 1 / (K - b(K)), and expects no gain. The probability
+that his wealth ever reaches w is then at most 1/w (Ville's inequality; Waudby-Smith and Ramdas, "Estimating means of
+bounded random variables by betting", JRSS B 2024). It may be looked at after every verdict, and K may change in
+between; reaching w is the evidence. The probability of a false alarm, 1 - confidence, is split in halves between the
+gambler's luck and the bound.
 
 **Limits.** The two versions' verdicts are not of the same time: traffic may have become harder. Verdicts of one request
 resemble each other. And for a while the new weights read draft KV that the old ones wrote. Hence the margin, a minimum

@@ -1,7 +1,7 @@
-"""The acceptance table: what was accepted of each of the last 64 draft versions, and of all there ever were.
+"""The acceptance table: counts of accepted drafts for each of the last 64 draft versions, and for all of them together.
 
-Written by the scheduler alone. A row is several words, so it has a sequence word that is odd while the row is written;
-a reader that finds it odd, or changed, looks again.
+Only the scheduler writes it. A row has several words, so it has a sequence word, which is odd while the row is being
+written; a reader that finds it odd, or changed, reads again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from aurora_vllm.transport.fence import fence
 ROWS = 64
 _WORDS = 16  # int64 words of a row; two cache lines
 TABLE_BYTES = (ROWS + 1) * _WORDS * 8
-_TOTAL = ROWS * _WORDS  # the row behind them: of all versions
+_TOTAL = ROWS * _WORDS  # the row after them is that of all versions
 
-# Words of a row. TOUCHED counts records, so the row with the smallest is the one to reuse: a version that came back by
-# a rollback is not old.
+# Words of a row. TOUCHED is the number of the row's newest record. The row with the smallest one is reused, so that of a
+# version that came back by a rollback is not.
 _SEQUENCE, _TOUCHED, _VERSION, _NUM_DRAFTS, _DRAFT_TOKENS, _ACCEPTED, _POSITION = 0, 1, 2, 3, 4, 5, 6
 
 
@@ -29,7 +29,7 @@ class VersionAcceptance:
     """Counts of one draft version, as vLLM counts them (SpecDecodingStats)."""
 
     version: int
-    num_drafts: int  # verifications: request-steps that had drafts
+    num_drafts: int  # verifications: steps of single requests that had drafts
     num_draft_tokens: int
     num_accepted: int
     accepted_per_position: tuple[int, ...]  # [8]
@@ -58,14 +58,14 @@ class AcceptanceTable:
     def record(
         self, version: int, num_drafts: int, draft_tokens: int, accepted: int, accepted_per_position: Sequence[int]
     ) -> None:
-        """Add counts to a version's row; a version without one takes the row that was not added to for longest.
+        """Add counts to a version's row; a new version takes the row that has gone longest without a record.
 
         Args:
             version: of the draft weights.
             num_drafts: verifications.
-            draft_tokens: tokens that were proposed in them.
-            accepted: of those.
-            accepted_per_position: how many drafts were accepted at position 0, 1, …; those past the eighth are ignored.
+            draft_tokens: tokens proposed in them.
+            accepted: tokens accepted.
+            accepted_per_position: the same, at positions 0, 1, …; those past the eighth are ignored.
         """
         words, at = self._words, self._row_of.get(version)
         fresh = at is None
@@ -78,7 +78,7 @@ class AcceptanceTable:
         self._add(_TOTAL, counts, None)
 
     def _add(self, at: int, counts: Sequence[int], begins: int | None) -> None:
-        """Add to a row, which begins with this version where one is given."""
+        """Add to a row; where ``begins`` is given, the row starts anew for this version."""
         words = self._words
         sequence = words[at] | 1  # a writer killed midway left it odd
         words[at] = sequence
@@ -94,18 +94,18 @@ class AcceptanceTable:
         words[at] = sequence + 1
 
     def total(self) -> VersionAcceptance:
-        """Of all versions, those whose rows are gone included; its version is 0."""
+        """Counts of all versions, those without a row included; their ``version`` is 0."""
         return self._read(_TOTAL) or VersionAcceptance(0, 0, 0, 0, (0,) * POSITIONS)
 
     def rows(self) -> list[VersionAcceptance]:
-        """Rows in ascending order of version. One whose writer died in the middle of it is left out."""
+        """Rows in ascending order of version. One whose writer died while writing it is left out."""
         found = filter(None, map(self._read, range(0, ROWS * _WORDS, _WORDS)))
         return sorted(found, key=lambda row: row.version)
 
     def _read(self, at: int) -> VersionAcceptance | None:
         for attempt in range(20):
             if attempt:
-                time.sleep(0.0005)  # the writer may have lost the CPU in the middle
+                time.sleep(0.0005)  # the writer may have lost the CPU meanwhile
             sequence = self._words[at]
             fence()
             row = self._words[at : at + _WORDS].tolist()

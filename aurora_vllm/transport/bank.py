@@ -8,7 +8,7 @@ the other slots are as they were.
 How the worker takes version `new` while `live` is running, without ever using memory that changes under it::
 
     publication = bank.read(new)            # TornPublish: stay with live
-    ...                                     # look at the tensors
+    ...                                     # check the tensors
     bank.hold(live=new, previous=live)      # first claim the slot,
     if not publication.still_valid():       # then see whether it is still what was checked
         bank.hold(live, previous)           # the learner was faster: stay with live
@@ -18,7 +18,7 @@ The learner does the mirror image: it marks the slot as being written, then look
 Whichever comes second sees the first.
 
 The weights lie in the segment, each slot's before its evidence, or in another :class:`.memory.Memory`. There, too, the
-learner's copies are over before it says so, so the worker waits for nothing.
+learner's copies are complete before it publishes, so the worker waits for nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _LearnerWords(Block):
 class _WorkerWords(Block):
     __slots__ = ()
 
-    held = Int()  # live << 32 | previous, in one store: between two, a version could be held by neither
+    held = Int()  # live << 32 | previous, so that both change in one store
 
 
 _LEARNER_AT = _Layout.size()
@@ -84,7 +84,7 @@ _SLOTS_AT = _WORKER_AT + _WorkerWords.size()
 
 
 class TornPublish(RuntimeError):
-    """The version asked for is not, or not wholly, in the bank."""
+    """The version asked for is not in the bank, or not completely."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class Publication:
 
     @property
     def lineage(self) -> int:
-        """The version with which this line of weights began, by a lesson or a draft from disk; what lies between two
-        versions of one line is gradient steps. 0: the line of the draft that the server started with."""
+        """The version with which this line of weights began, by a lesson or a draft from disk; versions of one line
+        differ by gradient steps only. 0: the line of the draft that the server started with."""
         return int(self.evidence.get("lineage", 0))
 
     def still_valid(self) -> bool:
-        """Whether the slot has not been written to since the read; what was copied out before this is then whole."""
+        """Whether the slot has not been written to since the read; if so, what was copied out until now is intact."""
         fence()
         return self._slot.words.sequence == self._sequence
 
@@ -143,7 +143,7 @@ class WeightBank:
         """Lay out an empty bank in a fresh segment of at least ``bank_bytes(specs)`` bytes.
 
         Args:
-            memory: where the weights lie instead, of ``weights_bytes(specs)``; the segment then needs
+            memory: other memory for the weights, of ``weights_bytes(specs)``; the segment then needs
                 ``bank_bytes(specs, weights_elsewhere=True)``.
 
         Raises:
@@ -159,7 +159,7 @@ class WeightBank:
         layout.format, layout.spec_bytes, layout.weights_elsewhere = FORMAT, len(encoded), memory is not None
         segment.buf[SPECS_AT : SPECS_AT + len(encoded)] = encoded
         fence()
-        layout.magic = MAGIC  # last: whoever finds it finds the rest
+        layout.magic = MAGIC  # last, so that a process that finds it finds the rest
         return cls(segment, memory)
 
     @classmethod
@@ -172,16 +172,16 @@ class WeightBank:
     def publish(self, version: int, tensors: Mapping[str, torch.Tensor], evidence: dict[str, Any]) -> None:
         """Copy a version in and make it the published one. Only the learner calls this.
 
-        It never writes to a slot whose version the worker holds. Where the worker holds two, a published version that
-        it has not taken yet is the one overwritten.
+        It never writes to a slot whose version the worker holds. Where the worker holds two, it overwrites a published
+        version that the worker has not taken yet.
 
         Args:
-            version: larger than every one there is, see :meth:`newest`.
+            version: larger than :meth:`newest`.
             tensors: exactly the names of `specs`, each of its shape and dtype, on any device.
             evidence: why this version is better; JSON, at most 16 KiB. "lineage": see :class:`Publication`.
 
         Raises:
-            ValueError: names, a shape, a dtype, the version or the evidence are wrong. Nothing was written.
+            ValueError: a name, shape or dtype, the version or the evidence is wrong. Nothing was written.
         """
         encoded = json.dumps(evidence).encode()
         if len(encoded) > EVIDENCE_BYTES:
@@ -196,14 +196,14 @@ class WeightBank:
         self._learner.published = version
 
     def newest(self) -> int:
-        """The highest version a slot is marked with; 0 for none. A writer killed before it said so left it unpublished:
-        two slots of one number would be mistaken for each other."""
+        """The highest version in any slot, 0 for none; also one that a killed writer did not get to publish, because two
+        slots with one number would be mistaken for each other."""
         return max(self.published(), *(slot.words.version for slot in self._slots))
 
     def _claim_slot(self) -> Slot:
-        """Open a slot that is not held: a torn one, else the oldest."""
+        """Mark a slot that is not held as being written: a torn one, else the oldest."""
         while True:
-            held = self.held()  # once: at most two versions, so a slot is left
+            held = self.held()  # read once: at most two versions, so one slot is free
             free = [slot for slot in self._slots if not _is_held(slot, held)]
             slot = min(free, key=lambda slot: (not slot.is_torn, slot.words.version))
             slot.open()
@@ -215,11 +215,11 @@ class WeightBank:
     # --- worker ---
 
     def published(self) -> int:
-        """The newest version, 0 before the first. One load: may be asked at every step."""
+        """The newest published version, 0 before the first. A single load: cheap enough for every step."""
         return self._learner.published
 
     def hold(self, live: int, previous: int) -> None:
-        """Only the worker calls this: the slots of these versions (below 2**31; 0: none) must not be overwritten."""
+        """Protect these versions' slots (below 2**31; 0: none) from being overwritten. Only the worker calls this."""
         self._worker.held = live << 32 | previous
         fence()
 
@@ -229,10 +229,10 @@ class WeightBank:
         return held >> 32, held & 0xFFFFFFFF
 
     def read(self, version: int) -> Publication:
-        """A version, zero copy, its checksum verified (most of the time goes there; it releases the GIL).
+        """Read a version without copying it, and verify its checksum (which takes most of the time, without the GIL).
 
         Raises:
-            TornPublish: the version is not in the bank (any more), or changed during the read, or its checksum is off.
+            TornPublish: the version is not in the bank (any more), changed during the read, or has a wrong checksum.
         """
         for slot in self._slots:
             sequence = slot.words.sequence

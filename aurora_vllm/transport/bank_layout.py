@@ -1,4 +1,4 @@
-"""Where the weight bank's tensors lie: their specs, as JSON in the header, and the sizes that follow from them."""
+"""The layout of the weight bank: the specs of its tensors, as JSON in the header, and the sizes that follow."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class TensorSpec:
 
 
 def bank_bytes(specs: Sequence[TensorSpec], weights_elsewhere: bool = False) -> int:
-    """Size of the segment that holds a bank of these tensors, or all but the weights."""
+    """Size of the segment for a bank of these tensors, with or without the weights."""
     header, weights = sizes(specs, encode(specs))
     return header + SLOTS * (EVIDENCE_BYTES if weights_elsewhere else weights + EVIDENCE_BYTES)
 
 
 def weights_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Size of other memory that holds the weights of all slots."""
+    """Size of other memory for the weights of all slots."""
     return SLOTS * sizes(specs, b"")[1]
 
 
@@ -53,7 +53,7 @@ def sizes(specs: Sequence[TensorSpec], encoded: bytes) -> tuple[int, int]:
 
 
 def encode(specs: Sequence[TensorSpec]) -> bytes:
-    """As they stand in the header."""
+    """The specs as JSON, for the header."""
     return json.dumps([[s.name, list(s.shape), str(s.dtype).removeprefix("torch.")] for s in specs]).encode()
 
 

@@ -1,4 +1,4 @@
-"""One slot of the weight bank: a version's tensors, its evidence, and the words that say whether both are whole."""
+"""One slot of the weight bank: a version's tensors, its evidence, and words that tell whether both are intact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aurora_vllm.transport.block import Block, Int
 from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.memory import Memory
 
-CRC_CHUNK = 8 << 20  # bytes; large, because the GIL is taken back between two chunks
+CRC_CHUNK = 8 << 20  # bytes; large, because the GIL is taken again between two chunks
 
 
 class SlotWords(Block):
@@ -27,15 +27,15 @@ class SlotWords(Block):
 
 
 class Slot:
-    """A slot's words, and where the rest of it lies.
+    """A slot's words, evidence and tensors.
 
     Args:
         words: in the header.
-        evidence: room for it.
+        evidence: room for the evidence.
         memory: holds the tensors of all slots.
-        start: byte of the first of this slot's tensors.
-        size: bytes of them, with padding.
-        specs: names, shapes, dtypes.
+        start: offset in bytes of this slot's tensors.
+        size: bytes of these tensors, with padding.
+        specs: their names, shapes, dtypes.
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class Slot:
 
     @property
     def is_torn(self) -> bool:
-        """Whether it is being written, or its writer died in it."""
+        """Whether it is being written, or its writer died while writing it."""
         return self.words.sequence % 2 == 1
 
     def open(self) -> None:
         """Mark it as being written."""
         sequence = self.words.sequence
-        self.words.sequence = sequence + 1 + sequence % 2  # odd, and new even where a dead writer left an odd one
+        self.words.sequence = sequence + 1 + sequence % 2  # odd, and a new number even if a dead writer left an odd one
 
     def close(self) -> None:
-        """Mark it as whole."""
+        """Mark it as complete."""
         self.words.sequence += 1
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor], evidence: bytes) -> None:
-        """Fill the slot, which is open. All of it is there before this returns."""
+        """Fill the slot, which must be open. All copies are complete when this returns."""
         with torch.no_grad():
             for name, view in self.views().items():
                 view.copy_(tensors[name])
@@ -77,7 +77,7 @@ class Slot:
         fence()
 
     def views(self) -> dict[str, torch.Tensor]:
-        """The tensors where they lie."""
+        """The tensors, in place."""
         memory = self._memory.bytes[self._start :][: self._size]
         views, at = {}, 0
         for spec in self._specs:
@@ -86,11 +86,11 @@ class Slot:
         return views
 
     def evidence(self) -> bytes:
-        """As it was written, if the slot is whole."""
+        """The evidence as it was written, if the slot is complete."""
         return bytes(self._evidence[: max(0, self.words.evidence_bytes)])
 
     def crc32(self, version: int, evidence: bytes, sequence: int | None = None) -> int:
-        """Over version, evidence and the tensors that lie here. With `sequence` it stops once the slot is being
+        """Checksum of version, evidence and the slot's tensors. With `sequence` it stops once the slot is being
         overwritten."""
         crc = zlib.crc32(evidence, zlib.crc32(version.to_bytes(8, "little")))
         stop = self._start + self._size

@@ -1,6 +1,6 @@
 """One process's fields in shared memory, as attributes.
 
-A block is a class whose fields are declared in it, and lie in memory in that order::
+A block is a class that declares its fields, which lie in memory in that order::
 
     class WorkerBlock(Block):
         __slots__ = ()
@@ -10,10 +10,10 @@ A block is a class whose fields are declared in it, and lie in memory in that or
     block = WorkerBlock(buf)
     block.swaps += 1
 
-An integer or float is one aligned 8-byte store. A text or a list of numbers is wider than that: it has several
-copies, written in turn, and a counter that says which one is good, so a reader sees the old value or the new one, and a
-writer killed midway leaves the old one. (Two copies would do for a rare writer; beside one that writes without pause a
-reader then collides most of the time.)
+An integer or float is one aligned 8-byte store. A text or a list of numbers is wider: it has several copies, written
+in turn, and a counter that tells which one is valid. So a reader sees the old value or the new one, and a writer killed
+midway leaves the old one. (Two copies would do for a writer that writes seldom; with one that writes without pause, a
+reader would collide most of the time.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 from aurora_vllm.transport.fence import fence
 
 COPIES = 8  # of a wide field
-POSITIONS = 8  # draft positions, the largest K
+POSITIONS = 8  # draft positions: the largest K
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Block:
 
     __slots__ = ("buf", "floats", "ints")
 
-    fields: ClassVar[dict[str, Field[Any]]] = {}  # in the order in which they lie; a base class's come first
+    fields: ClassVar[dict[str, Field[Any]]] = {}  # in the order of their memory; a base class's come first
 
     def __init__(self, buf: memoryview) -> None:
         """Over the first :meth:`size` bytes of `buf`, aligned to 8 bytes."""
@@ -57,14 +57,14 @@ class Block:
         return -(-sum(field.size for field in cls.fields.values()) // 64) * 64
 
     def snapshot(self) -> dict[str, Any]:
-        """All fields as plain Python values that JSON can hold: a float that is not finite becomes None."""
+        """All fields as plain Python values for JSON: a float that is not finite becomes None."""
         return {name: _finite(getattr(self, name)) for name in self.fields}
 
 
 class Field(ABC, Generic[T]):
-    """A descriptor: what a field holds, and where."""
+    """A descriptor: the type of a field, and its place in the block."""
 
-    at: int  # byte in the block
+    at: int  # offset in bytes in the block
     width = 8  # bytes of a value
 
     @property
@@ -124,13 +124,13 @@ class Wide(Field[T]):
         return 8 + COPIES * self.width
 
     def _read(self, block: Block) -> bytes:
-        for _ in range(100):  # only a reader that loses the CPU in the middle looks twice; bounded all the same
+        for _ in range(100):  # only a reader that loses the CPU meanwhile needs a second try; bounded all the same
             count = block.ints[self.at // 8]
             fence()
             start = self.at + 8 + count % COPIES * self.width
             raw = bytes(block.buf[start : start + self.width])
             fence()
-            if block.ints[self.at // 8] - count < COPIES - 1:  # the writer has not come round to this copy
+            if block.ints[self.at // 8] - count < COPIES - 1:  # the writer has not reached this copy again
                 break
         return raw
 
@@ -158,7 +158,7 @@ class Text(Wide[str]):
 
 
 class Floats(Wide[list[float]]):
-    """A float64 for each draft position: the first :data:`POSITIONS` of what is stored, the rest zero."""
+    """A float64 for each draft position: at most :data:`POSITIONS` are stored, and missing ones are zero."""
 
     def __init__(self) -> None:
         super().__init__(8 * POSITIONS)
@@ -172,7 +172,7 @@ class Floats(Wide[list[float]]):
 
 
 class Ints(Wide[list[int]]):
-    """`count` int64; those that were not stored are zero."""
+    """`count` int64; missing ones are zero."""
 
     def __init__(self, count: int) -> None:
         super().__init__(8 * count)

@@ -1,4 +1,4 @@
-"""The control block: what the processes tell each other and the status route.
+"""The control block: fields by which the processes inform each other and the status route.
 
 Four blocks, each written by exactly one process and read by all::
 
@@ -6,8 +6,8 @@ Four blocks, each written by exactly one process and read by all::
     control.learner.message = "training"
     control.snapshot()  # plain Python values
 
-One process, and for each field one thread of it: ``+=`` is a read and a write. Times ending in _ns are
-time.monotonic_ns(): one clock for all processes of a machine, which nobody sets.
+Each field is written by one thread of that process, because ``+=`` is a read and a write. Times ending in _ns are
+time.monotonic_ns(): a clock that all processes of a machine share, and that is never adjusted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADER_BYTES = 64
 
 
 class ProcessBlock(Block):
-    """Of a process that shows that it lives."""
+    """Fields of a process with a heartbeat."""
 
     __slots__ = ()
 
@@ -56,64 +56,64 @@ class WorkerBlock(ProcessBlock):
 
     attached = Bool()
     message = Text()
-    model_runner = Text(8)  # the one it found, which vLLM may have chosen late: "V1" or "V2"
-    memory_device = Text()  # where ring and bank lie; empty in POSIX shared memory: transport/placement.py
-    ring_memory = Text()  # names of what lies there
+    model_runner = Text(8)  # "V1" or "V2", as found: vLLM may have chosen another one than planned
+    memory_device = Text()  # where ring and bank lie; empty: POSIX shared memory (transport/placement.py)
+    ring_memory = Text()  # names of the memory there
     bank_memory = Text()
-    embedding_memory = Text()  # names of the target's own, lent to the learner; empty: it has copies
+    embedding_memory = Text()  # names of the target's matrices lent to the learner; empty: it has copies
     lm_head_memory = Text()
     capture_on = Bool()
     capture_errors = Int()
     step = Int()
-    proposed_step = Int()  # the newest step in which the draft was asked: else what vLLM hands over are zeros
+    proposed_step = Int()  # the newest step that asked for drafts; in others vLLM hands over zeros
     rows_written = Int()
     requests_seen = Int()
     requests_captured = Int()
     requests_dropped = Int()
     requests_opted_out = Int()
-    staged_version = Int()  # checked and packed: the next step runs it
+    staged_version = Int()  # checked and packed; the next step runs it
     live_version = Int()
     previous_version = Int()
-    live_lineage = Int()  # of the live version: transport/bank.py, Publication
-    copies_on_device = Bool()  # proposals are replaced by copies in the worker: spec_decode/device_copies.py
+    live_lineage = Int()  # of the live version (transport/bank.py, Publication)
+    copies_on_device = Bool()  # the worker replaces proposals by copies (spec_decode/device_copies.py)
     copy_counts = Ints(512)  # control/copy_counts.py
-    copy_counts_taken = Int()  # how often; when it changes, the counts have
+    copy_counts_taken = Int()  # how often copy_counts was written
     swaps = Int()
     refusals = Int()
     refusal = Text()
     last_swap_ns = Int()
     last_swap_stall_us = Float()
     rollbacks = Int()
-    rolled_back_version = Int()  # the last one; never live again
+    rolled_back_version = Int()  # the last one; it never becomes live again
     rollback = Text()
 
 
 class SchedulerBlock(Block):
-    """Written by vLLM's scheduler: its fields, and what was accepted of each draft version."""
+    """Written by vLLM's scheduler: fields, and the acceptance of each draft version."""
 
     __slots__ = ("_table",)
 
     draft_length = Int()
     reason = Text()
-    draft_sits_out = Bool()  # the draft need not run over prompts: nobody is likely to draft from them
+    draft_sits_out = Bool()  # the draft need not run over prompts, because drafting is unlikely to start soon
     steps = Int()
-    in_flight = Int()  # steps under way: with a long prompt one takes seconds
+    in_flight = Int()  # steps under way; one with a long prompt takes seconds
     generated_tokens = Int()
     spec_steps = Int()
     copying = Text()  # "on", or why nothing is copied
-    preferred_copies = Int()  # a bit for each kind that goes before the draft's tokens, where the worker copies
-    copied_drafts = Int()  # verifications of copied drafts; the acceptance table has the draft's own
+    preferred_copies = Int()  # where the worker copies: a bit for each kind that is preferred to the draft's tokens
+    copied_drafts = Int()  # verifications of copies; those of drafts are in the acceptance table
     copied_tokens = Int()
     copied_accepted = Int()
     learner_share = Float()  # factor on the share the learner may take: control/earnings.py times control/guard.py
-    learner_earnings = Text()  # in words, what it may take by what speculation gains
-    learner_slowdown = Float()  # what it adds to the time per output token, as a share of it
+    learner_earnings = Text()  # in words, the share that speculation's gain allows
+    learner_slowdown = Float()  # what learning adds to the time per output token, as a share of it
     learner_guard = Text()
-    probation_version = Int()  # the newest that drafted
+    probation_version = Int()  # the newest version that drafted
     probation_drafts = Int()
-    probation_evidence = Float()  # that it is worse: control/rollout.py
+    probation_evidence = Float()  # that this version is worse (control/rollout.py)
     probation = Text()
-    roll_back_version = Int()  # the worker is to undo this one; "probation" says why
+    roll_back_version = Int()  # the worker is to roll this one back; "probation" says why
 
     def __init__(self, buf: memoryview) -> None:
         super().__init__(buf)
@@ -144,10 +144,10 @@ class LearnerBlock(ProcessBlock):
     __slots__ = ()
 
     state = Text(32)
-    working = Bool()  # in a burst of work: 0 while it sleeps off its share of the CPU, or waits
+    working = Bool()  # in a burst of work; false while it rests to keep to its share, or waits
     message = Text()
-    step = Int()  # of the optimizer, those of resumed checkpoints included
-    steps_taken = Int()  # by this server's learners; only ever grows
+    step = Int()  # optimizer steps, those of a resumed checkpoint included
+    steps_taken = Int()  # optimizer steps of this server's learners; only ever grows
     trajectories = Int()
     trajectories_discarded = Int()
     tokens_seen = Int()
@@ -167,13 +167,13 @@ class LearnerBlock(ProcessBlock):
     vocabulary_coverage = Float()
     vocabulary_changes = Int()
     asleep = Bool()
-    sleep = Text()  # why it sleeps, why it woke, or what its trial is at
+    sleep = Text()  # why it sleeps or woke, or how far its trial is
     sleeps = Int()
-    trial_gain = Float()  # acceptance length won by training, control/drift.py
+    trial_gain = Float()  # acceptance length won by training (control/drift.py)
     update_answer = Text(1024)
     checkpoints = Int()
     checkpoint_failures = Int()
-    checkpoint = Text()  # the newest, what was resumed, or why none was saved
+    checkpoint = Text()  # the newest one, the resumed one, or why none was saved
 
 
 BLOCKS: dict[str, type[Block]] = {

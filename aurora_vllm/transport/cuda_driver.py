@@ -1,4 +1,4 @@
-"""What torch has no call for of the CUDA driver, by ctypes. RUN AGAINST A STAND-IN ONLY: see docs/gpu.md."""
+"""Calls of the CUDA driver that torch does not offer, by ctypes. RUN AGAINST A STAND-IN ONLY: see docs/gpu.md."""
 
 from __future__ import annotations
 

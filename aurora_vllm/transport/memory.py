@@ -1,8 +1,8 @@
-"""Where the rows of a ring or the weights of a bank lie, and how two processes' work on them is ordered.
+"""Memory for the rows of a ring or the weights of a bank, and the order of two processes' work on it.
 
-Counters, sequence words and evidence always lie in POSIX shared memory. The bytes they speak of may lie beside them, or
-on a GPU (:mod:`.cuda`), where work is only enqueued when a call returns. So a ring and a bank say at three points what
-must have happened, and the memory knows what that takes.
+Counters, sequence words and evidence always lie in POSIX shared memory. The bytes they refer to may lie beside them, or
+on a GPU (:mod:`.cuda`), where work is only enqueued when a call returns. So ring and bank state at three points what
+must have happened, and the memory does what that takes.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Memory(Protocol):
         """All of it. uint8 [size]"""
 
     def hand_over(self) -> None:
-        """What this process wrote is there for whoever sees a word that is stored after this call. Never waits."""
+        """Who sees a word that is stored after this call also sees what this process wrote before. Never waits."""
 
     def take_over(self) -> None:
-        """What was handed over before a word that was just seen is what is read from now on. Never waits."""
+        """From now on this process reads what was handed over before the word that it has just seen. Never waits."""
 
     def settle(self) -> None:
-        """All this process has done with it so far is done when this returns. May wait: not for the serving side."""
+        """Returns when all that this process enqueued on it so far is complete. May wait: not for the serving side."""
 
     def crc32(self, start: int, stop: int, crc: int) -> int:
-        """CRC-32 of the bytes start .. stop, going on from `crc`."""
+        """CRC-32 of the bytes start .. stop, continued from `crc`."""
 
 
 class NamedMemory(Memory, Protocol):
-    """Memory of a device that another process opens by its name."""
+    """Memory of a device that another process can open by its name."""
 
     @property
     def name(self) -> str: ...
@@ -47,11 +47,11 @@ class NamedMemory(Memory, Protocol):
     def device(self) -> torch.device: ...
 
     def release(self) -> None:
-        """Free it and its name; of what is lent, the name. Only its maker, and only where no tensor over it is used."""
+        """Free the memory and its name; of lent memory, only the name. For its maker, once no tensor over it is used."""
 
 
 class Place(Protocol):
-    """Where such memory is made, lent and opened. All raise, with a line fit to be shown, where it cannot be had."""
+    """Makes, lends and opens such memory. All methods raise, with a line for users, where that is impossible."""
 
     def create(self, kind: str, size: int, device: torch.device) -> NamedMemory: ...
     def lend(self, kind: str, tensor: torch.Tensor) -> NamedMemory: ...
@@ -59,12 +59,12 @@ class Place(Protocol):
 
 
 def memory_for(device: torch.device) -> Place | None:
-    """Where the ring and the bank of a target on this device lie; None: in POSIX shared memory."""
+    """What makes shared memory on this device; None for POSIX shared memory."""
     return CudaMemory if device.type == "cuda" else None
 
 
 class HostMemory:
-    """The part of a segment from an offset in bytes on. Work is done when a call returns, so a fence orders it."""
+    """A segment from an offset in bytes on. Work is complete when a call returns, so a fence orders it."""
 
     def __init__(self, segment: Segment, offset: int) -> None:
         self._buf = segment.buf[offset:]

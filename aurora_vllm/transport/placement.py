@@ -1,21 +1,19 @@
-"""Where the ring's rows and the bank's weights of a session lie, decided once, by the worker.
+"""Where the ring's rows and the bank's weights of a session lie; decided once, by the worker.
 
-Who creates, who opens, and when:
+1. The server lays out ring and bank in POSIX shared memory before vLLM starts, in full size, so that there is always
+   something to fall back to.
+2. The worker acts once vLLM has measured the GPU, taken its KV cache and captured its graphs (:func:`place`). If the
+   target's device can share memory, the worker allocates two pieces there, has another process open them for a trial,
+   lays out ring and bank over them, writes their names into its part of the control block, and gives back the room in
+   POSIX shared memory. If any of this fails, it lays out ring and bank as they were, frees what it made, and logs one
+   warning. Then it lends the learner the target's embedding and lm_head (:func:`lend_target_head`).
+3. The learner starts after that (:func:`join`). It opens what the control block names and trains on that device; where
+   nothing is named, on the CPU. It makes no memory itself: killed and started again, it opens the same memory and goes
+   on at its own counter.
 
-1. The server lays out ring and bank in POSIX shared memory, whole, before vLLM starts: what everything falls back to is
-   there from the beginning.
-2. The worker, once vLLM has measured the GPU, taken its KV cache and captured its graphs (:func:`place`): where the
-   target is on a device that has memory to share, it makes two pieces of it, has another process open them for a
-   trial, lays ring and bank out again over them, writes the names into its part of the control block, and gives the
-   room in POSIX shared memory back. Where any of it fails it lays ring and bank out as they were, frees what it made,
-   and says so in one warning. Then it lends the learner the target's embedding and lm_head (:func:`lend_target_head`).
-3. The learner, started after that (:func:`join`), opens what the control block names, and trains on that device; where
-   nothing is named, on the CPU. It only ever opens: killed and started again it opens the same memory, and goes on at
-   its own counter.
-
-The worker owns the memory, because it alone may hand rows over (:mod:`.cuda`), and because without it there is nothing
-to share: where it dies the server ends, the driver frees the memory, and the learner's next wait says ``OwnerGone``.
-The pages that describe the memory are removed with the server's or, after a kill, by the next server's sweep.
+The worker owns the memory, because only the owner may hand rows over (:mod:`.cuda`), and because without the worker
+there is nothing to share: if it dies the server ends, the driver frees the memory, and the learner's next wait raises
+``OwnerGone``. The pages that describe the memory are removed with the server's or, after a kill, by the next server.
 """
 
 from __future__ import annotations
@@ -43,13 +41,13 @@ CPU = torch.device("cpu")
 def place(
     ring: Segment, bank: Segment, device: torch.device, worker: WorkerBlock, wanted: bool
 ) -> tuple[RingProducer, WeightBank]:
-    """The worker's sides of ring and bank. May take seconds: before anything is served.
+    """The worker's sides of ring and bank. May take seconds, so it is called before anything is served.
 
     Args:
-        ring, bank: as the server laid them out, nothing written or published yet.
-        device: that the target runs on.
-        worker: the worker's part of the control block; says where things lie.
-        wanted: whether device memory is to be used where there is some.
+        ring, bank: as the server laid them out, with nothing written or published yet.
+        device: the target's.
+        worker: the worker's part of the control block, where the place is written.
+        wanted: whether to use device memory where possible.
     """
     producer, weights = RingProducer.attach(ring), WeightBank.attach(bank)
     where = memory_for(device) if wanted else None
@@ -60,14 +58,14 @@ def place(
     try:
         for kind, size in {"ring_memory": row_bytes * capacity, "bank_memory": weights_bytes(specs)}.items():
             made.append(where.create(kind, size, device))
-        made[1].crc32(0, min(CRC_CHUNK, len(made[1].bytes)), 0)  # takes what it needs now, not while requests run
+        made[1].crc32(0, min(CRC_CHUNK, len(made[1].bytes)), 0)  # so that its buffer is allocated now
         try_elsewhere(device, [one.name for one in made])
         producer = RingProducer.create(ring, row_bytes, capacity, made[0])
         weights = WeightBank.create(bank, specs, made[1])
         worker.ring_memory, worker.bank_memory = (one.name for one in made)
-        worker.memory_device = str(device)  # last: with it the learner opens the others
-    except Exception as error:  # whatever it is, serving does not depend on it
-        # Laid out again: what failed may have made them over for the memory that is freed now.
+        worker.memory_device = str(device)  # last: it makes the learner open the others
+    except Exception as error:  # serving does not depend on any of this
+        # Laid out again: they may refer to the memory that is freed now.
         producer, weights = RingProducer.create(ring, row_bytes, capacity), WeightBank.create(bank, specs)
         for one in made:
             one.release()
@@ -112,7 +110,7 @@ def lend_target_head(find: Callable[[], HeadTensors | None], worker: WorkerBlock
         try_elsewhere(head.embedding.device, [one.name for one in made])
         for one in made:
             one.hand_over()
-    except Exception as error:  # of the driver, of torch, of a model nobody has seen
+    except Exception as error:  # of the driver, of torch, of an unknown model
         for one in made:
             one.release()
         why = _in_one_line(error)
@@ -132,10 +130,10 @@ class Joined:
 
 
 def join(ring: Segment, bank: Segment, worker: WorkerBlock) -> Joined:
-    """Open what the worker placed.
+    """Open ring and bank where the worker placed them.
 
     Raises:
-        AuroraError: it cannot be opened, so there is nothing to learn from.
+        AuroraError: they cannot be opened, so there is nothing to learn from.
     """
     named = worker.memory_device
     where = memory_for(torch.device(named)) if named else None
@@ -144,7 +142,7 @@ def join(ring: Segment, bank: Segment, worker: WorkerBlock) -> Joined:
     lent = dict.fromkeys(filter(None, (worker.embedding_memory, worker.lm_head_memory)))  # one name where tied
     try:
         rows, weights, *matrices = [where.open(name) for name in (worker.ring_memory, worker.bank_memory, *lent)]
-    except Exception as error:  # of the driver, of the system, of torch: all of them end here
+    except Exception as error:  # of the driver, of the system, of torch
         why = _in_one_line(error)
         raise AuroraError(f"the learner cannot open the ring and the bank on {named} ({why})") from error
     for one in matrices:

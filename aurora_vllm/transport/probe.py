@@ -1,7 +1,7 @@
-"""Whether another process can open device memory: found out by one that does nothing else.
+"""A trial whether another process can open device memory.
 
-What may stand in the way (a container without IPC, a GPU in exclusive mode, no room for a second context) shows only in
-a second process. Asked once, before anything lies in that memory, so that it is not the learner that finds out::
+What may prevent it (a container without IPC, a GPU in exclusive mode, no room for a second context) shows only in a
+second process. So one is started that does nothing else, before anything is stored in that memory::
 
     python -m aurora_vllm.transport.probe DEVICE NAME...
 """
@@ -21,10 +21,10 @@ TIMEOUT_S = 120.0  # importing torch and making a context takes seconds
 
 
 def try_elsewhere(device: torch.device, names: Sequence[str], timeout_s: float = TIMEOUT_S) -> None:
-    """Have another process open device memory of this one, and wait for its word.
+    """Have another process open device memory of this one.
 
     Raises:
-        NoDeviceMemory: it cannot, or did not answer in time.
+        NoDeviceMemory: it cannot, or did not end in time.
     """
     command = [sys.executable, "-m", __name__, str(device), *names]
     try:
@@ -37,9 +37,9 @@ def try_elsewhere(device: torch.device, names: Sequence[str], timeout_s: float =
 
 
 def exception_line(stderr: str) -> str:
-    """What a process ended with: the line that names the exception, else its last one, or "".
+    """The line of stderr that names the exception, else its last line, or "".
 
-    An exception of CUDA goes on for some lines behind its name, the last of them advice to who debugs torch.
+    A CUDA exception continues for some lines after that, the last of them advice on debugging torch.
     """
     _, traceback, behind = stderr.rpartition("Traceback (most recent call last):\n")
     named = [line for line in behind.splitlines() if line.strip() and not line[0].isspace()]

@@ -1,13 +1,13 @@
-"""The trace ring: rows from the worker to the learner, one producer, one consumer, nobody waits.
+"""The trace ring: rows from the worker to the learner. One producer, one consumer, and neither ever waits.
 
 A page of header, then `capacity` rows. ``head`` counts the rows ever published and is written by the producer alone,
 ``tail`` counts the rows ever consumed and is written by the consumer alone; each is one aligned 8-byte word on a cache
-line of its own. A row is published by storing ``head`` after its bytes, and given back by storing ``tail`` after they
+line of its own. A row is published by storing ``head`` after its bytes, and released by storing ``tail`` after they
 were copied out, so a process that dies at any point leaves whole rows or none (see :func:`.fence.fence` for the order
 of these stores). A restarted side attaches and goes on at its own counter.
 
-The rows are one uint8 tensor: behind the header, or in another :class:`.memory.Memory`, which then also orders what is
-enqueued on them (:mod:`.cuda`).
+The rows are one uint8 tensor: after the header, or in another :class:`.memory.Memory`, which then also orders the work
+that is enqueued on them (:mod:`.cuda`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MAGIC, _FORMAT, _ROW_BYTES, _CAPACITY, _ELSEWHERE, _HEAD, _TAIL = 0, 1, 2, 3, 4
 
 
 def ring_bytes(row_bytes: int, capacity: int) -> int:
-    """Size of the segment that holds a ring of `capacity` rows. Less HEADER_BYTES: of other memory that holds them.
+    """Size of the segment for a ring of `capacity` rows; less HEADER_BYTES, the size of other memory for the rows.
 
     Raises:
-        ValueError: row_bytes is no positive multiple of 64, or capacity is below 1.
+        ValueError: row_bytes is not a positive multiple of 64, or capacity is below 1.
     """
     if row_bytes < 1 or row_bytes % ALIGNMENT or capacity < 1:
         raise ValueError(
@@ -41,7 +41,7 @@ def ring_bytes(row_bytes: int, capacity: int) -> int:
 
 
 class _Header:
-    """Header words of a ring that is laid out already."""
+    """Header words of an existing ring."""
 
     def __init__(self, segment: Segment) -> None:
         words = segment.buf[:HEADER_BYTES].cast("q") if segment.size >= HEADER_BYTES else None
@@ -89,7 +89,7 @@ class RingProducer(_Ring):
         """Lay out an empty ring in a fresh segment of at least ``ring_bytes(row_bytes, capacity)`` bytes.
 
         Args:
-            memory: where the rows lie instead; the segment then needs HEADER_BYTES.
+            memory: other memory for the rows; the segment then needs HEADER_BYTES.
 
         Raises:
             ValueError: the segment or the memory is too small, or a size is bad (see :func:`ring_bytes`).
@@ -103,12 +103,12 @@ class RingProducer(_Ring):
         words[_ELSEWHERE] = memory is not None
         words[_HEAD] = words[_TAIL] = 0
         fence()
-        words[_MAGIC] = MAGIC  # last: whoever finds it finds the rest
+        words[_MAGIC] = MAGIC  # last, so that a process that finds it finds the rest
         return cls(segment, memory)
 
     @classmethod
     def attach(cls, segment: Segment, memory: Memory | None = None) -> RingProducer:
-        """Go on where the last producer stopped; what it had reserved and not committed is gone.
+        """Go on where the last producer stopped; rows that it had reserved but not committed are lost.
 
         Raises:
             ValueError: the segment holds no ring, or one whose rows lie elsewhere.
@@ -122,21 +122,21 @@ class RingProducer(_Ring):
 
     @property
     def written(self) -> int:
-        """Rows ever published, by this producer and those before it."""
+        """Rows ever published, those of earlier producers included."""
         return self._head
 
     def free(self) -> int:
-        """Rows that could be reserved now. It can only grow until the next commit."""
+        """Rows that can be reserved now. This can only grow until the next commit."""
         return self.capacity - (self._head - self._words[_TAIL])
 
     def reserve(self, n: int) -> list[torch.Tensor] | None:
         """Room for the next `n` rows, to be filled and then published by :meth:`commit`; never waits.
 
-        A second call before the commit forgets the first: the same room, with its own n.
+        A second call before the commit replaces the first, and starts at the same row.
 
         Returns:
             uint8 views [k, row_bytes] whose k add up to n (one, two where the ring wraps, none for n = 0), or
-            None where they do not fit. They hold whatever was there before: write every byte that will be read.
+            None if they do not fit. They contain old data: write every byte that will be read.
         """
         self._reserved = 0
         if n < 0:
@@ -148,7 +148,7 @@ class RingProducer(_Ring):
         return self._views(self._head, n)
 
     def commit(self) -> None:
-        """Publish the rows reserved last, all at once; nothing where nothing is reserved."""
+        """Publish the rows reserved last, all at once; a no-op where none are."""
         if self._reserved:
             self._hand_over()
             head = self._head + self._reserved
@@ -174,7 +174,7 @@ class RingConsumer(_Ring):
 
     @property
     def taken(self) -> int:
-        """Rows ever consumed, by this consumer and those before it."""
+        """Rows ever consumed, those of earlier consumers included."""
         return self._tail
 
     def available(self) -> int:
@@ -182,9 +182,9 @@ class RingConsumer(_Ring):
         return int(self._words[_HEAD]) - self._tail
 
     def read(self, max_rows: int) -> torch.Tensor:
-        """Take the oldest rows, at most max_rows: a private copy where the rows lie, uint8 [n, row_bytes], n >= 0.
+        """Take the oldest rows, at most max_rows, as a private copy on the ring's device: uint8 [n, row_bytes], n >= 0.
 
-        Their room is given back once they are copied: a consumer that dies before that leaves them to the next one.
+        Their room is released once they are copied: a consumer that dies before that leaves them to the next one.
         """
         count = max(0, min(max_rows, self.available()))
         rows = torch.empty((count, self.row_bytes), dtype=torch.uint8, device=self._rows.device)
@@ -201,7 +201,7 @@ class RingConsumer(_Ring):
 
 
 class RingGauge:
-    """How full a ring is, for those who neither write nor read it (status route, metrics)."""
+    """How full a ring is, for processes that neither write nor read it (status route, metrics)."""
 
     def __init__(self, segment: Segment) -> None:
         header = _Header(segment)
@@ -216,7 +216,7 @@ class RingGauge:
     @property
     def used(self) -> int:
         """Rows published and not yet consumed."""
-        tail = self._words[_TAIL]  # first: the other way round, both may move and leave a negative number
+        tail = self._words[_TAIL]  # read first: in the other order the difference could become negative
         return min(self.capacity, int(self._words[_HEAD]) - tail)
 
     @property

@@ -1,7 +1,7 @@
 """The fixed-width row: one position of one request as the target computed it.
 
-A row is what the worker knows after one target forward at one position. Everything, metadata included, lies in the
-row itself, so that on a GPU the whole record can be written by device kernels without asking the host for a verdict.
+A row is what the worker knows about one position after one forward pass of the target. All of it, metadata included,
+is in the row itself, so that on a GPU device kernels can write the whole record without a verdict from the host.
 
 Layout, in bytes: ``int32 meta[16]`` | aux hidden states ``dtype [num_aux * H]`` | last hidden state ``dtype [H]`` |
 padding to 64.
@@ -16,23 +16,23 @@ import torch
 
 META_WORDS = 16
 ALIGNMENT = 64
-LARGEST_STEP = 8192  # rows of one, where vLLM does not say: its max_num_batched_tokens on a GPU of 70 GB or more
+LARGEST_STEP = 8192  # rows of a step where vLLM gives none: its max_num_batched_tokens on a GPU of 70 GB or more
 
 
 class Field(IntEnum):
     """Index of each metadata word (int32) in a row."""
 
-    REQUEST_LOW = 0  # a random 62-bit number for each request; never an id the client chose
+    REQUEST_LOW = 0  # a random 62-bit number for each request; never an id that the client chose
     REQUEST_HIGH = 1
     FLAGS = 2  # RowFlag
     POSITION = 3  # position of TOKEN in the sequence, from 0
     TOKEN = 4  # the token the target read at POSITION
-    STEP = 5  # the engine step that wrote the row; a step's rows of one request share it
-    DRAFT_INDEX = 6  # 0..K-1 when TOKEN is a draft under verification, else -1
-    NUM_DRAFTS = 7  # drafts verified for this request in this step; those without REJECTED were accepted
+    STEP = 5  # number of the engine step that wrote the row
+    DRAFT_INDEX = 6  # 0..K-1 where TOKEN is a draft token under verification, else -1
+    NUM_DRAFTS = 7  # draft tokens verified for this request in this step; those without REJECTED were accepted
     EMITTED = 8  # the token the target chose after POSITION; -1 where it chose none (inside a prompt, rejected rows)
     DRAFT_VERSION = 9  # version of the draft weights that proposed this step's drafts
-    PROMPT_LENGTH = 10  # tokens of the prompt; positions below it are not the target's own words
+    PROMPT_LENGTH = 10  # tokens of the prompt; tokens below this position were not chosen by the target
     TEMPERATURE_MILLI = 11  # request temperature x 1000; 0 is greedy
 
 
@@ -40,14 +40,14 @@ class RowFlag(IntFlag):
     """What a row is."""
 
     NONE = 0
-    REJECTED = 1  # behind the first rejected draft: a branch off the path, not the path
-    END = 2  # no payload, no position: the request is over
-    DROPPED = 4  # with END: rows are missing, the request must not be used
+    REJECTED = 1  # from the first rejected draft token on: a branch, not the accepted path
+    END = 2  # the request is over; such a row has no payload and no position
+    DROPPED = 4  # with END: rows are missing, so the request must not be used
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where things lie in a row.
+    """Offsets in a row.
 
     Args:
         hidden_size: H, the target's hidden size.
@@ -90,7 +90,7 @@ class RowLayout:
         return rows[:, start : start + self.hidden_size * self.dtype.itemsize].view(self.dtype)
 
     def states(self, rows: torch.Tensor) -> torch.Tensor:
-        """View of the auxiliary states and, behind them, the last one. uint8 [n, row_bytes] -> dtype
+        """View of the auxiliary states followed by the last one. rows: uint8 [n, row_bytes] -> dtype
         [n, (num_aux + 1) * H]."""
         start = META_WORDS * 4
         return rows[:, start : start + self.payload_bytes].view(self.dtype)

@@ -1,4 +1,4 @@
-"""Segment: a piece of POSIX shared memory, made by one process and mapped by others.
+"""Segment: POSIX shared memory, made by one process and mapped by others.
 
 A file in ``/dev/shm``, not :mod:`multiprocessing.shared_memory`: that module's resource tracker unlinks a segment when
 *any* process that attached it ends, so a learner that crashes would take the server's memory with it.
@@ -26,13 +26,13 @@ _NAME = re.compile(r"aurora-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{16}-[a-z0-9_]+"
 
 
 class NoSharedMemory(RuntimeError):
-    """There is no room, or no right, to make a segment. One line, fit to be shown to a user."""
+    """There is no room, or no permission, to make a segment. The message is one line for users."""
 
 
 class Segment:
     """Shared memory of a fixed size, mode 0600, zeroed when made. Use :meth:`create` or :meth:`attach`.
 
-    As a context manager it closes, and unlinks where this object created it.
+    As a context manager it closes and, if this object created it, unlinks.
     """
 
     def __init__(self, name: str, mapping: mmap.mmap, created: bool) -> None:
@@ -45,7 +45,7 @@ class Segment:
     def create(cls, kind: str, size: int) -> Segment:
         """Make and map a segment of `size` bytes; `kind` ([a-z0-9_]) ends its name.
 
-        Every page is allocated now, so no later store can fail (a tmpfs out of room answers a store with SIGBUS).
+        Every page is allocated now, so that no later store can fail (if a tmpfs is full, a store raises SIGBUS).
 
         Raises:
             NoSharedMemory: it does not fit, or /dev/shm is missing or not writable.
@@ -61,8 +61,8 @@ class Segment:
             raise NoSharedMemory(f"cannot create shared memory in {SHM}: {error.strerror}") from error
         try:
             os.fchmod(fd, 0o600)  # whatever the umask
-            # The mapping keeps a duplicate of fd, so this lock lives as long as the mapping or the process. sweep()
-            # asks for it too: an owner in another pid namespace looks dead by its pid, and is not.
+            # The mapping keeps a duplicate of fd, so this lock lasts as long as the mapping or the process. sweep()
+            # tests it, too, because the pid of an owner in another pid namespace looks dead.
             fcntl.flock(fd, fcntl.LOCK_SH)
             _allocate(fd, kind, size)
             return cls(name, mmap.mmap(fd, size), created=True)
@@ -100,9 +100,9 @@ class Segment:
         return self._buf
 
     def give_back(self, start: int) -> None:
-        """Return the memory from an offset on to the system, where the system takes it; what lies there is lost.
+        """Return the memory from an offset on to the system, if it supports that; its content is lost.
 
-        For what was set aside and is not needed: a later store takes new pages, which may not be there (SIGBUS).
+        For memory that is no longer needed: a later store takes new pages, and may find none (SIGBUS).
         """
         mapping = self.buf.obj
         assert isinstance(mapping, mmap.mmap)
@@ -112,15 +112,15 @@ class Segment:
                 mapping.madvise(mmap.MADV_REMOVE, start, self.size - start)
 
     def close(self) -> None:
-        """Let go of the memory; idempotent.
+        """Release the memory. Idempotent.
 
-        It is unmapped when the last view of it (tensor, array, memoryview) is gone, never under one: a tensor over
-        unmapped memory would crash the process at its next use.
+        It is unmapped when the last view of it (tensor, array, memoryview) is gone, and not before: using a tensor over
+        unmapped memory would crash the process.
         """
         self._buf = None
 
     def unlink(self) -> None:
-        """Remove the name; idempotent. Processes that have it mapped keep the memory."""
+        """Remove the name. Idempotent. Processes that have it mapped keep the memory."""
         (SHM / self.name).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -135,8 +135,8 @@ class Segment:
 
 
 def own_prefix() -> str:
-    """What the names of all segments begin with that this process makes. In two containers with one /dev/shm the pid
-    alone may be another process's, too."""
+    """The prefix of the names of this process's segments. The pid alone would not do: two containers may share one
+    /dev/shm and have the same pids."""
     pid = os.getpid()
     return f"aurora-{pid}-{process_start_time(pid)}-"
 
@@ -151,10 +151,10 @@ def free_bytes() -> int | None:
 
 
 def sweep() -> list[str]:
-    """Unlink this user's segments whose owner is dead; their names.
+    """Unlink this user's segments whose owner is dead. Returns their names.
 
-    Dead: no process has the owner's pid, or the one that has it started at another time (the pid was reused), or it is
-    a zombie; and nobody holds the owner's lock.
+    Dead means that no process has the owner's pid, or it started at another time (the pid was reused), or it is a
+    zombie; and that nobody holds the owner's lock.
     """
     removed = []
     for path in sorted(SHM.glob("aurora-*")) if SHM.is_dir() else []:
@@ -179,12 +179,12 @@ def sweep() -> list[str]:
 
 
 def owner_pid(name: str) -> int:
-    """Of the process that made this segment, dead or alive. Raises ValueError where it is no segment's name."""
+    """Pid of the process that made this segment, dead or alive. Raises ValueError if it is not a segment's name."""
     return _owner(name)[0]
 
 
 def owner_is_alive(name: str) -> bool:
-    """Whether the process that made this segment still runs. Raises ValueError where it is no segment's name."""
+    """Whether the process that made this segment still runs. Raises ValueError if it is not a segment's name."""
     pid, start = _owner(name)
     return process_start_time(pid) == start
 

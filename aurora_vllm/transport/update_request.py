@@ -1,8 +1,8 @@
 """The server asks the learner to publish a draft from disk: one request at a time, over the control block.
 
-The weight bank has one writer, the learner, so whoever wants other weights in it has to ask. Each side has one text
-field, which is read whole or not at all: ``server.update_request`` holds "number directory", ``learner.update_answer``
-"number version message". A request is open while the numbers differ; one without a directory was withdrawn.
+The weight bank has one writer, the learner, so the server has to ask it. Each side writes one text field, which others
+read as a whole: ``server.update_request`` holds "number directory", ``learner.update_answer`` "number version message".
+A request is open while the numbers differ; one without a directory was withdrawn.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ POLL_S = 0.02
 
 @dataclass(frozen=True)
 class Answer:
-    """How a request went."""
+    """The answer to a request."""
 
-    version: int  # the version it was published as, 0 where it was refused
+    version: int  # the version the draft was published as; 0 where it was refused
     message: str
 
 
 @dataclass(frozen=True)
 class UpdateRequest:
-    """A request the learner has not answered yet."""
+    """A request that the learner has not answered yet."""
 
     number: int
     directory: str
@@ -55,7 +55,7 @@ def ask(control: ControlBlock, directory: str, timeout_s: float) -> Answer:
 
 
 def open_request(control: ControlBlock) -> UpdateRequest | None:
-    """The request that waits for the learner. Two short reads: may be asked at every turn."""
+    """The open request, if any. Two short reads: cheap enough for every turn."""
     text = control.server.update_request
     number = _number(text)
     if number == _number(control.learner.update_answer):
@@ -73,7 +73,7 @@ def answer(control: ControlBlock, request: UpdateRequest, given: Answer) -> None
 
 
 def refuse_open(control: ControlBlock) -> None:
-    """A new learner's first deed: what the one before it may have died over must not be its next."""
+    """Refuse an open request. A new learner does this first, because its predecessor may have died over it."""
     if request := open_request(control):
         answer(control, request, Answer(0, "the learner was started again meanwhile; ask again"))
 

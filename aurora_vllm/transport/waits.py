@@ -1,4 +1,4 @@
-"""Waits for work on a GPU that take no core from anybody, and do not go on for ever once a process is dead."""
+"""Waiting for work on a GPU without using a CPU core, and not for ever if the other process is dead."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ GRACE_S = 2.0  # after the owner's death, for work that was enqueued before it
 
 
 class OwnerGone(RuntimeError):
-    """The process that made the memory died, and work on it fails or does not come to an end."""
+    """The process that made the memory died, and work on the memory fails or does not end."""
 
 
 def wait_for_this_stream(device: torch.device) -> None:
-    """Return when what this thread told its current stream is done; at once where the device is the CPU.
+    """Return when the work enqueued on this thread's current stream is done; on the CPU, at once.
 
-    The thread sleeps and holds no lock: by itself CUDA would have it spin, beside the thread that drives the engine.
+    The thread sleeps and holds no lock. By default CUDA would let it spin, beside the thread that drives the engine.
     """
     if device.type != "cuda":
         return
@@ -33,7 +33,7 @@ def wait_until(done: Callable[[], bool], owner_lives: Callable[[], bool], grace_
     """Poll until it is done.
 
     Raises:
-        OwnerGone: the owner is dead, and it was not done for `grace_s` after that was noticed.
+        OwnerGone: the owner is dead, and `grace_s` after that was noticed it still is not done.
     """
     patience: float | None = None
     while not done():
@@ -47,10 +47,11 @@ def wait_until(done: Callable[[], bool], owner_lives: Callable[[], bool], grace_
 
 @contextmanager
 def blaming(owner_lives: Callable[[], bool]) -> Iterator[None]:
-    """What is called within this on memory of an owner that died may fail, too, instead of going on for ever.
+    """A context in which errors are blamed on the memory's owner if that is dead: calls then may fail instead of
+    waiting for ever.
 
     Raises:
-        OwnerGone: it failed, and the owner is dead, or is within GRACE_S: the driver may know it first.
+        OwnerGone: a call failed, and the owner is dead, or dies within GRACE_S (the driver may notice it first).
     """
     try:
         yield
