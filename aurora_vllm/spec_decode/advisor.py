@@ -1,8 +1,8 @@
-"""Who advises vLLM's scheduler: draft length, copied drafts, and which versions of the draft stay.
+"""Advises vLLM's scheduler: on the draft length, on copies, and on whether a version of the draft stays.
 
-What a scheduler sees anyway, step times, proposals and verdicts, goes to the controllers of ``control/``; what they
-decide stands in the control block. Everything that could fail here fails behind a circuit breaker: a step is scheduled
-all the same.
+What a scheduler sees anyway (step times, proposals, verdicts) goes to the controllers of ``control/``; their decisions
+are written into the control block. Whatever could fail here is behind a circuit breaker, so that a step is scheduled in
+any case.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from aurora_vllm.spec_decode.rollback_watch import RollbackWatch
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
-TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a draft the user names or resumes, until measured
+TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a given or resumed draft until it is measured
 
 
 @dataclass
 class _Step:
-    """One under way: when it was scheduled, whether the learner worked then, and for how many tokens the draft runs."""
+    """A step under way: when it was scheduled, whether the learner worked then, and the tokens the draft runs for."""
 
     scheduled: float
     beside_learner: bool
@@ -43,11 +43,11 @@ class SpeculationAdvisor:
 
     Args:
         session: of this run.
-        most_verified: tokens of a proposal that vLLM verifies; K and copies are no longer.
-        no_copies: in words, why proposals cannot be replaced by copies; "" where they can.
-        budget: tokens that vLLM schedules in a step; None for no bound.
-        kv_cache_manager: vLLM's; None where there is nothing cached to look after.
-        lengths: ascending, that the batch's proposals may have where the worker replaces them; empty where it does not.
+        most_verified: the longest proposal that vLLM verifies; bounds K and copies.
+        no_copies: why proposals cannot be replaced by copies, in words; "" where they can.
+        budget: the most tokens that vLLM schedules in a step; None for no bound.
+        kv_cache_manager: vLLM's; None where no cached prompts need to be forgotten.
+        lengths: where the worker makes copies, the lengths that a batch's proposals may have, ascending; else empty.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class SpeculationAdvisor:
             copies=self._proposals.copies,
             lengths=lengths,
         )
-        # One for each job: work that goes well must not hide that other work never does.
+        # One for each job: a job that succeeds must not hide that another one always fails.
         self._choosing = CircuitBreaker("choosing the draft length", on_failure=self._say_no_choice)
         self._measuring = CircuitBreaker("measuring steps")
         self._counting = CircuitBreaker("counting verdicts")
@@ -86,11 +86,11 @@ class SpeculationAdvisor:
         self._budget, self._lengths = budget, lengths
         self._version = 0
         self._proposed_by = 0
-        self._started: deque[_Step] = deque()  # those in flight; two where steps overlap
+        self._started: deque[_Step] = deque()  # steps in flight; two where steps overlap
         self._ended = 0.0
-        self._learner_rests = config.learner_cpu_share <= 0.5  # mostly: else its work is how things are
+        self._learner_rests = config.learner_cpu_share <= 0.5  # if not, steps beside its work are the normal case
         self._last = Decision(0, "")
-        self._before = self._controller.acceptance  # what was known of the version before the live one
+        self._before = self._controller.acceptance  # acceptance of the version before the live one
 
     def step_starts(self) -> None:
         """vLLM is about to schedule a step."""
@@ -100,7 +100,7 @@ class SpeculationAdvisor:
             self._cached_prompts.look()
 
     def draft_length(self, batch_size: int) -> int:
-        """Tokens of each proposal of the step being scheduled; 0 if choosing fails, or no request takes drafts."""
+        """Length of the proposals of the step being scheduled; 0 if choosing fails, or if no request takes drafts."""
         if not self._choosing.run(lambda: self._decide(batch_size)) or self._proposals.for_nobody:
             return 0
         proposed = self._fitting(self._last.proposed, batch_size)
@@ -109,8 +109,8 @@ class SpeculationAdvisor:
         return proposed
 
     def _fitting(self, proposed: int, batch_size: int) -> int:
-        """Where proposals cannot be cut one by one: as many tokens as leave half a step to those who wait. vLLM fills a
-        step in the order of requests, so the last ones would not run until the first have ended."""
+        """Where proposals cannot be cut one by one: a length that leaves half of a step's tokens to waiting requests.
+        vLLM fills a step in the order of requests, so otherwise the last ones would wait until the first have ended."""
         if not self._lengths or not self._budget:
             return proposed
         room = self._budget // (2 * batch_size) - 1
@@ -121,7 +121,7 @@ class SpeculationAdvisor:
 
         Args:
             scheduler_output: vLLM's, of that step.
-            sampled: the tokens each request gained, in the batch's order.
+            sampled: tokens that each request gained, in the batch's order.
         """
         now = time.perf_counter()
         self._proposals.forget(scheduler_output.finished_req_ids)
@@ -129,7 +129,7 @@ class SpeculationAdvisor:
             return
         step = self._started.popleft()
         self._control.scheduler.in_flight = len(self._started)
-        seconds = now - max(step.scheduled, self._ended)  # a step waits until the one before it has ended
+        seconds = now - max(step.scheduled, self._ended)  # a step waits for the one before it
         self._ended = now
         beside_learner = step.beside_learner or self._learner_works()
         self._measuring.run(
@@ -139,10 +139,10 @@ class SpeculationAdvisor:
             self._reading.run(evidence.look)
 
     def drafts_arrived(self, proposals: Any = None, requests: Mapping[str, Any] | None = None) -> None:
-        """The drafts just taken from the worker were proposed by the version that is live now.
+        """Proposals came from the worker, made by the version that is live now.
 
         Args:
-            proposals: vLLM's ``DraftTokenIds``, where the scheduler is given any; edited in place.
+            proposals: vLLM's ``DraftTokenIds``, edited in place; None where they do not pass through the scheduler.
             requests: vLLM's requests by id.
         """
         self._proposed_by = self._control.worker.live_version
@@ -150,14 +150,15 @@ class SpeculationAdvisor:
             self._proposals.arrived(proposals, requests, self._controller.worth)
 
     def verified(self, num_drafts: int, num_accepted: int, request_id: str) -> None:
-        """One request's proposal came back: of ``num_drafts`` tokens the target accepted ``num_accepted``."""
+        """One request's verdict: of ``num_drafts`` proposed tokens the target accepted ``num_accepted``."""
         if self._evidence is not None and self._evidence.copies is not None:
-            return  # the worker says the same, and who proposed
+            return  # the worker counts the same verdicts, and knows who proposed
         version = None if self._proposals.copied(request_id) else self._proposed_by
         self._take_verdicts(version, {(num_drafts, num_accepted): 1})
 
     def _learner_works(self) -> bool:
-        """Whether the learner is in a burst of work; one that was killed in a burst still says so."""
+        """Whether the learner is in a burst of work. The pids are compared, because one that was killed in a burst
+        still says so."""
         learner = self._control.learner
         return bool(learner.working and learner.pid and learner.pid == self._control.server.learner_pid)
 
@@ -173,7 +174,7 @@ class SpeculationAdvisor:
         live = self._control.worker.live_version
         learner = self._control.learner
         if live != self._version:
-            if live < self._version:  # a rollback: what its successor did says nothing of it
+            if live < self._version:  # a rollback: its successor's acceptance says nothing about it
                 self._controller.acceptance = self._before
             else:
                 self._before = copy.deepcopy(self._controller.acceptance)
@@ -206,8 +207,8 @@ class SpeculationAdvisor:
         verified = sum(map(len, drafts.values()))
         accepted = sum(max(len(tokens) - 1, 0) for tokens in sampled)
         self._learner_share.earned(seconds, self._controller.settle(len(counts), drafted, verified, accepted))
-        # Only steps of nothing but decoding tell what K costs. What a burst of the learner's adds to a step is no
-        # property of K; of two draft lengths it would hit the one being probed.
+        # Only pure decode steps show what K costs. What a burst of the learner's work adds is no property of K, and
+        # would be blamed on the draft length that is just being probed.
         if sum(counts.values()) != len(counts) + verified:
             return
         if not (self._learner_rests and beside_learner):
@@ -215,7 +216,7 @@ class SpeculationAdvisor:
         self._learner_share.decoded(len(counts), verified, seconds, beside_learner)
 
     def _take_verdicts(self, version: int | None, verdicts: Verdicts) -> None:
-        """What became of proposals by a version of the draft, or of copies (None)."""
+        """Verdicts on proposals of one version of the draft, or on copies (None)."""
         self._counting.run(lambda: self._count(version, verdicts))
         if version is not None:
             self._rollback_watch.take(version, verdicts)
@@ -225,7 +226,7 @@ class SpeculationAdvisor:
         count = sum(verdicts.values())
         tokens, accepted = (sum(pair[i] * n for pair, n in verdicts.items()) for i in (0, 1))
         scheduler = self._control.scheduler
-        if version is None:  # says nothing of any version
+        if version is None:  # copies say nothing about any version
             scheduler.copied_drafts += count
             scheduler.copied_tokens += tokens
             scheduler.copied_accepted += accepted

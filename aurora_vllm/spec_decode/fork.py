@@ -1,8 +1,8 @@
-"""What a vLLM with ``patches/vllm-VERSION.patch`` calls, for people who keep a fork of vLLM.
+"""Functions called by a vLLM with ``patches/vllm-VERSION.patch``, for people who keep a fork of vLLM.
 
 On an unmodified vLLM the same is done from outside, by ``--worker-cls`` (:mod:`.worker`), ``--scheduler-cls``
-(:mod:`.scheduler`) and wrapped runner methods (:mod:`.runner_v1`). A patched vLLM under those classes is hooked once:
-its own calls then do nothing. Imports no vLLM, since vLLM's modules import this one.
+(:mod:`.scheduler`) and wrapped runner methods (:mod:`.runner_v1`). With these classes a patched vLLM's own calls do
+nothing, so nothing is hooked twice. Imports no vLLM, since vLLM's modules import this one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ logger = logging.getLogger("vllm.aurora")
 
 
 def attach(worker: Any) -> Attachment | None:
-    """After ``Worker.load_model``. None where there is no session, nothing to attach to, or AuroraWorker does it."""
+    """Called after ``Worker.load_model``. None without a session, without anything to attach to, or in an
+    AuroraWorker."""
     if _is_ours(worker) or Session.from_environment() is None:
         return None
     try:
@@ -34,7 +35,7 @@ def attach(worker: Any) -> Attachment | None:
 
 
 def advise(scheduler: Any) -> SpeculationAdvisor | None:
-    """At the end of ``Scheduler.__init__``: who chooses K, put where vLLM looks K up. None as in :func:`attach`."""
+    """Called at the end of ``Scheduler.__init__``; see :func:`.scheduler.advise`. None as in :func:`attach`."""
     if _is_ours(scheduler) or Session.from_environment() is None:
         return None
     from aurora_vllm.spec_decode import scheduler as ours

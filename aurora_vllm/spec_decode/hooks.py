@@ -1,4 +1,5 @@
-"""What of vLLM is wrapped, subclassed or called: the table that probes and manifests go through (:mod:`.compat`)."""
+"""The table of all vLLM symbols that are wrapped, subclassed or called; probes and manifests use it
+(:mod:`.compat`)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Hook:
-    """A vLLM symbol we wrap, subclass or call, and what we rely on."""
+    """A vLLM symbol that we wrap, subclass or call, and what we rely on."""
 
     symbol: str  # "module:qualified.name"
     parameters: tuple[str, ...] = ()
@@ -17,7 +18,7 @@ class Hook:
     uses: tuple[str, ...] = ()  # names of attributes in its source that we read or replace
 
     def unused(self, source: str) -> list[str]:
-        """Which of those do not occur in this source text."""
+        """The names in ``uses`` that do not occur in this source text."""
         return [name for name in self.uses if not re.search(rf"\b{name}\b", source)]
 
 
@@ -135,5 +136,5 @@ HOOKS = (*V1_HOOKS, *V2_HOOKS, *COMMON_HOOKS)
 
 
 def hooks_of(runner: Literal["V1", "V2"]) -> tuple[Hook, ...]:
-    """What is needed where vLLM takes this model runner."""
+    """The hooks that this model runner needs."""
     return (*(V1_HOOKS if runner == "V1" else V2_HOOKS), *COMMON_HOOKS)

@@ -1,7 +1,7 @@
-"""How much the learner may take at present, told through the control block.
+"""The learner's present share, written into the control block.
 
-By what speculation earns (:mod:`aurora_vllm.control.earnings`), where K is chosen and so may be 0; and by what learning
-adds to a step (:mod:`aurora_vllm.control.guard`), where a bound on that is set.
+It follows what speculation saves (:mod:`aurora_vllm.control.earnings`), unless K is fixed, and what learning adds to a
+step (:mod:`aurora_vllm.control.guard`), if a bound on that is set.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from aurora_vllm.transport.control import ControlBlock
 
 
 class LearnerShare:
-    """Args: the settings; the control block, whose ``scheduler`` part is written here."""
+    """Combines both. Args: the settings; the control block, whose ``scheduler`` part is written."""
 
     def __init__(self, config: AuroraConfig, control: ControlBlock) -> None:
         self._scheduler = control.scheduler
@@ -27,12 +27,12 @@ class LearnerShare:
         self._show()
 
     def earned(self, seconds: float, saved: float) -> None:
-        """A step took so long, and plain decoding would have taken ``saved`` seconds longer."""
+        """A step took ``seconds``, and plain decoding would have taken ``saved`` seconds longer."""
         if self._earnings is not None and self._earnings.observe(seconds, saved):
             self._show()
 
     def decoded(self, batch_size: int, verified: int, seconds: float, beside_learner: bool) -> None:
-        """A step of nothing but decoding, in which so many proposed tokens were verified."""
+        """A pure decode step, in which ``verified`` proposed tokens were verified."""
         if (guard := self._guard) is not None:
             self._breaker.run(lambda: self._judge(guard, batch_size, verified, seconds, beside_learner))
 

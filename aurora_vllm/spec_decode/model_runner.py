@@ -1,4 +1,4 @@
-"""Which of its two model runners vLLM will take."""
+"""Predicts which of its two model runners vLLM will use."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from aurora_vllm.errors import AuroraError
 
 @dataclass(frozen=True)
 class ModelRunner:
-    """Which of its two model runners vLLM will take."""
+    """The model runner that vLLM will use, and why."""
 
     name: Literal["V1", "V2"]
     reason: str
 
 
 def choose_runner() -> ModelRunner:
-    """vLLM's choice, before its configuration exists (vllm/config/vllm.py, ``use_v2_model_runner``).
+    """Predict vLLM's choice before its configuration exists (vllm/config/vllm.py, ``use_v2_model_runner``).
 
-    vLLM may still take V1 for what V2 cannot do, and says so in its log; the worker attaches to what it finds.
+    vLLM may still fall back to V1 for what V2 cannot do, and logs that; the worker attaches to the runner it finds.
 
     Raises:
-        AuroraError: the choice is none, or vLLM would end on it.
+        AuroraError: the environment variable has a wrong value, or one with which vLLM would end.
     """
     name = "VLLM_USE_V2_MODEL_RUNNER"
     said = os.environ.get(name)

@@ -1,4 +1,4 @@
-"""A captured request, and what the host knows of its rows before the target has said anything."""
+"""A captured request, and the part of its rows that the host knows before the verdict."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class OpenRequest:
     key: int  # the random 62-bit number the learner knows the request by
     prompt_length: int
     temperature_milli: int
-    wrote: bool = False  # there are rows of it in the ring
+    wrote: bool = False  # whether rows of it were written to the ring
     dropped: bool = False
     _decoding: dict[int, array[int]] = field(default_factory=dict)  # rows of a decode step, by its number of drafts
 
     def rows(self, before: int, drafts: int, emits: bool) -> array[int]:
-        """Metadata words of the request's rows in a step: those before the last certain token, that token's, and one
-        for each draft. Not to be changed: the next such step gets the same array.
+        """Metadata words of the request's rows in a step: ``before`` rows, that of the last certain token, and one for
+        each draft token. Do not modify the array: the next such step gets the same one.
 
-        EMITTED is -1 where nothing is emitted whatever the verdict and else 0, FLAGS is REJECTED for every draft; what
-        all rows of a step share, and what only the device knows, is 0.
+        EMITTED is -1 where nothing is emitted whatever the verdict, else 0; FLAGS is REJECTED for every draft token.
+        Words that all rows of a step share, and words that only the device knows, are 0.
 
         Returns:
             int32 [before + 1 + drafts, 16], flat.
@@ -51,7 +51,7 @@ class OpenRequest:
         return rows
 
     def end_row(self, step: int) -> array[int]:
-        """The last row's words. int32 [16]"""
+        """Metadata words of the request's end row. int32 [16]"""
         words = self._words()
         words[_FLAGS] = int(RowFlag.END | (RowFlag.DROPPED if self.dropped else RowFlag.NONE))
         words[_STEP] = step

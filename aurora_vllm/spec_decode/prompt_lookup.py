@@ -1,9 +1,9 @@
-"""Lookup: what followed the last time the newest tokens of a request stood somewhere.
+"""Prompt lookup: proposes what followed an earlier occurrence of the newest tokens of a request.
 
-Text repeats itself: code names its variables again, an answer takes up the words of its question, and answers to like
-questions begin and end alike. The continuation of the longest earlier occurrence of the newest tokens is a draft that
-costs no forward pass (Saxena, "Prompt Lookup Decoding", 2023; vLLM's methods "ngram", within a request, and "suffix",
-across requests: Oliaro et al., "SuffixDecoding", 2024). How many tokens matched tells whether a copy can be trusted.
+Text repeats itself: code repeats the names of its variables, an answer the words of its question, and answers to
+similar questions begin and end alike. The continuation of the longest match is a draft that costs no forward pass
+(Saxena, "Prompt Lookup Decoding", 2023; vLLM's methods "ngram", within a request, and "suffix", across requests: Oliaro
+et al., "SuffixDecoding", 2024). How many tokens matched tells whether a copy can be trusted.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from dataclasses import dataclass
 
 from aurora_vllm.control.copy_kinds import CopyKinds
 
-LONGEST_MATCH = 10  # tokens; a longer match is not more often right
-CANDIDATES = 32  # earlier occurrences of the last two tokens that are looked at, the newest first
+LONGEST_MATCH = 10  # tokens; longer matches are not right more often
+CANDIDATES = 32  # earlier occurrences of the last two tokens that are tried, the newest first
 WINDOW = 8192  # tokens at the end of a prompt that are indexed: about 3 ms and 1 MB, once a request
-SEPARATOR = -1  # stands between two answers; no token has this id
+SEPARATOR = -1  # between two answers; no token has this id
 KINDS = CopyKinds(tuple(range(2, LONGEST_MATCH + 1)))
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Proposed tokens, and how many tokens before them stood there before as well (2..LONGEST_MATCH)."""
+    """Proposed tokens, and how many tokens before them matched (2..LONGEST_MATCH)."""
 
     tokens: list[int]
     match_length: int
     from_others: bool = False
 
     def kind(self, is_sampled: bool = False) -> int:
-        """For a greedy request, or a sampled one."""
+        """The kind of this copy for a greedy or a sampled request."""
         return KINDS.number(self.match_length, self.from_others, is_sampled)
 
 
 class _PairIndex:
-    """A text by pairs of tokens. Each pair's occurrences are chained, as in a Lempel-Ziv coder."""
+    """An index of a text by pairs of tokens. Each pair's occurrences are chained, as in a Lempel-Ziv coder."""
 
     def __init__(self) -> None:
         self.tokens = array("i")
-        self.newest: dict[int, int] = {}  # pair -> where it ends, its newest occurrence
-        self.older = array("i")  # where a pair ends -> where its occurrence before ends, or -1
+        self.newest: dict[int, int] = {}  # pair -> where its newest occurrence ends
+        self.older = array("i")  # where a pair ends -> where its previous occurrence ends, or -1
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -54,7 +54,7 @@ class _PairIndex:
             self.newest[pair] = end
 
     def longest_match(self, text: Sequence[int], candidate: int) -> tuple[int, int]:
-        """Where the longest match with the end of ``text`` ends, the newest of those equally long, and its length.
+        """The longest match with the end of ``text``, the newest if there are several: where it ends, and its length.
 
         Args:
             candidate: where the newest occurrence of the last two tokens ends; -1 for none.
@@ -85,21 +85,21 @@ class PromptLookup:
         return self._skipped + len(self._index.tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """More of the request: the prompt first, then what was emitted."""
+        """Add tokens of the request: first the prompt, later what was emitted."""
         if not len(self) and len(tokens) > WINDOW:
             self._skipped = len(tokens) - WINDOW
             tokens = tokens[self._skipped :]
         self._index.extend(tokens)
 
     def end(self) -> Sequence[int]:
-        """The newest tokens, as many as can match."""
+        """The newest tokens, as many as a match can have."""
         return self._index.tokens[-LONGEST_MATCH:]
 
     def propose(self, count: int) -> Copy | None:
         """``count`` tokens that followed the longest match; None without a match.
 
-        Where the match lies so near the end that fewer than ``count`` tokens follow it, the copy goes on into itself,
-        as a text that repeats a short phrase does.
+        If the match is so near the end that fewer than ``count`` tokens follow it, the copy continues with itself, as
+        in a text that repeats a short phrase.
         """
         tokens, last = self._index.tokens, len(self._index.tokens) - 1
         best, length = self._index.longest_match(tokens, self._index.older[last] if last > 0 else -1)
@@ -110,10 +110,10 @@ class PromptLookup:
 
 
 class EarlierAnswers:
-    """What was answered to others, the newest of it.
+    """The newest answers to other requests.
 
     Args:
-        capacity: tokens. When it is full the older half is dropped, which takes about 10 ms for 32,768 tokens.
+        capacity: in tokens. When it is full the older half is dropped, which takes about 10 ms for 32,768 tokens.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -121,7 +121,7 @@ class EarlierAnswers:
         self._index = _PairIndex()
 
     def add(self, answer: Sequence[int]) -> None:
-        """An answer that has ended; of one longer than about half the capacity, its end."""
+        """Add a finished answer; of one longer than about half the capacity, only its end."""
         half, there = (self._capacity - 1) // 2, len(self._index.tokens)
         answer = answer[max(0, len(answer) - half) :]
         if there + len(answer) + 1 > self._capacity:

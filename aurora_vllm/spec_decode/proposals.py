@@ -1,7 +1,7 @@
-"""What becomes of proposals on their way from the worker to vLLM's scheduler: replaced, cut, or taken away.
+"""Edits proposals on their way from the worker to vLLM's scheduler: replaces, cuts or removes them.
 
-Only where they pass through the scheduler, so where steps do not overlap. (In the V2 runner what passes are
-placeholders, of which some are taken away.)
+Only where proposals pass through the scheduler, that is where steps do not overlap. (With the V2 runner these are
+placeholders, some of which are removed.)
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class Proposals:
     """Edits every step's proposals.
 
     Args:
-        control: the worker says there whether it proposed anything; what copying is at is said there.
-        positions: largest number of copied tokens.
-        answers: tokens of earlier answers that may be copied from.
-        no_copies: in words, why nothing can be copied; "" where it can.
-        budget: tokens that vLLM schedules in a step; None for no bound.
+        control: tells whether the worker proposed anything; the state of copying is written to it.
+        positions: the most copied tokens in a proposal.
+        answers: tokens of earlier answers that may be copied.
+        no_copies: why nothing can be copied, in words; "" where it can.
+        budget: the most tokens that vLLM schedules in a step; None for no bound.
     """
 
     def __init__(
         self, control: ControlBlock, positions: int, answers: int, no_copies: str = "", budget: int | None = None
     ) -> None:
-        self.for_nobody = False  # the requests that run are all of those that take no drafts
+        self.for_nobody = False  # whether all running requests are such that take no drafts
         self._control, self._budget = control, budget
         self._copier = None if no_copies else DraftCopier(positions, answers)
         self._copying = CircuitBreaker("copying drafts", on_failure=self._say_copying_failed)
@@ -40,11 +40,11 @@ class Proposals:
 
     @property
     def copies(self) -> Copies | None:
-        """What is known of copies; None where there are none."""
+        """Statistics of copies; None where there are none."""
         return self._copier.copies if self._copier else None
 
     def copied(self, name: str) -> bool:
-        """Whether what is verified of a request is a copy."""
+        """Whether the proposal of a request that is being verified is a copy."""
         return self._copier is not None and self._copier.copied(name)
 
     def arrived(self, proposals: Any, requests: Mapping[str, Any], worth: Callable[[int, bool], int]) -> None:
@@ -56,14 +56,14 @@ class Proposals:
         """
         worker = self._control.worker
         if worker.proposed_step != worker.step:
-            # Where one request is near the draft's longest context vLLM drafts for none and hands over zeros, for all.
+            # If one request is near the draft's longest context, vLLM drafts for none, and hands over zeros for all.
             _empty(proposals)
         if (copier := self._copier) is not None:
             done = self._copying.run(lambda: copier.replace(proposals, requests, worth))
             if done and self._copies_are != "on":
                 self._say_copying("on")
         if not self._checking.run(lambda: self._check(proposals, requests)):
-            _empty(proposals)  # whoever must not have drafts has none
+            _empty(proposals)  # so that requests that must not have drafts have none
 
     def forget(self, names: Iterable[str]) -> None:
         """Requests that ended."""
@@ -87,11 +87,11 @@ def _empty(proposals: Any) -> None:
 
 
 def cut_to(budget: int, drafts: list[list[int]]) -> None:
-    """Cut proposals, the longest first, so that a step has room for every request that runs. vLLM fills a step in the
-    order of requests; the first would verify all they propose, and the last would wait until those have ended.
+    """Cut proposals, the longest first, so that a step has room for every running request. vLLM fills a step in the
+    order of requests: the first would verify their whole proposals, and the last would wait until those have ended.
 
     Args:
-        budget: tokens of a step; a request takes one and its drafts.
+        budget: tokens of a step; a request takes one, plus its proposal.
     """
     if len(drafts) + sum(map(len, drafts)) <= budget:
         return

@@ -1,8 +1,8 @@
-"""Capture rehearsed before anything is served, and how rows are filled from then on.
+"""Rehearses capture before anything is served, and chooses how rows are filled.
 
-A GPU loads a kernel at its first launch, Triton compiles it then, and torch asks the driver for pinned memory at the
-first upload of a size: each of these is a wait of the host, which is to come now. And the kernel's rows are compared
-with torch's, since rows that are wrong would be learned from.
+At its first launch a kernel is compiled by Triton and loaded by the GPU, and at the first upload of a size torch asks
+the driver for pinned memory. The host waits for each of these, so they are done now. And the kernel's rows are compared
+with torch's, because wrong rows would be learned from.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from aurora_vllm.transport.rows import META_WORDS, RowLayout
 
 logger = logging.getLogger("vllm.aurora")
 
-HEAD_BYTES = 4096  # more than goes up beside the words of a step's rows
+HEAD_BYTES = 4096  # more than is uploaded beside the words of a step's rows
 
 
 def prepare_fill(
     layout: RowLayout, ring: torch.device, target: torch.device, most_rows: int, with_kernel: bool = True
 ) -> RowFill:
-    """The way to fill rows that a server is to use, rehearsed. Does not raise. Takes seconds on a GPU.
+    """The way to fill rows in this server, rehearsed. Does not raise. Takes seconds on a GPU.
 
     Args:
         layout: of the rows.
-        ring, target: devices that the ring's rows and the target lie on.
-        most_rows: of one step.
+        ring, target: devices of the ring's rows and of the target.
+        most_rows: the most rows of one step.
         with_kernel: whether the kernel may be loaded.
     """
     by_torch = TorchFill(layout)
@@ -43,7 +43,7 @@ def prepare_fill(
         reserve_pinned(most_rows * META_WORDS * 4 + HEAD_BYTES, target)
         expected = rehearse(by_torch, layout, ring, target)
         if ring.type != "cuda" or not with_kernel:
-            return by_torch  # where the ring is elsewhere, no kernel reaches it
+            return by_torch  # a kernel cannot write to a ring elsewhere
         from aurora_vllm.spec_decode.capture_kernel import COMPILED, KernelFill
 
         if not COMPILED:
@@ -51,7 +51,7 @@ def prepare_fill(
         by_kernel = KernelFill(layout)
         if not torch.equal(rehearse(by_kernel, layout, ring, target), expected):
             raise RuntimeError("it writes other rows than torch does")
-    except Exception as error:  # of torch, of Triton, of a device nobody has seen
+    except Exception as error:  # of torch, of Triton, of an unknown device
         logger.warning(
             "aurora: rows are written by torch, in a dozen launches a step; the kernel for that is not used (%s)",
             " ".join(f"{type(error).__name__}: {error}".split()),
@@ -61,13 +61,13 @@ def prepare_fill(
 
 
 def rehearse(fill: RowFill, layout: RowLayout, ring: torch.device, target: torch.device) -> torch.Tensor:
-    """Steps of every kind into rows that are nobody's. Returns these, on the host; uint8 [n, row_bytes]."""
+    """Write steps of every kind into scratch rows. Returns these on the host; uint8 [n, row_bytes]."""
     sink = _Scratch(layout, ring)
     control: Any = SimpleNamespace(worker=SimpleNamespace(**dict.fromkeys(COUNTERS, 0)))
     writer = TraceWriter(sink, layout, control, seed=0, fill=fill)
     for name in "abc":
         writer.begin(name, prompt_length=5, temperature=0.0, may_learn=name != "b")
-    for integer in (torch.int32, torch.int64):  # vLLM's runners have either
+    for integer in (torch.int32, torch.int64):  # vLLM's runners use both
         writer.write(_step(layout, target, integer, "ac", [4, 4], [3, 3], [True, True]))
         writer.write(_step(layout, target, integer, "abc", [5, 1, 4], [0, 0, 3], [False, True, True]))
         writer.write(_step(layout, target, integer, "ac", [1, 1], [0, 0], [True, True]))
@@ -85,9 +85,9 @@ def _step(
     num_drafts: Sequence[int],
     emits: Sequence[bool],
 ) -> StepTrace:
-    """A step whose tensors hold something else in each place, the first draft of each request accepted."""
+    """A step whose tensors have a different value in each place; the first draft token of each request is accepted."""
     rows, width = sum(lengths), layout.hidden_size
-    padded = rows + 2  # a graph's buffers have more rows than the step
+    padded = rows + 2  # the buffers of a CUDA graph have more rows than the step
     values = torch.arange(padded * width, device=device).view(padded, width)
     *aux, last = ((values * (3 + 2 * i) % 509).to(layout.dtype) for i in range(layout.num_aux + 1))
     sampled = torch.arange(1, 1 + 4 * len(names), device=device).view(-1, 4)
@@ -107,7 +107,7 @@ def _step(
 
 
 class _Scratch:
-    """A ring of which nothing is published; every reservation is in two pieces where it can be, as at a wrap."""
+    """A ring without a reader; every reservation is in two pieces if possible, as where a ring wraps."""
 
     def __init__(self, layout: RowLayout, device: torch.device) -> None:
         self._row_bytes, self._device = layout.row_bytes, device

@@ -1,6 +1,5 @@
-"""A new version on probation: the scheduler sees the verdicts, the worker has both versions, so it is asked to trade.
-
-The test itself is :mod:`aurora_vllm.control.rollout`.
+"""Watches a new version on probation. The scheduler sees the verdicts; the worker has both versions, and is asked to
+roll back. The test itself is :mod:`aurora_vllm.control.rollout`.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from aurora_vllm.transport.control import ControlBlock
 
 logger = logging.getLogger("vllm.aurora")
 
-ACCOUNT_EVERY = 20  # verified drafts between two accounts of a probation
-MOST_AT_ONCE = 64  # about 1 ms
+ACCOUNT_EVERY = 20  # verified drafts between two reports on a probation
+MOST_AT_ONCE = 64  # verdicts; takes about 1 ms
 
 
 class RollbackWatch:
-    """Feeds verdicts to a test, and has the worker roll back what it condemns.
+    """Feeds verdicts to the test, and has the worker roll back the versions that it rejects.
 
     Args:
-        control: its ``scheduler`` part is written here.
-        max_draft_length: K at most.
+        control: its ``scheduler`` part is written.
+        max_draft_length: the largest K.
         confidence: see :class:`Rollout`.
     """
 
@@ -38,7 +37,7 @@ class RollbackWatch:
 
     @property
     def wants_verdicts(self) -> bool:
-        """Whether the version looks worse, and drafts should go on until that is decided."""
+        """Whether the version looks worse, so that drafting should go on until that is decided."""
         return self._rollout.looks_worse
 
     def take(self, version: int, verdicts: Verdicts) -> None:
@@ -59,7 +58,7 @@ class RollbackWatch:
         self._accounted = standing
         scheduler.probation_version, scheduler.probation = rollout.version, rollout.reason
         scheduler.probation_drafts, scheduler.probation_evidence = rollout.drafts, rollout.evidence
-        if rollout.decision == "keep" and rollout.drafts:  # without any it never was on probation
+        if rollout.decision == "keep" and rollout.drafts:  # without drafts it was never on probation
             logger.info("aurora: %s", rollout.reason)
         if rollout.decision == "rollback":
-            scheduler.roll_back_version = rollout.version  # last: whoever finds it finds the reason
+            scheduler.roll_back_version = rollout.version  # last, so that the reason is there when it is seen

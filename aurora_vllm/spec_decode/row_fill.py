@@ -1,6 +1,6 @@
-"""What fills the rows of a step, once the ring has room for them: torch's own operators, everywhere.
+"""Fills the rows of a step in the ring, by torch's operators, which work everywhere.
 
-On a GPU these are a dozen launches a step; :mod:`.capture_kernel` has the same interface and takes one.
+On a GPU these take a dozen launches a step; :mod:`.capture_kernel` has the same interface and takes one.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _FLAGS, _POSITION, _TOKEN, _DRAFT_INDEX, _EMITTED = (
 
 @dataclass(frozen=True)
 class KnownRows:
-    """What the host knows of the n rows that a step writes, before the verdict."""
+    """What the host knows before the verdict about the n rows of a step."""
 
-    words: NDArray[np.int32]  # [n, 16] as OpenRequest.rows has them, step and draft version added
-    owners: NDArray[np.int64]  # [n] place of each row's request in the batch
-    taken: NDArray[np.int64] | None  # [n] places of the rows in the batch; None: its first n, in order
+    words: NDArray[np.int32]  # [n, 16] from OpenRequest.rows, with step and draft version
+    owners: NDArray[np.int64]  # [n] index of each row's request in the batch
+    taken: NDArray[np.int64] | None  # [n] indices of the rows in the batch; None: its first n, in order
 
 
 class RowFill(Protocol):
-    """One way to fill rows."""
+    """A way to fill rows."""
 
     name: ClassVar[str]
 
@@ -59,7 +59,7 @@ class TorchFill:
             rows = slice(start, start + view.shape[0])
             self._layout.meta(view).copy_(meta[rows])
             take = rows if taken is None else taken[rows]
-            # One after the other: all of them in one piece would be hundreds of MB of a GPU in a step with a long
+            # One after the other: gathered in one piece they would take hundreds of MB of a GPU in a step with a long
             # prompt.
             columns = self._layout.states(view).split(self._layout.hidden_size, dim=1)
             for column, state in zip(columns, (*trace.aux_hidden_states, trace.last_hidden_states), strict=True):
@@ -69,8 +69,8 @@ class TorchFill:
     def _meta(self, trace: StepTrace, known: KnownRows, taken: torch.Tensor | None) -> torch.Tensor:
         """Metadata words of every row. int32 [n, 16], on the trace's device.
 
-        The device adds three words and nothing that follows from them: position, token, and what was emitted, which
-        ``sampled`` itself has as -1 behind the first rejected draft.
+        The device adds three words: position, token, and the emitted token, for which ``sampled`` has -1 after the
+        first rejected draft token.
         """
         device = trace.token_ids.device
         places = known.owners * trace.sampled.shape[1] + known.words[:, _DRAFT_INDEX] + 1
@@ -80,7 +80,7 @@ class TorchFill:
         if silent:
             emitted.masked_fill_(meta[:, _EMITTED] < 0, -1)
         if any(trace.num_drafts):
-            meta[:, _FLAGS].mul_(emitted < 0)  # as an assignment it would be copied onto itself
+            meta[:, _FLAGS].mul_(emitted < 0)  # in place: an assignment would copy it onto itself
         take = slice(len(places)) if taken is None else taken
         meta[:, _POSITION] = trace.positions[take]
         meta[:, _TOKEN] = trace.token_ids[take]

@@ -1,13 +1,13 @@
 """vLLM's V1 runner (GPUModelRunner and its CPU subclass) -> StepTrace.
 
-Three attributes of the *instance* are wrapped; the class stays as it is. Every wrap calls the original and passes its
-result on unchanged:
+Three attributes of the *instance* are wrapped; the class stays as it is. Every wrapper calls the original and returns
+its result unchanged:
 
-- ``sample_tokens`` remembers the step's ``execute_model_state`` (vLLM clears it before it samples),
-- ``_sample`` knows the verdict; it runs in every step, also near ``max_model_len`` where vLLM does not draft,
-- ``propose_draft_token_ids`` notes which weights proposed, and does without the draft model where K is 0.
+- ``sample_tokens``: keeps the step's ``execute_model_state``, which vLLM clears before it samples;
+- ``_sample``: has the verdict; it runs in every step, also near ``max_model_len``, where vLLM does not draft;
+- ``propose_draft_token_ids``: notes which weights propose, and skips the draft model where K is 0.
 
-A fork of vLLM with ``patches/vllm-VERSION.patch`` has a ``step_observer`` to call instead; there nothing is wrapped.
+A fork of vLLM with ``patches/vllm-VERSION.patch`` calls a ``step_observer`` instead; there nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class V1Adapter:
     Args:
         runner: vLLM's ``GPUModelRunner`` after ``load_model``.
         on_step: receives, for every sampled step, a function that builds its StepTrace; must not raise.
-        on_propose: called before drafts are proposed; returns the version of the weights the draft runs with now.
-        sits_out: whether the draft need not see prompts where K is 0.
+        on_propose: called before drafts are proposed; returns the version of the weights that propose.
+        sits_out: whether the draft need not run over prompts where K is 0.
     """
 
     model_runner = "V1"
@@ -71,19 +71,19 @@ class V1Adapter:
         return original(*args, **kwargs) if nothing is None else nothing
 
     def sampled(self, state: Any, output: Any) -> None:
-        """A step's verdict is there. state: its ``ExecuteModelState``; output: its ``SamplerOutput``."""
+        """A step's verdict is known. state: its ``ExecuteModelState``; output: its ``SamplerOutput``."""
         self._on_step(functools.partial(self._trace, state, output))
 
     def proposing(self, step: Any) -> torch.Tensor | None:
-        """Drafts are about to be proposed. Returns the empty ones of a step that needs none, int64 [R, 0], or None."""
+        """Drafts are about to be proposed. For a step that needs none, returns empty ones, int64 [R, 0]; else None."""
         self._proposed_by = self._on_propose()
         if getattr(self._runner, "use_async_scheduling", False):
-            return None  # where steps overlap, proposing is also what hands the sampled tokens on to the next
+            return None  # where steps overlap, proposing also passes the sampled tokens on to the next step
         if step is None or step.num_spec_tokens_to_schedule or (_has_prefill(step) and not self._sits_out()):
             return None
-        # vLLM would still run the draft over the step's tokens to keep its KV cache complete. A decode step that
-        # nobody drafts from does not pay for that; prompts do, because prefix caching hands them on, unless drafting
-        # is far off.
+        # vLLM would still run the draft over the step's tokens to keep its KV cache complete. That is not worth it for
+        # decode steps without drafting. For prompts it is, because prefix caching reuses them, unless drafting is far
+        # off.
         return torch.empty(len(self._runner.input_batch.req_ids), 0, dtype=torch.int64, device=self._runner.device)
 
     def _trace(self, state: Any, output: Any) -> StepTrace:

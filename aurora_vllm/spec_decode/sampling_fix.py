@@ -1,13 +1,12 @@
-"""Two faults of speculative sampling in vLLM's V1 runner, repaired from our side.
+"""Repairs for two faults of speculative sampling in vLLM's V1 runner.
 
 1. On a CPU, vLLM's stand-in for ``expand_kernel`` writes into a temporary and loses it (vllm#55005), so the rejection
    sampler reads each request's temperature, top-k and top-p from uninitialised memory. A probe runs the real function
-   first: once upstream is mended, nothing is replaced.
-2. With a draft configured, every step goes through the rejection sampler, steps without a single draft too. There it
-   costs time, and on a CPU a request with ``top_k`` ends the engine ("max(): Expected reduction dim ...": the maximum
-   of no values). Such a step is sent to the plain sampler, which is what the rejection sampler itself asks for its
-   result, and in the same words: told that this is the token behind the drafts, without which a thinking budget is
-   applied to another request.
+   first: where upstream has fixed it, nothing is replaced.
+2. With a draft configured, every step goes through the rejection sampler, even one without drafts. That costs time, and
+   on a CPU a request with ``top_k`` ends the engine ("max(): Expected reduction dim ...": the maximum of no values).
+   Such a step is sent to the plain sampler, with the arguments that the rejection sampler itself uses for the token
+   after the drafts (``predict_bonus_token``; without it a thinking budget is applied to another request).
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ logger = logging.getLogger("vllm.aurora")
 def expand_batch_to_tokens(
     x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0
 ) -> torch.Tensor:
-    """Repeat each request's value for each of its tokens; same contract as vLLM's function of that name.
+    """Repeat each request's value for each of its tokens, like vLLM's function of that name.
 
     Args:
         x: [batch], any dtype.
         cu_num_tokens: [batch] integer, cumulative number of tokens.
-        num_tokens: their total.
-        replace_from, replace_to: values equal to the first become the second.
+        num_tokens: total number of tokens.
+        replace_from, replace_to: values equal to the first are replaced by the second.
 
     Returns:
         [num_tokens], dtype of x.
@@ -42,10 +41,10 @@ def expand_batch_to_tokens(
 
 
 def loses_its_output(function: object) -> bool:
-    """Whether an ``expand_batch_to_tokens`` returns something else than the values it was given."""
+    """Whether an ``expand_batch_to_tokens`` returns other values than it was given."""
     assert callable(function)
     cu_num_tokens = torch.tensor([2, 3], dtype=torch.int32)
-    for value in (0.25, 7.5):  # two values: uninitialised memory may be right once, not twice
+    for value in (0.25, 7.5):  # two values, because uninitialised memory may be right by chance once
         got = function(torch.tensor([value, 0.0]), cu_num_tokens, 3, replace_from=0, replace_to=1)
         if got.tolist() != [value, value, 1.0]:
             return True
@@ -70,7 +69,7 @@ def mend_cpu_sampling() -> bool:
 
 
 def sample_plainly_without_drafts(runner: Any) -> None:
-    """Wrap a V1 runner's ``_sample``: no drafts in the step, no rejection sampler."""
+    """Wrap a V1 runner's ``_sample``, so that steps without drafts bypass the rejection sampler."""
     original, sampler = runner._sample, getattr(runner, "sampler", None)
     if sampler is None:
         return

@@ -1,7 +1,7 @@
 """vLLM's scheduler with a draft length chosen at run time (``--scheduler-cls``).
 
-vLLM can look K up by batch size (dynamic speculative decoding, ``dynamic_sd_lookup``); the lookup table is replaced by
-the controller. What the scheduler sees anyway, verdicts and step times, is what the controller decides on.
+vLLM can look up K by batch size (dynamic speculative decoding, ``dynamic_sd_lookup``); the table is replaced by the
+controller, which decides on what the scheduler sees anyway: verdicts and step times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aurora_vllm.transport.segment import owner_is_alive, owner_pid
 
 
 class _ChosenDraftLength:
-    """Stands where vLLM keeps its table of K by batch size."""
+    """Takes the place of vLLM's table of K by batch size."""
 
     def __init__(self, advisor: SpeculationAdvisor) -> None:
         self._advisor = advisor
@@ -31,7 +31,7 @@ class _ChosenDraftLength:
 
 
 def advise(scheduler: Any) -> SpeculationAdvisor | None:
-    """Who chooses K for a vLLM scheduler, put where it looks K up; None where there is no session or no drafts."""
+    """Give a vLLM scheduler an advisor, in place of its table of K. None without a session or without drafts."""
     session = Session.from_environment()
     if session is None or not scheduler.num_spec_tokens:
         return None
@@ -52,19 +52,19 @@ def advise(scheduler: Any) -> SpeculationAdvisor | None:
 
 
 def _end_with_server(session: Session) -> None:
-    """vLLM's engine, whose process this is, would outlive a server that is killed (kill -9, out of memory), with the
-    model in memory. Its workers end with it."""
+    """Have vLLM's engine, whose process this is, end with the server. It would outlive a server that is killed (kill
+    -9, out of memory), with the model in memory. Its workers end with it."""
     server = owner_pid(session.control)
     is_child = os.getppid() == server and end_with_parent(server)
-    if not is_child and not owner_is_alive(session.control):  # killed while the model was loaded
+    if not is_child and not owner_is_alive(session.control):  # the server was killed while the model was loaded
         raise SystemExit(1)
 
 
 def _copying(vllm_config: Any) -> tuple[str, tuple[int, ...]]:
-    """Why the scheduler replaces no drafts, "" if it does; and how long proposals may be, where the worker does."""
+    """Why the scheduler makes no copies, "" if it does; and the lengths of proposals where the worker makes them."""
     if vllm_config.speculative_config.draft_sample_method != "greedy":
         return "off: drafts are sampled, and a copy has no probabilities", ()
-    if vllm_config.use_v2_model_runner:  # it verifies its own drafts, whatever the scheduler says
+    if vllm_config.use_v2_model_runner:  # it verifies its own drafts, whatever the scheduler holds
         return "off: the worker, which copies here, has not begun", _lengths(vllm_config.speculative_config)
     if vllm_config.scheduler_config.async_scheduling:
         return "off: steps overlap, so drafts do not pass through the scheduler", ()
@@ -72,18 +72,18 @@ def _copying(vllm_config: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _lengths(speculative_config: Any) -> tuple[int, ...]:
-    """Those for which vLLM captures CUDA graphs, if it captures any: its table of draft lengths names them."""
+    """The draft lengths in vLLM's table, for which it captures CUDA graphs; all lengths where there is no table."""
     table = getattr(speculative_config, "num_speculative_tokens_per_batch_size", None)
     most = speculative_config.num_speculative_tokens
     return tuple(sorted({length for *_, length in table or ()} - {0})) or tuple(range(1, most + 1))
 
 
 class AuroraScheduler(Scheduler):
-    """Plain vLLM scheduling; only K is chosen step by step.
+    """vLLM's scheduler; only K is chosen anew for each step.
 
-    vLLM takes a scheduler class by name and does not say which of its two kinds the configuration needs. Where steps
-    overlap (async scheduling, vLLM's default on a GPU) drafts never come back to the scheduler, so a synchronous one
-    would never verify any: there an :class:`AsyncAuroraScheduler` is made instead.
+    vLLM takes a scheduler class by name, and does not choose between its two kinds then. Where steps overlap (async
+    scheduling, vLLM's default on a GPU) drafts never come back to the scheduler, so a synchronous one would not verify
+    any: there an :class:`AsyncAuroraScheduler` is made instead.
     """
 
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> AuroraScheduler:
@@ -126,8 +126,8 @@ class AuroraScheduler(Scheduler):
 class AsyncAuroraScheduler(AuroraScheduler, AsyncScheduler):
     """The same for overlapping steps.
 
-    The scheduler sees no drafts, only verdicts on them. When it looks at step N's, the worker may be in step N + 1
-    already, so a verdict on the first drafts of a new version may be booked on the version before it: one step's worth.
+    The scheduler sees no drafts, only verdicts. When it gets those of step N, the worker may already be in step N + 1,
+    so verdicts on the first drafts of a new version may be attributed to the version before, for one step.
     """
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:

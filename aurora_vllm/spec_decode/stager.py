@@ -1,4 +1,4 @@
-"""From the weight bank to the live draft: staged on a thread, committed between two steps, undone by trading back."""
+"""Takes versions from the weight bank to the live draft: staged on a thread, swapped in between two steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class _Ready:
-    """A version that waits for the next boundary, and where it was read."""
+    """A version that waits for the next step boundary, and the publication it was read from."""
 
     weights: StagedWeights
     publication: Publication
@@ -35,21 +35,21 @@ class _Ready:
 
 @dataclass(frozen=True)
 class _Replaced:
-    """The version that was live before, and what makes it live again."""
+    """The previous version, ready for a rollback."""
 
     weights: StagedWeights
     lineage: int
 
 
 class Stager:
-    """Watches the bank, prepares new versions, and makes them live when the worker says so. Make it before anything is
-    served: it exchanges what is live already, once.
+    """Watches the bank, prepares new versions, and makes them live between two steps. To be made before anything is
+    served: it rehearses an exchange of the live weights with themselves.
 
     Args:
         bank: reader's side of the weight bank.
         draft: the running draft.
-        control: the ``worker`` block is updated here; the ``scheduler`` block says which version to roll back.
-        device: that the draft runs on.
+        control: the ``worker`` part is written; the ``scheduler`` part says which version to roll back.
+        device: the draft's.
 
     Raises:
         SwapRefused: as :meth:`.swap.LiveDraft.stage`.
@@ -61,11 +61,11 @@ class Stager:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._worker, self._scheduler = control.worker, control.scheduler
-        self._seen = 0  # newest version looked at, taken or refused
-        self._ready: deque[_Ready] = deque(maxlen=1)  # for the next boundary; appending and taking are atomic
+        self._seen = 0  # newest version examined, taken or refused
+        self._ready: deque[_Ready] = deque(maxlen=1)  # for the next boundary; append and pop are atomic
         self._previous: _Replaced | None = None
         self._stop = threading.Event()
-        # A bug costs the swaps, not the server; nobody knows what is live then.
+        # A fault ends swapping, not the server. After one failure, because it is not known what is live then.
         self._swapping = CircuitBreaker("swapping weights", limit=1, on_failure=self._end)
         self._hold()
         self._rehearse()
@@ -73,16 +73,17 @@ class Stager:
         self._thread.start()
 
     def _rehearse(self) -> None:
-        """On the stream that versions are staged on: torch keeps freed memory by stream, so what this frees is what a
-        version takes later. It is not given back now: with it would go what vLLM, at the end of its warm-up, left in
-        torch's cache on purpose."""
+        """Rehearse on the stream that versions are staged on: torch caches freed memory by stream, so later versions
+        reuse what this frees. The cache is not emptied, because vLLM leaves memory in it on purpose at the end of its
+        warm-up."""
         wait_for_this_stream(self._device)
         with self._own_stream():
             self.draft.rehearse(self.bank.specs)
             wait_for_this_stream(self._device)
 
     def commit_if_ready(self) -> None:
-        """Called between two steps, on the worker's thread: what the scheduler condemned goes, then what is new comes.
+        """Called between two steps, on the worker's thread: roll back if the scheduler asks for it, then take a new
+        version.
 
         Costs little when there is nothing to do, and never raises.
         """
@@ -101,9 +102,10 @@ class Stager:
             return None
 
     def _claim(self, ready: _Ready) -> bool:
-        """Have the bank keep what is about to go live: after a rollback of its successor the learner reads it there.
+        """Have the bank keep the version that is about to go live; after a rollback of its successor the learner reads
+        it.
 
-        False where a newer publish has taken the slot meanwhile; that one will be staged in its turn.
+        False if a newer publish has taken the slot meanwhile; that version will be staged in turn.
         """
         self.bank.hold(live=ready.weights.version, previous=self._worker.live_version)
         if ready.publication.still_valid():
@@ -112,7 +114,7 @@ class Stager:
         return False
 
     def _go_live(self, staged: StagedWeights, lineage: int) -> bool:
-        """Whether it did; else what was live stays. Raises HalfExchanged where neither is so."""
+        """Returns whether it went live; if not, the live version stays. Raises HalfExchanged."""
         started = time.perf_counter_ns()
         try:
             staged.exchange()
@@ -131,7 +133,7 @@ class Stager:
         worker.swaps += 1
         worker.last_swap_ns = time.monotonic_ns()
         worker.last_swap_stall_us = stall / 1000
-        self._previous = _Replaced(StagedWeights(previous, staged.exchanges), before)  # what was exchanged out
+        self._previous = _Replaced(StagedWeights(previous, staged.exchanges), before)  # they now hold the old weights
         self._hold()
         logger.info("aurora: draft version %d is live (was %d), %.2f ms", staged.version, previous, stall / 1e6)
         return True
@@ -139,7 +141,7 @@ class Stager:
     def roll_back(self) -> bool:
         """Make the previous version live again, between two steps. Returns whether it is.
 
-        The version that leaves is kept in turn, so a second call undoes the first, but for one that was condemned.
+        The version that leaves is kept in turn, so a second call undoes the first, unless it was rolled back for good.
         """
         previous = self._previous
         if previous is None or previous.weights.version == self._worker.rolled_back_version:
@@ -147,7 +149,7 @@ class Stager:
         self._previous = None
         if self._go_live(previous.weights, previous.lineage):
             return True
-        self._worker.previous_version = 0  # it may be spoilt, so there is none any more
+        self._worker.previous_version = 0  # its weights may be damaged
         self._hold()
         return False
 
@@ -156,14 +158,14 @@ class Stager:
         worker = self._worker
         if condemned != worker.live_version or not self.roll_back():
             return
-        # "for good": the watcher is past this version, and this field stops a watcher that begins anew.
+        # For good: the watcher is past this version, and a watcher that starts anew looks at this field.
         worker.rolled_back_version = condemned
         worker.rollbacks += 1
         worker.rollback = f"back to version {worker.live_version}: {self._scheduler.probation}"
         logger.warning("aurora: %s", worker.rollback)
 
     def close(self) -> None:
-        """End the watcher; what is live stays."""
+        """End the watcher; the live version stays."""
         self._stop.set()
         self._thread.join(timeout=2.0)
 
@@ -176,13 +178,13 @@ class Stager:
             if version <= self._seen or version == self._worker.rolled_back_version:
                 continue
             self._seen = version
-            self._take()  # what an idle server never made live is out of date; two would take memory twice
+            self._take()  # drop an older version that an idle server has not taken: two would take twice the memory
             try:
                 self._ready.append(self._stage(version))
                 self._worker.staged_version = version
             except (SwapRefused, TornPublish) as refusal:
                 self._refuse(version, str(refusal))
-            except Exception as error:  # a bug here must cost a version, not the server
+            except Exception as error:  # a fault costs a version, not the server
                 logger.exception("aurora: staging version %d failed", version)
                 self._refuse(version, f"{type(error).__name__}: {error}")
 
@@ -195,15 +197,15 @@ class Stager:
         return _Ready(staged, publication)
 
     def _own_stream(self) -> AbstractContextManager[object]:
-        """For what this thread copies on a GPU: on the stream that is current otherwise, the model's next step would
-        wait behind it. One for all versions, because torch keeps freed memory by stream."""
+        """A CUDA stream for this thread's copies; on the default stream the model's next step would wait for them. The
+        same one for all versions, because torch caches freed memory by stream."""
         if self._device.type != "cuda":
             return nullcontext()
         self._stream = self._stream or torch.cuda.Stream(self._device)
         return torch.cuda.stream(self._stream)
 
     def _end(self, reason: str) -> None:
-        """No version goes live any more, so none is staged."""
+        """Stop staging, because no version can go live any more."""
         self._stop.set()
         self._worker.refusals += 1
         self._worker.refusal = f"weights are not swapped until restart: {reason}"

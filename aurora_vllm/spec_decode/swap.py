@@ -1,10 +1,10 @@
-"""The live draft's weights, exchanged with a published version between two steps.
+"""The live draft, whose weights are exchanged with those of a published version between two steps.
 
 A swap is an *exchange*: every live tensor trades its content with a staged one. Addresses stay, so compiled code and
-CUDA graphs stay valid, and exchanging once more is the rollback. On a GPU the copies are enqueued on the stream that is
-current, the model's, so they come between two steps there too, and the host waits for nothing. All that is known to
-fail (reading the bank, checksum, shape, dtype, finiteness, room, packing for the CPU) happens while staging, on another
-thread; what fails in the exchange itself is undone.
+CUDA graphs stay valid, and a second exchange is the rollback. On a GPU the copies are enqueued on the current stream,
+the model's, so they come between two steps there, too, and the host does not wait. Whatever is known to fail (reading
+the bank, checksum, shape, dtype, finiteness, memory, packing for the CPU) is done while staging, on another thread; if
+the exchange itself fails, it is undone.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class LiveDraft:
 
     Args:
         draft: vLLM's ``Eagle3LlamaForCausalLM`` (or a class of the same layout).
-        target: the target model; used to notice shared modules only.
+        target: the target model; used only to detect shared modules.
 
     Raises:
-        SwapRefused: the draft shares its ``lm_head`` with the target, is quantised, or has a layer whose weights
-            cannot be reached.
+        SwapRefused: the draft shares its ``lm_head`` with the target, is quantised, or has a layer whose weights are
+            not accessible.
     """
 
     def __init__(self, draft: Any, target: Any) -> None:
@@ -48,10 +48,10 @@ class LiveDraft:
         self._parameters = [destination for destination in self._destinations if destination.handler is None]
         self._addresses = [destination.live.data_ptr() for destination in self._parameters]
         self._standing: dict[torch.dtype, Standing] = {}  # on an accelerator, from the first staging on
-        self._room = torch.empty(0, dtype=torch.uint8)  # on a CPU, likewise
+        self._room = torch.empty(0, dtype=torch.uint8)  # likewise on a CPU
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Compare what a bank carries with what this draft has.
+        """Compare a bank's specs with this draft.
 
         Raises:
             SwapRefused: names the first tensor that is missing, unknown, or of another shape or dtype.
@@ -66,13 +66,13 @@ class LiveDraft:
             destination.check([part.shape for part in parts], [part.dtype for part in parts])
 
     def rehearse(self, specs: Sequence[TensorSpec]) -> None:
-        """On an accelerator: stage and exchange what is live already, while nothing is served.
+        """On an accelerator: stage the live weights and exchange them with themselves, while nothing is served.
 
-        A GPU loads a kernel when it is first launched, for which the host waits until all that is queued is done; and
-        where there is no room for the standing tensors, it shows now.
+        A GPU loads a kernel at its first launch, and for that the host waits until all queued work is done. And if
+        there is no room for the standing tensors, this fails now.
 
         Args:
-            specs: of the bank, checked.
+            specs: of the bank, already checked.
         """
         if not self._parameters or not _on_accelerator(self._parameters[0].live):
             return
@@ -88,8 +88,8 @@ class LiveDraft:
         """Copy, check and pack a version, off the serving path. tensors: checkpoint names -> CPU or device tensors.
 
         Raises:
-            SwapRefused: a tensor is missing, has another shape or dtype, or is not finite; or a live parameter is no
-                longer where it was, so that captured graphs read something else.
+            SwapRefused: a tensor is missing, has another shape or dtype, or is not finite; or a live parameter has
+                moved, so that captured graphs would read other memory.
         """
         for destination, address in zip(self._parameters, self._addresses, strict=True):
             if destination.live.data_ptr() != address:
@@ -113,7 +113,7 @@ class LiveDraft:
         return StagedWeights(version, exchanges)
 
     def _checked(self, destination: Destination, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A copy of what goes there, padded as the live tensor is. Raises SwapRefused."""
+        """A copy of the tensors for a destination, padded like the live tensor. Raises SwapRefused."""
         missing = [name for name in destination.sources if name not in tensors]
         if missing:
             raise SwapRefused(f"{missing[0]}: not in the published version")
@@ -128,15 +128,15 @@ class LiveDraft:
         return torch.cat([weight, weight.new_zeros(lacking, *weight.shape[1:])]) if lacking else weight
 
     def _kept(self, live: torch.Tensor) -> torch.Tensor:
-        """Room for one tensor's content while it is exchanged: as large as the largest, the same for all of them."""
+        """Scratch memory for exchanging one tensor: as large as the largest, and shared by all."""
         if not len(self._room):
             largest = max(destination.live.nbytes for destination in self._parameters)
-            self._room = torch.zeros(largest, dtype=torch.uint8)  # written to, so that its pages are there
+            self._room = torch.zeros(largest, dtype=torch.uint8)  # zeroed, so that its pages are allocated
         return self._room[: live.nbytes].view(live.dtype).view(live.shape)
 
     def _fuse(self, dtype: torch.dtype, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Exchange:
-        """One exchange of all that is on an accelerator and of one dtype, which a fused copy takes; returns when what
-        was staged there is there."""
+        """One exchange for all pairs of one dtype on an accelerator, by a fused copy. Returns when the staged tensors
+        are complete."""
         live, staged = [live for live, _ in pairs], [staged for _, staged in pairs]
         if dtype not in self._standing:
             self._standing[dtype] = Standing([tensor.clone() for tensor in live])
@@ -145,7 +145,7 @@ class LiveDraft:
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
-    """By the largest magnitude, which NaN outdoes: one pass, and no masks that take as much of a GPU as the weight."""
+    """Tested by the largest magnitude, which is NaN if any element is: one pass, and no mask as large as the weight."""
     return not weight.numel() or math.isfinite(torch.linalg.vector_norm(weight, math.inf))
 
 
@@ -165,7 +165,8 @@ def _shares(module: Any, other: Any) -> bool:
 
 
 def _check_vocabulary(d2t: torch.Tensor, vocab_size: int) -> None:
-    """vLLM scatters logits to these ids: one outside its vocabulary would raise in a step, two alike lose one."""
+    """vLLM scatters logits to these ids: one outside the vocabulary would raise in a step; of two equal ones, one is
+    lost."""
     ids = (d2t + torch.arange(len(d2t), device=d2t.device)).unique()
     if len(ids) < len(d2t) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
         raise SwapRefused(f"d2t: not {len(d2t)} different ids of the target's {vocab_size}")

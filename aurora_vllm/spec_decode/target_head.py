@@ -1,4 +1,4 @@
-"""The running target's embedding and lm_head, found as vLLM's own EAGLE proposer finds them to share them."""
+"""Finds the running target's embedding and lm_head, in the way of vLLM's own EAGLE proposer, which shares them."""
 
 from __future__ import annotations
 

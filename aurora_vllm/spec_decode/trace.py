@@ -1,7 +1,7 @@
-"""StepTrace: what one verification step showed, and how it becomes rows in the ring.
+"""StepTrace, the record of one step, and TraceWriter, which writes it into the ring as rows.
 
-A runner adapter fills a StepTrace with the runner's own tensors; TraceWriter turns it into rows. Nothing here asks the
-device for a value: lengths and draft counts are known to the host before the step runs, verdicts stay tensors.
+A runner adapter fills a StepTrace with the runner's own tensors. Nothing here waits for a value from the device:
+lengths and draft counts are known to the host before the step runs, and verdicts stay tensors.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class RowSink(Protocol):
 class StepTrace:
     """One engine step over a batch of R requests and N tokens, in batch order.
 
-    A request's rows lie together; the last ``num_drafts[i]`` of them are the drafts under verification, and the row
-    before those is the last token that was certain.
+    A request's rows are contiguous; the last ``num_drafts[i]`` of them are the draft tokens under verification, and the
+    row before those is the last certain token.
     """
 
     request_ids: Sequence[str]  # [R] vLLM's internal ids
     lengths: Sequence[int]  # [R] rows of each request in this step; they sum to N
     num_drafts: Sequence[int]  # [R]
-    emits: Sequence[bool]  # [R] False inside a chunked prefill, where the sampled token is thrown away
+    emits: Sequence[bool]  # [R] False inside a chunked prefill, where the sampled token is discarded
     token_ids: torch.Tensor  # [N] integer
     positions: torch.Tensor  # [N] integer
-    aux_hidden_states: Sequence[torch.Tensor]  # each [>=N, H], state entering an aux layer (vLLM SupportsEagle3)
+    aux_hidden_states: Sequence[torch.Tensor]  # each [>=N, H], input of an aux layer (vLLM SupportsEagle3)
     last_hidden_states: torch.Tensor  # [>=N, H] after the final norm: what lm_head reads
     sampled: torch.Tensor  # [R, >=1 + max(num_drafts)] accepted drafts and the token after them, then -1
     draft_version: int  # of the weights that proposed these drafts
@@ -62,15 +62,15 @@ class StepTrace:
 
 @dataclass
 class TraceWriter:
-    """Writes steps into the ring; drops whole requests, and counts them, when there is no room.
+    """Writes steps into the ring; when there is no room, it drops whole requests and counts them.
 
     Args:
         sink: producer side of the ring.
         layout: row layout shared with the learner.
-        control: control block; the ``worker`` part is updated here.
+        control: its ``worker`` part is written.
         sample_rate: share of requests that are captured.
-        seed: of the sampling and of the request numbers.
-        fill: how rows are filled; by torch where nothing is said.
+        seed: of the sampling and of the request numbers; None for random ones.
+        fill: how rows are filled; by default by torch.
     """
 
     sink: RowSink
@@ -85,7 +85,7 @@ class TraceWriter:
 
     def __post_init__(self) -> None:
         self._fill = self.fill or TorchFill(self.layout)
-        # Request numbers must not be guessable from one another, hence the operating system's randomness by default.
+        # By default the operating system's randomness, so that request numbers cannot be guessed from one another.
         self._random = random.Random(self.seed) if self.seed is not None else random.SystemRandom()
 
     @property
@@ -94,7 +94,7 @@ class TraceWriter:
         return self._fill.name
 
     def begin(self, request_id: str, prompt_length: int, temperature: float, may_learn: bool) -> None:
-        """A request entered the batch. Known ones (resumed after preemption) keep their number."""
+        """A request entered the batch. One that resumes after preemption keeps its number."""
         if request_id in self._open:
             return
         worker = self.control.worker
@@ -112,11 +112,11 @@ class TraceWriter:
     def end(self, request_id: str) -> None:
         """A request left: finished, aborted, or out of length."""
         request = self._open.pop(request_id, None)
-        if request is not None and request.wrote:  # else the learner has never heard of it
+        if request is not None and request.wrote:  # else the learner does not know of it
             self._ended.append(request)
 
     def flush_ends(self) -> None:
-        """Write the end rows that are due; those that find no room wait for the next step."""
+        """Write the end rows that are due; without room they wait for the next step."""
         while self._ended and self._write_end(self._ended[0]):
             self._ended.popleft()
 
@@ -124,7 +124,7 @@ class TraceWriter:
         """Write the captured requests' rows of one step. Returns the number of rows written.
 
         Raises:
-            ValueError: the verdict has fewer tokens than there are drafts; what it says would be read past its end.
+            ValueError: the verdict has fewer tokens than there are drafts, and would be read past its end.
         """
         if trace.sampled.shape[-1] <= max(trace.num_drafts, default=0):
             raise ValueError("fewer sampled tokens than drafts under verification")
@@ -136,7 +136,7 @@ class TraceWriter:
         if not total:
             return 0
         views = self.sink.reserve(total)
-        if views is None:  # the consumer cannot take room away, so _fit makes this unreachable; stay safe anyway
+        if views is None:  # unreachable after _fit, because the consumer only frees room
             return 0
         self._fill(views, trace, self._known(trace, chosen))
         self.sink.commit()
@@ -150,7 +150,7 @@ class TraceWriter:
         return request is not None and not request.dropped
 
     def _fit(self, trace: StepTrace, chosen: list[int]) -> list[int]:
-        """The requests that fit; the others are dropped whole, the last in the batch (the youngest) first."""
+        """The requests that fit; others are dropped as a whole, the last in the batch (the youngest) first."""
         room = self.sink.free() - len(self._open)  # every open request will need its end row
         needed = sum(trace.lengths[i] for i in chosen)
         while chosen and needed > room:
@@ -161,10 +161,10 @@ class TraceWriter:
         return chosen
 
     def _known(self, trace: StepTrace, chosen: list[int]) -> KnownRows:
-        """What is known of every row before the verdict.
+        """What is known about every row before the verdict.
 
-        A request's rows in one go, decoding ones as they were laid out the last time: between two steps each small
-        call costs microseconds, because the target's weights have just swept the caches.
+        A request's rows are made in one call, and reused for decode steps: between two steps each small call costs
+        microseconds, because the target's weights have just evicted everything from the caches.
         """
         rows = array("i")
         for i in chosen:

@@ -1,12 +1,12 @@
 """Requests that are answered without drafts, as by a vLLM that does not speculate.
 
-With a draft configured vLLM refuses ``min_p`` and ``logit_bias``, which its V1 rejection sampler does not know, and a
-seed no longer says what the answer is: how many random numbers a step takes depends on its drafts, and ours change.
-None of this is a request's business. A request without drafts takes one token a step from vLLM's own sampler, which
-knows both parameters and draws as it always does, also where others in the batch have drafts.
+With a draft configured vLLM refuses ``min_p`` and ``logit_bias``, which its V1 rejection sampler does not support. And
+a seed no longer determines the answer, because the random numbers a step takes depend on its drafts, and ours change.
+Clients should not notice either. A request without drafts takes one token a step from vLLM's own sampler, which
+supports both parameters and draws as always, even if other requests in the batch have drafts.
 
-V2's rejection sampler applies both parameters to every row, so where its steps overlap, nothing but the refusal is in
-the way. Where V1's do, proposals do not pass by the scheduler either; it schedules none for such requests.
+V2's rejection sampler applies both parameters to every row, so where its steps overlap only the refusal has to go.
+Where V1's steps overlap, proposals do not pass through the scheduler; it schedules none for such requests.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 def goes_without_drafts(params: Any) -> bool:
     """Whether a request's tokens have to be sampled one by one. params: vLLM's ``SamplingParams``.
 
-    With a thinking budget V1 guesses, across drafts, how much of a forced end marker is out already, and tears one of
-    several tokens apart. (V2 counts them right.)
+    With a thinking budget and drafts, V1 guesses how much of a forced end marker was emitted already, and breaks up a
+    marker of several tokens. (V2 counts them correctly.)
     """
     is_seeded = params.seed is not None and params.temperature > 0
     has_budget = getattr(params, "thinking_token_budget", None) is not None
@@ -28,17 +28,17 @@ def goes_without_drafts(params: Any) -> bool:
 
 
 def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:
-    """Empty the proposals for such requests, and cut those that would reach a request's ``min_tokens``, in place.
+    """Empty the proposals of such requests, and cut those that would reach a request's ``min_tokens``, in place.
 
-    vLLM forbids the end of an answer by the tokens there were before the step, so with ``min_tokens`` reached by
-    accepted drafts the token after them still could not be the end.
+    vLLM forbids the end of an answer according to the number of tokens before the step. If accepted drafts reach
+    ``min_tokens``, the token after them still could not be the end.
 
     Args:
         proposals: vLLM's ``DraftTokenIds``.
         requests: vLLM's ``Request`` by id.
 
     Returns:
-        Whether there are such requests, and no others.
+        Whether all running requests are such (and there are some).
     """
     found = others = 0
     for i, name in enumerate(proposals.req_ids):
@@ -54,13 +54,13 @@ def leave_out_drafts(proposals: Any, requests: Mapping[str, Any]) -> bool:
 
 
 class Withdrawal:
-    """Takes drafts away before they are scheduled.
+    """Removes drafts before they are scheduled.
 
-    From everybody while somebody asks for ``logprob_token_ids``: beside a verified draft V1's sampler puts tables of
-    two widths together and ends the engine, where others ask for logprobs, too, and V2's leaves them out.
+    From all requests while one asks for ``logprob_token_ids``: in a step with drafts, V2's sampler leaves these out,
+    and V1's, if other requests ask for logprobs, combines tables of two widths and ends the engine.
 
     Args:
-        one_by_one: also from each request that goes without drafts, because proposals do not pass by the scheduler.
+        one_by_one: also from each request that goes without drafts, where proposals do not pass through the scheduler.
     """
 
     def __init__(self, one_by_one: bool = False) -> None:
@@ -77,10 +77,10 @@ class Withdrawal:
             self._without.add(request.request_id)
 
     def withdraw(self, requests: Mapping[str, Any]) -> None:
-        """Right before a step is scheduled, which may take up a request that nobody has seen run.
+        """Called right before a step is scheduled, which may start a waiting request.
 
         Args:
-            requests: vLLM's ``Request`` by id, those that wait included.
+            requests: vLLM's ``Request`` by id, waiting ones included.
         """
         self._asking &= requests.keys()
         self._without &= requests.keys()
@@ -95,12 +95,12 @@ def add_logits_processors(runner: Any) -> None:
     processors = runner.input_batch.logitsprocs
     for kind in (builtin.MinPLogitsProcessor, builtin.LogitBiasLogitsProcessor):
         if not any(isinstance(one, kind) for one in processors.all):
-            made = kind(runner.vllm_config, runner.device, False)  # pinned memory is for those who are many
+            made = kind(runner.vllm_config, runner.device, False)  # without pinned memory: such requests are rare
             group = processors.argmax_invariant if made.is_argmax_invariant() else processors.non_argmax_invariant
             group.append(made)
 
 
 def accept_requests() -> None:
-    """Lift vLLM's refusal, in the process that checks requests."""
+    """Disable vLLM's refusal, in the process that validates requests."""
     params = importlib.import_module("vllm.sampling_params").SamplingParams
     params._validate_spec_decode = lambda self, speculative_config: None

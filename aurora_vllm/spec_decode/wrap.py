@@ -1,4 +1,4 @@
-"""Wrapping a method of one object: what a runner adapter does to vLLM."""
+"""Wrapping a method of one object, as the runner adapters do with vLLM's."""
 
 from __future__ import annotations
 

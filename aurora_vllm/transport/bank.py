@@ -196,8 +196,8 @@ class WeightBank:
         self._learner.published = version
 
     def newest(self) -> int:
-        """The highest version in any slot, 0 for none; also one that a killed writer did not get to publish, because two
-        slots with one number would be mistaken for each other."""
+        """The highest version in any slot, 0 for none; also one that a killed writer did not get to publish, because
+        two slots with one number would be mistaken for each other."""
         return max(self.published(), *(slot.words.version for slot in self._slots))
 
     def _claim_slot(self) -> Slot:

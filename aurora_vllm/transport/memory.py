@@ -47,7 +47,8 @@ class NamedMemory(Memory, Protocol):
     def device(self) -> torch.device: ...
 
     def release(self) -> None:
-        """Free the memory and its name; of lent memory, only the name. For its maker, once no tensor over it is used."""
+        """Free the memory and its name; of lent memory, only the name. For its maker, once no tensor over it is
+        used."""
 
 
 class Place(Protocol):
