@@ -1,16 +1,16 @@
 """From rows to trajectories: the accepted path of a request, and the rejected branches that hang off it.
 
-The ring brings rows of many requests mixed, in the order the engine computed them. What a request's rows may look like:
+The ring delivers rows of many requests mixed, in the order in which the engine computed them. A request's rows may be:
 
 - chunked prefill: its prompt over many steps;
-- decoding: each step the last certain token and K drafts, of which the accepted ones continue the path and the others
-  are a branch;
-- a prefix-cache hit: the first row stands at a position above 0;
-- preemption: the engine computes positions again that are known; the path keeps the first of them;
-- an end at any moment, or none at all where the worker died.
+- decoding: in each step the last certain token and K draft tokens, of which the accepted ones continue the path and
+  the others are a branch;
+- a prefix-cache hit: the first row is at a position above 0;
+- preemption: the engine computes known positions again; the path keeps the first rows;
+- an end at any moment, or none at all if the worker died.
 
-A path is contiguous in position, and each token on it is the one the target emitted before it. Rows that break this
-make no trajectory: part of a request is worth less than the certainty that what is learned from did happen.
+A path is contiguous in position, and each of its tokens is the one that the target emitted at the row before. Rows that
+violate this make no trajectory: to learn only from what really happened is worth more than a part of a request.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 from aurora_vllm.learner.trajectory import Branch, Trajectory
 from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
 
-MIN_ROWS = 4  # a shorter path has no draft to learn from: its third token is the first one a draft could have proposed
+MIN_ROWS = 4  # with fewer there is nothing to learn: the third token is the first that a draft can propose
 
 
 @dataclass
 class _Open:
-    """A request whose end was not seen yet."""
+    """A request whose end was not seen yet, or its current piece."""
 
     start: int
     prompt_length: int
@@ -50,13 +50,13 @@ class Assembler:
     Args:
         layout: of the rows.
         max_tokens: a longer path is cut into pieces of this many rows, each a trajectory.
-        max_open: requests that may be open; the one that was silent longest is discarded when there are more.
-        max_open_bytes: bytes of rows held for open requests, same rule.
-        branches: keep rejected branches: nearly half of all rows, of use to the discard term alone.
+        max_open: the most open requests; if there are more, the one that was silent longest is discarded.
+        max_open_bytes: likewise, the most bytes of rows of open requests.
+        branches: whether to keep rejected branches, nearly half of all rows, which only the discard term uses.
 
     Attributes:
-        discarded: trajectories given up, by reason.
-        open_bytes: held now.
+        discarded: number of discarded trajectories by reason.
+        open_bytes: bytes of rows of open requests.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Assembler:
         self.open_bytes = 0
 
     def feed(self, rows: torch.Tensor) -> list[Trajectory]:
-        """Take rows as the ring gave them, in order; any slicing gives the same trajectories.
+        """Take rows in the order of the ring; how they are sliced into calls makes no difference.
 
         Args:
             rows: uint8 [n, row_bytes].
 
         Returns:
-            Trajectories that became complete, in the order they did.
+            Trajectories that became complete, in that order.
         """
         done: list[Trajectory] = []
         if len(rows) == 0:
@@ -109,7 +109,7 @@ class Assembler:
         position, prompt_length = int(meta[0, Field.POSITION]), int(meta[0, Field.PROMPT_LENGTH])
         path = self._open.get(request)
         if path is None:
-            # A prompt may begin anywhere (prefix cache), an answer may not: its beginning was missed, as after a
+            # A prompt may begin anywhere (prefix cache). If an answer does, its beginning was missed, as after a
             # restart.
             if position >= prompt_length:
                 self._give_up(request, "beginning missed")
@@ -120,8 +120,8 @@ class Assembler:
             self._give_up(request, "gap")
             return []
         tokens = meta[:, Field.TOKEN].tolist()
-        known = path.end - position  # this many rows are sent again, after a preemption
-        sent = tokens[max(0, path.start - position) : known]  # ... without those that went with an earlier piece
+        known = path.end - position  # this many rows come again, after a preemption
+        sent = tokens[max(0, path.start - position) : known]  # those of them that are in the current piece
         if sent != path.tokens[max(0, position - path.start) :][: len(sent)]:
             self._give_up(request, "rows contradict each other")
             return []
@@ -131,7 +131,7 @@ class Assembler:
         done: list[Trajectory] = []
         while tokens:
             room = self._max_tokens - len(path.tokens)
-            path.rows.append(rows[:room].clone())  # a slice would keep everything alive it was read with
+            path.rows.append(rows[:room].clone())  # a slice would keep all rows of this read alive
             path.tokens += tokens[:room]
             self._account(path, path.rows[-1].nbytes)
             rows, tokens = rows[room:], tokens[room:]
@@ -142,7 +142,7 @@ class Assembler:
         return done
 
     def _branch(self, request: int, rows: torch.Tensor, head: np.ndarray) -> None:
-        """Rejected rows of one step, contiguous in position; those of a step may arrive in two pieces."""
+        """Rejected rows of one step, contiguous in position; they may arrive in two pieces."""
         path = self._open.get(request)
         if path is None or not self._branches:
             return
@@ -151,7 +151,7 @@ class Assembler:
             path.branches[-1].append(rows.clone())
         elif path.start < position <= path.end:
             path.branches.append([rows.clone()])
-        else:  # its parent went with the piece before, or was never seen
+        else:  # its parent belongs to an earlier piece, or was never seen
             return
         self._account(path, rows.nbytes)
         path.branch_end = (step, position + len(rows))
@@ -231,7 +231,7 @@ class Assembler:
 
 
 def _runs(meta: np.ndarray) -> list[tuple[int, int]]:
-    """Slices of rows that belong together: same request, flags and (for branches) step, positions counting up."""
+    """Slices of consecutive rows with the same request, flags and (for branches) step, and ascending positions."""
     before, after = meta[:-1], meta[1:]
     same = before[:, Field.POSITION] + 1 == after[:, Field.POSITION]
     for word in (Field.REQUEST_LOW, Field.REQUEST_HIGH, Field.FLAGS):

@@ -1,10 +1,10 @@
 """EAGLE-3's attention over an unroll, without a mask over [T, steps * T].
 
-At unroll step i the row at t has seen the target's states up to t, and the i tokens the draft went on by itself. So
-its keys are those of step 0 at positions <= t, and its *own* keys of steps 1..i, one each (the diagonal). The causal
-part is a product per sequence, the diagonal part a row-wise dot product, both under one softmax. Only outputs and
-log-sum-exps are kept for the backward pass, which recomputes the probabilities block by block (as FlashAttention
-does): memory is linear in T.
+At unroll step i the row at t has seen the target's states up to t, and then i tokens on the draft's own states. So its
+keys are those of step 0 at positions <= t, and its *own* keys of steps 1..i, one each (the diagonal). The causal part
+is a product per sequence, the diagonal part a row-wise dot product, both under one softmax. Only inputs and outputs are
+kept for the backward pass, which recomputes the probabilities block by block (as FlashAttention does): memory is linear
+in T.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-_BLOCK = 128  # queries at a time; what lies above a block's diagonal is wasted, so not larger
+_BLOCK = 128  # queries at a time; not larger, because what lies above a block's diagonal is computed in vain
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Queries of one sequence in the packed rows, and its keys.
+    """One sequence's queries and keys in the packed rows.
 
-    Query n stands at key ``at[n]`` (ascending) and sees the keys up to there. Without ``at`` the queries are the
-    sequence's last rows.
+    Query n is at key ``at[n]`` (ascending) and sees the keys up to there. Without ``at`` the queries are the sequence's
+    last rows.
     """
 
     query_start: int
@@ -45,12 +45,12 @@ def ttt_attention(
     """Attention of one unroll step, over packed sequences.
 
     Args:
-        query: [A, heads, D], rotated, A query rows of all segments.
-        key, value: [S, kv_heads, D] of step 0, S key rows of all segments.
-        own_keys, own_values: of steps 1..i, each [A, kv_heads, D]: each row sees its own only.
-        segments: where each sequence lies.
-        matmul_dtype: of the products with probabilities and their gradients. Scores and their softmax are float32
-            whatever it is: a score of 16 would be off by 0.06.
+        query: [A, heads, D], rotated; the A query rows of all segments.
+        key, value: [S, kv_heads, D] of step 0; the S key rows of all segments.
+        own_keys, own_values: of steps 1..i, each [A, kv_heads, D]; a row sees only its own.
+        segments: the sequences.
+        matmul_dtype: of the products with probabilities and their gradients. Scores and their softmax are always
+            float32: in bfloat16 a score of 16 would be off by 0.06.
 
     Returns:
         [A, heads * D]
@@ -133,9 +133,8 @@ def _own_scores(q: torch.Tensor, own_keys: tuple[torch.Tensor, ...] | list[torch
 
 
 def _blocks(segments: list[Segment], device: torch.device) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Query rows [n], the key rows they see [seen], and bool [n, m]: which of the last m lie ahead of their query.
-
-    The last query of a block sees the last key of its slice.
+    """Blocks: query rows [n], the key rows they see [seen], and bool [n, m]: which of the last m keys are in a query's
+    future. The last query of a block sees the last key of its slice.
     """
     for one in segments:
         at = one.at if one.at is not None else range(one.keys - one.queries, one.keys)
@@ -150,16 +149,16 @@ def _blocks(segments: list[Segment], device: torch.device) -> Iterator[tuple[sli
 def _probabilities(
     q: torch.Tensor, key: torch.Tensor, own_scores: torch.Tensor, ahead: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over the keys a block of queries sees and over its own.
+    """One softmax over the keys that a block of queries sees and over the queries' own keys.
 
     Args:
         q: [n, kv, group, D].
         key: [seen, kv, D].
         own_scores: [n, kv, group, steps].
-        ahead: bool [n, m], which of the last m keys lie ahead of their query.
+        ahead: bool [n, m], which of the last m keys are in a query's future.
 
     Returns:
-        [kv, group * n, seen] and [n, kv, group, steps]
+        Probabilities, [kv, group * n, seen] and [n, kv, group, steps].
     """
     scores = torch.bmm(_heads_first(q), key.permute(1, 2, 0))
     n, kv, group, _ = q.shape

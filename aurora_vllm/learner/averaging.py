@@ -1,9 +1,9 @@
-"""The draft that is served is an average of the one in training, over its last optimizer steps.
+"""Weight averaging: the served draft is a moving average of the draft in training.
 
-A step on one or two trajectories throws the weights about as far as it carries them on, and the noise costs acceptance
-wherever one stops. An exponential moving average of the weights (Polyak and Juditsky, "Acceleration of Stochastic
-Approximation by Averaging", 1992) has most of the way and little of the noise. On SmolLM2-135M and GSM8K
-``python -m benchmarks.learning`` has an acceptance length of 2.05 with it and 1.99 without (128 unseen prompts, K=3).
+A step on one or two trajectories adds about as much noise as progress, and that noise costs acceptance wherever
+training stops. An exponential moving average of the weights (Polyak and Juditsky, "Acceleration of Stochastic
+Approximation by Averaging", 1992) has most of the progress and little of the noise. On SmolLM2-135M and GSM8K ``python
+-m benchmarks.learning`` reaches an acceptance length of 2.05 with it and 1.99 without (128 unseen prompts, K=3).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 
 from aurora_vllm.learner.draft import Eagle3Draft
 
-YOUNG = 10  # steps n in which it follows closely, with a decay of (1 + n) / (10 + n): the start is soon forgotten
+YOUNG = 10  # the decay starts as (1 + n) / (YOUNG + n) after n steps, so that the initial weights are soon forgotten
 
 
 class WeightAverage:
-    """Follows a draft in training.
+    """Averages the weights of a draft in training.
 
     Args:
-        average: kept up by :meth:`update`; its present weights are where training begins.
-        decay: of the moving average, a step; 0: the draft in training is the average.
+        average: updated by :meth:`update`; training begins with its present weights.
+        decay: of the moving average, per step; 0: no averaging, the average itself is trained.
 
     Attributes:
         trained: the draft to train.
@@ -34,14 +34,14 @@ class WeightAverage:
         self._steps = 0
 
     def restart(self) -> None:
-        """Somebody wrote other weights into the average: training goes on from them."""
+        """Other weights were written into the average: training goes on from them."""
         if self.trained is not self._average:
             self.trained.load_state_dict(self._average.state_dict())
         self._steps = 0
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step."""
+        """To be called after each optimizer step."""
         if self.trained is self._average:
             return
         self._steps += 1

@@ -1,4 +1,4 @@
-"""A batch: trajectories side by side, padded on the right."""
+"""A batch of trajectories, padded on the right."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ class Batch:
     attention_mask: torch.Tensor  # bool [B, T]: real rows, all before the padding
     loss_mask: torch.Tensor  # bool [B, T]: completion rows (position >= prompt length)
     positions: torch.Tensor  # int64 [B, T], counting up by one
-    # int64 [B, T]: the target's argmax over its full vocabulary where known, -1 where the loss has to work it out.
+    # int64 [B, T]: the target's argmax over its full vocabulary; -1 where the loss has to compute it.
     target_argmax: torch.Tensor | None = None
-    # int64 [B, T]: the token the target emitted after each row, -1 where it emitted none (inside a prompt) or it is not
-    # known.
+    # int64 [B, T]: the token the target emitted after each row; -1 where it emitted none (inside a prompt) or the token
+    # is not known.
     emitted: torch.Tensor | None = None
-    branches: list[list[Branch]] = field(default_factory=list)  # rejected ones of each sequence, or none at all
+    branches: list[list[Branch]] = field(default_factory=list)  # of each sequence; empty where they are not kept
 
 
 def collate(trajectories: Sequence[Trajectory], device: torch.device | None = None) -> Batch:
-    """Put trajectories into one batch, on a device (the CPU unless told; branches stay where they are).
+    """Put trajectories into one batch, on a device (by default the CPU; branches are not moved).
 
-    A greedy request emitted its target's argmax: the next token *is* it, and the loss is spared a product with the
-    whole lm_head. (Where a penalty or a grammar made a greedy target emit something else, that is what a draft has to
-    propose.)
+    For a greedy request the target's argmax is the next token, which saves the loss a product with the whole lm_head.
+    (If a penalty or a grammar made a greedy target emit another token, a draft should propose that one.)
 
     Raises:
-        ValueError: no trajectory, or an empty one.
+        ValueError: there is no trajectory, or an empty one.
     """
     if not trajectories or any(len(one.token_ids) == 0 for one in trajectories):
         raise ValueError("a batch needs trajectories, and each needs rows")

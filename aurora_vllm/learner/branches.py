@@ -1,21 +1,21 @@
-"""Rejected branches, unrolled: the draft behind its own wrong prefix, and what the target says there.
+"""Unrolls rejected branches: the draft after its own wrong prefix, where the target's distribution is known, too.
 
-A verification whose last certain token stands at path row r checked drafts at r+1, r+2, ...; ``accepted`` = a of them
-were right, so the branch's tokens c_0, c_1, ... stand at P = r+1+a, P+1, ... and replace the path's from row P on. The
-chain that made these drafts starts behind row t = r-1 (unroll.py), the last whose successor was known and whose states
-the target had computed:
+A verification whose last certain token is at path row r checked draft tokens at r+1, r+2, ...; ``accepted`` = a of them
+were right, so the branch's tokens c_0, c_1, ... are at P = r+1+a, P+1, ... and replace the path's from row P on. The
+chain that made these tokens starts after row t = r-1 (unroll.py), the last row whose next token was known and whose
+states the target had computed:
 
     step          reads              predicts the token at    the target's distribution is at
     0 .. a        path, at t+1+i     t+2+i = r+1 .. P         path row t+1+i: the accepted term has it
     d = a+1       c_0, at P          P+1                      branch row 0
     d+n           c_n, at P+n        P+1+n                    branch row n
 
-The last branch row is behind the last draft; a chain goes on to it where the unroll is long enough. Up to step a a
-chain is the path's unroll from row t, keys, values and hidden states alike, so only the steps from d on are computed.
+The last branch row follows the last draft token; a chain reaches it if the unroll is long enough. Up to step a, a chain
+is the same as the path's unroll from row t (keys, values and hidden states), so only steps from d on are computed.
 
-The rejected draft itself, c_0, was drawn where the prefix was still right. Its target distribution is path row P-1, an
-accepted-path row that the accepted term trains at this step (a) as at all others; it is no part of the discard term,
-which is the rows *behind* it, with the wrong prefix.
+The rejected token itself, c_0, was proposed while the prefix was still right. Its target distribution is at path row
+P-1, which the accepted term trains at this step (a) as at all others. It is not part of the discard term, which
+consists of the rows *after* it, with the wrong prefix.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ from aurora_vllm.learner.unroll import (
 
 @dataclass(frozen=True)
 class Chains:
-    """N chains, ordered by leaves, sequence, root, and the M branch rows they reach; on the batch's device."""
+    """N chains, ordered by (leaves, sequence, root), and the M branch rows they reach; on the batch's device."""
 
     sequence: torch.Tensor  # int64 [N], b
-    root: torch.Tensor  # int64 [N], t: the row the chain starts behind
+    root: torch.Tensor  # int64 [N], t: the row after which the chain starts
     leaves: torch.Tensor  # int64 [N], d: the first step that reads a branch token
-    tokens: torch.Tensor  # int64 [N, K], what step i reads, for i >= d; 0 behind the branch's end
-    states: torch.Tensor  # float32 [M, H]: the target's at each branch row, after its final norm
-    chain: torch.Tensor  # int64 [M] into N
-    step: torch.Tensor  # int64 [M], ascending: the step that aims at the row
+    tokens: torch.Tensor  # int64 [N, K], the token that step i reads, for i >= d; 0 after the branch's end
+    states: torch.Tensor  # float32 [M, H]: the target's state at each branch row, after its final norm
+    chain: torch.Tensor  # int64 [M], index of the row's chain
+    step: torch.Tensor  # int64 [M], ascending: the step whose target is the row
 
     def needed(self, batch: Batch) -> torch.Tensor:
-        """Path rows the unroll must compute for these chains: their roots, and the tokens up to d. bool [B, T]"""
+        """Path rows that the unroll must compute for these chains: their roots, and the tokens up to d. bool [B, T]"""
         rows = torch.zeros_like(batch.attention_mask)
         rows[self.sequence, self.root] = True
         rows[self.sequence, self.root + self.leaves - 1] = True
         return rows
 
     def where(self, rows: torch.Tensor) -> Chains:
-        """Without the branch rows that do not count. rows: bool [M]"""
+        """The same with a subset of the branch rows. rows: bool [M]"""
         return Chains(
             self.sequence, self.root, self.leaves, self.tokens, self.states[rows], self.chain[rows], self.step[rows]
         )
 
 
 def find_chains(batch: Batch, ttt_length: int) -> Chains:
-    """The branches of a batch that an unroll of K steps reaches.
+    """The chains of a batch that an unroll of K steps reaches.
 
-    A branch is left out where its root lies before the batch's first row (a prefix-cache hit, or a long request that
-    was cut), and where all K steps are on the path.
+    A branch is left out if its root lies before the sequence's first row (a prefix-cache hit, or a long request that
+    was cut), or if all K steps are on the path.
     """
     found = []
     for b, (start, branches) in enumerate(zip(batch.positions[:, 0].tolist(), batch.branches, strict=False)):
@@ -112,15 +112,15 @@ def unroll_branches(
     chains: Chains,
     matmul_dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
-    """Run the draft on, from where each chain leaves the path.
+    """Continue the unroll from where each chain leaves the path.
 
     Args:
-        plan, path: of the path's unroll, made with the rows ``chains.needed``.
+        plan, path: the path's unroll, made with the rows ``chains.needed``.
         matmul_dtype: see ``unroll``.
 
     Returns:
-        K tensors [chains with d <= i, H]: the hidden states after step i of the chains that have left the path by
-        then, which are the first of all, before the final norm that precedes ``lm_head``.
+        K tensors [chains with d <= i, H]: hidden states after step i of those chains (the first ones) that have left
+        the path by then, before the final norm that precedes ``lm_head``.
     """
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
     query, segments = _places(batch, plan, chains)
@@ -154,7 +154,7 @@ def unroll_branches(
 
 
 def _places(batch: Batch, plan: UnrollPlan, chains: Chains) -> tuple[torch.Tensor, list[Segment]]:
-    """Where the chains' roots lie in the unroll: int64 [N] into A, and segments of chains that see one sequence."""
+    """The chains' roots as indices into the active rows, int64 [N], and one segment for the chains of each sequence."""
     width = batch.input_ids.shape[1]
     order = plan.sequence * width + plan.row  # [S], ascending; so are the active rows
     active = order if plan.active is None else order[plan.active]

@@ -1,7 +1,7 @@
-"""The learner's share of a CPU, or of a GPU: after each piece of work it rests long enough to have taken no more.
+"""Keeps the learner to its share of a CPU, or of a GPU, by resting after each piece of work.
 
-It sleeps for a short while at a time, so that it keeps hearing the server. Where it owes more rest it sleeps again, and
-in between empties the ring but does no work. While nothing is served its share is the whole, and nothing is owed.
+It sleeps for a short while at a time, so that it keeps responding to the server. If it owes more rest it sleeps again,
+and in between only empties the ring. While nothing is served there is no limit, and no rest is owed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ LONGEST_SLEEP_S = 2.0
 
 
 class DeviceClock:
-    """Seconds of a GPU that this process has taken, as the host sees it: from the beginning of each piece of work until
-    the GPU has done it.
+    """Seconds of GPU time taken by this process, measured on the host: from the start of each piece of work until the
+    GPU has done it.
 
-    An upper bound: the host's own part of the work is in it, but for what is said to need no GPU at all. Without MPS a
-    GPU runs one process at a time, so it is the slices between two rests that bound what serving has to wait for; a
-    stream's priority says nothing across processes.
+    An upper bound, because it includes the host's part of the work, except for what is marked by :meth:`on_host`.
+    Without MPS a GPU runs one process at a time, so how long serving waits is bounded by the length of these pieces;
+    stream priorities have no effect between processes.
 
     Args:
         settle: returns when all work so far is done.
-        wall_clock: seconds that pass.
+        wall_clock: the time, in seconds.
     """
 
     def __init__(self, settle: Callable[[], None], wall_clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,7 +35,7 @@ class DeviceClock:
         return self._seconds
 
     def run(self, work: Callable[[], bool]) -> bool:
-        """Do a piece of work, and count it."""
+        """Do a piece of work, and count its time."""
         began = self._wall_clock()
         done = work()
         self._settle()
@@ -44,7 +44,7 @@ class DeviceClock:
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """Around a part of such work that needs no GPU: it is not counted."""
+        """A context for a part of such work that needs no GPU: its time is not counted."""
         began = self._wall_clock()
         try:
             yield
@@ -58,9 +58,9 @@ class CpuBudget:
 
     Args:
         share: of one CPU while something is served, in (0, 1].
-        cpu_clock: seconds of CPU this process has used, all threads (``time.process_time``); or a :class:`DeviceClock`.
-        wall_clock: seconds that pass (``time.monotonic``).
-        longest_sleep_s: without a look around.
+        cpu_clock: CPU seconds of this process, all threads (``time.process_time``); or a :class:`DeviceClock`.
+        wall_clock: the time, in seconds (``time.monotonic``).
+        longest_sleep_s: the longest sleep at a time.
     """
 
     share: float
@@ -74,15 +74,15 @@ class CpuBudget:
         self._owed = 0.0
 
     def debt(self, engine_steps: int, factor: float = 1.0, in_flight: int = 0) -> float:
-        """Seconds to sleep now, so that the CPU taken so far stays within the share.
+        """Seconds to sleep now, so that the CPU time taken so far stays within the share.
 
-        Time that passes counts as rest: at low priority some of it comes by itself, where serving needs the CPU.
+        Any time that passes counts as rest, also that in which this low-priority process waited for a CPU.
 
         Args:
-            engine_steps: of the server, ever; where it is what it was at the last call, and none is in flight, nothing
-                is being served.
-            factor: on the share while something is served: less than 1 where the learner slows serving too much.
-            in_flight: steps under way. One with a long prompt takes seconds.
+            engine_steps: steps of the server so far. If there were none since the last call, and none is in flight,
+                nothing is being served.
+            factor: on the share while something is served; less than 1 where the learner slows serving too much.
+            in_flight: steps under way; one with a long prompt takes seconds.
         """
         cpu, wall = self.cpu_clock(), self.wall_clock()
         used, passed = cpu - self._cpu, wall - self._wall
@@ -95,5 +95,5 @@ class CpuBudget:
 
     @property
     def owes_more(self) -> bool:
-        """Whether a sleep as long as was just said is not enough: work has to wait for the next."""
+        """Whether more rest is owed than the sleep just returned, so that the next turn must not do any work."""
         return self._owed > self.longest_sleep_s

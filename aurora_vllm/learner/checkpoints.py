@@ -1,15 +1,15 @@
-"""Checkpoints: what was learned, on disk, so that the next server goes on from it. Never anything of the traffic.
+"""Checkpoints: what was learned, on disk, for the next server to go on from. Never any traffic.
 
-A checkpoint is a directory that vLLM loads as a draft, and beside it what only the learner needs::
+A checkpoint is a directory that vLLM loads as a draft, plus what only the learner needs::
 
     checkpoint-000007/
         config.json, model.safetensors   the published draft, in the dtype it is served in
         learner/state.safetensors        the draft in training, the optimizer's moments, counts of emitted tokens
-        learner/state.json               counters, and the provenance of it all
+        learner/state.json               counters and provenance
     latest -> checkpoint-000007
 
-It appears by one rename, flushed to disk before: killed at any point, a save leaves the ones before it as they were.
-Counts of tokens by id are the only trace of what was said: no order, no text, no request.
+It is flushed to disk and then appears by one rename: a save that is killed leaves earlier checkpoints as they were.
+Counts of token ids are the only trace of the traffic: no order, no text, no request.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from aurora_vllm.learner.draft import Eagle3Draft, save_draft
 from aurora_vllm.learner.staging import PARTIAL, alone_in, appears_whole, flush
 
 FORMAT = 1
-KEEP = 2  # of a run and of the runs it goes on from, together
+KEEP = 2  # checkpoints of a run and of the runs it goes on from, together
 LATEST = "latest"
 _PREFIX = "checkpoint-"
 LEARNER, _TENSORS, _FACTS = "learner", "state.safetensors", "state.json"
@@ -39,14 +39,14 @@ LEARNER, _TENSORS, _FACTS = "learner", "state.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One on disk. ``facts`` is its state.json."""
+    """A checkpoint on disk. ``facts`` is its state.json."""
 
     directory: Path
     facts: dict[str, Any]
 
     @classmethod
     def read(cls, directory: Path) -> Checkpoint:
-        """Raises DamagedFile where it is none, AuroraError where it is of another format."""
+        """Raises DamagedFile if there is no checkpoint, or a damaged one, and AuroraError if its format is unknown."""
         file = directory / LEARNER / _FACTS
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ class Checkpoint:
         return cls(directory, facts)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Raises AuroraError where the file is damaged."""
+        """The learner's tensors. Raises AuroraError if the file is damaged."""
         file = self.directory / LEARNER / _TENSORS
         try:
             return load_file(file)
@@ -71,14 +71,14 @@ class Checkpoint:
 
 
 def find(path: Path, checkpoint_dir: Path | None) -> list[Path]:
-    """The checkpoint that ``--aurora-resume`` means; of "latest" all there are, the newest first.
+    """The checkpoint that ``--aurora-resume`` names; for "latest" all that exist, newest first.
 
     Args:
-        path: a checkpoint, a directory of checkpoints (its newest is meant), or "latest".
+        path: a checkpoint, a directory of checkpoints (the newest is taken), or "latest".
         checkpoint_dir: where "latest" looks.
 
     Raises:
-        AuroraError: there is none, or "latest" has nowhere to look.
+        AuroraError: there is none, or "latest" has no directory to look in.
     """
     if path == Path(LATEST):
         if checkpoint_dir is None:
@@ -92,12 +92,12 @@ def find(path: Path, checkpoint_dir: Path | None) -> list[Path]:
 
 
 def newest(checkpoint_dir: Path) -> Path | None:
-    """The checkpoint ``latest`` points to; where it is no link, or points nowhere, the one with the highest number."""
+    """The checkpoint ``latest`` points to; if that is no link, or a broken one, the one with the highest number."""
     return next(iter(_newest_first(checkpoint_dir)), None)
 
 
 def _newest_first(checkpoint_dir: Path) -> list[Path]:
-    pointed = checkpoint_dir / LATEST  # a directory where somebody copied what it pointed to: as old as the copy
+    pointed = checkpoint_dir / LATEST  # not a link if a copying tool followed it; such a copy may be old
     candidates = [path for _, path in reversed(_numbered(checkpoint_dir))]
     candidates = [pointed, *candidates] if pointed.is_symlink() else candidates
     whole = (path.resolve() for path in candidates if (path / LEARNER / _FACTS).is_file())
@@ -105,12 +105,12 @@ def _newest_first(checkpoint_dir: Path) -> list[Path]:
 
 
 class Checkpoints:
-    """The checkpoints of one run. Only its learner makes one of these.
+    """The checkpoints of one run; only its learner writes them.
 
     Args:
-        directory: made where it is missing.
-        run: a name no other run has.
-        provenance: goes into every checkpoint.
+        directory: made if it is missing.
+        run: a name that no other run has.
+        provenance: written into every checkpoint.
         resumed: the checkpoint this run goes on from; never removed while it runs.
     """
 
@@ -120,11 +120,11 @@ class Checkpoints:
         self._provenance = dict(provenance)
         self._spared = resumed
         base = Checkpoint.read(resumed) if resumed else None
-        # Whoever else goes on from the same checkpoint has the same ancestors, and keeps his own.
+        # Another run that goes on from the same checkpoint has the same ancestors; each prunes only its own line.
         self._ancestors = [*base.facts.get("ancestors", []), base.facts.get("run")] if base else []
 
     def newest_of_run(self) -> Checkpoint | None:
-        """The newest that this run wrote."""
+        """The newest checkpoint that this run wrote."""
         return next((one for one in self._readable() if one.facts.get("run") == self._run), None)
 
     def save(
@@ -134,16 +134,16 @@ class Checkpoints:
         tensors: Mapping[str, torch.Tensor],
         statistics: Mapping[str, Any],
     ) -> Path:
-        """Write one, point ``latest`` to it, and remove what is older than the newest two.
+        """Write a checkpoint, point ``latest`` to it, and remove all but the newest two.
 
         Args:
-            draft: what is served.
-            config: its config.json; ``torch_dtype`` is the one to write.
+            draft: the published one.
+            config: its config.json; ``torch_dtype`` is the dtype to write.
             tensors: what the learner needs to go on.
-            statistics: its counters; JSON.
+            statistics: its counters, for JSON.
 
         Raises:
-            OSError, SafetensorError: it could not be written; those before it are as they were.
+            OSError, SafetensorError: it could not be written; earlier checkpoints are as they were.
         """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = {"format": FORMAT, "run": self._run, "ancestors": self._ancestors, "statistics": dict(statistics)}
@@ -168,7 +168,8 @@ class Checkpoints:
         return out
 
     def _point_to(self, out: Path) -> None:
-        """A convenience: where links cannot be made, or a directory has the name, the highest number is the newest."""
+        """Only a convenience: if links cannot be made, or a directory has that name, the highest number is the
+        newest."""
         link = self.directory / PARTIAL.replace("*", LATEST)
         with suppress(OSError):
             link.symlink_to(out.name)
@@ -180,19 +181,19 @@ class Checkpoints:
         ours = [one for one in self._readable() if self._is_ours(one)]
         for old in ours[KEEP:]:
             if self._spared is None or old.directory.resolve() != self._spared.resolve():
-                # The name goes first, at once: half a checkpoint must not look like one.
+                # Renamed first, in one operation: a half-removed checkpoint must not look like one.
                 gone = old.directory.rename(self.directory / PARTIAL.replace("*", old.directory.name))
                 shutil.rmtree(gone, ignore_errors=True)
 
     def _is_ours(self, one: Checkpoint) -> bool:
-        """Whether this run wrote it, or a run that this one goes on from, before that."""
+        """Whether this run wrote it, or a run that this one goes on from, up to the resumed checkpoint."""
         if one.facts.get("run") == self._run:
             return True
         inherited = one.facts.get("run") in self._ancestors
         return inherited and self._spared is not None and one.directory.name <= self._spared.name
 
     def _readable(self) -> Iterator[Checkpoint]:
-        """Newest first; what cannot be read is not ours to judge."""
+        """Checkpoints, newest first, without unreadable ones."""
         for _, path in reversed(_numbered(self.directory)):
             try:
                 yield Checkpoint.read(path)

@@ -1,7 +1,7 @@
-"""What the draft in training goes through: a vocabulary that fits the traffic, lessons in closed form, gradient steps.
+"""How the draft is trained: a vocabulary that fits the traffic, closed-form lessons, gradient steps.
 
-One piece of work at a time, so that the learner can take what arrives and keep to its share of the CPU in between. Also
-what ``benchmarks.learning`` measures, without a server around it.
+One piece of work at a time, so that the learner can read the ring and keep to its share of the CPU in between. This is
+also what ``benchmarks.learning`` measures, without a server.
 """
 
 from __future__ import annotations
@@ -27,34 +27,35 @@ from aurora_vllm.learner.trajectory import Trajectory
 from aurora_vllm.learner.vocabulary import Coverage, Reselection
 from aurora_vllm.transport.placement import CPU
 
-# A lesson whenever this many rows were seen: each is better than the one before, and the early ones are cheap. By hand,
-# SmolLM2-135M and GSM8K: twelve requests in a row had a mean acceptance length of 1.5 after 3,547 tokens (two seeds);
-# after 4,399 without the lesson at 2,048 (two seeds), after 5,204 with the first at 3,072 (one).
+# A lesson after each of these numbers of rows: each is better than the one before, and the early ones are cheap.
+# Measured by hand, SmolLM2-135M and GSM8K: twelve requests in a row had a mean acceptance length of 1.5 after 3,547
+# tokens (two seeds); after 4,399 without the lesson at 2,048 (two seeds), after 5,204 with the first one at 3,072 (one
+# seed).
 LESSON_ROWS = (1024, 2048, 4096, 16_384)
 LESSON_REQUESTS = 6
-LARGEST_LESSON_ROWS = 16_384  # the newest ones; a lesson costs in proportion to them
+LARGEST_LESSON_ROWS = 16_384  # the newest ones; the cost of a lesson is proportional to them
 
 Work = Literal["", "first lesson", "lesson", "training"]
-_OVER = object()  # in place of what a finished generator yields
+_OVER = object()  # marks the end of a generator
 
 
 class Curriculum:
-    """Trains ``candidate``: what it holds is the average of the draft in training (averaging.py).
+    """Trains ``candidate``, which holds the average of the draft in training (averaging.py).
 
     Args:
-        candidate: a day-0 draft, one that somebody trained, or one that goes on from earlier work.
+        candidate: a day-0 draft, a given one, or one of an earlier run.
         head: the target's embedding and lm_head.
         config: settings.
-        target: directory of the target, for its tokenizer's order of tokens.
-        worth_keeping: the draft has been trained before, so it is refined from the first step on.
+        target: directory of the target, for the order of tokens in its tokenizer.
+        worth_keeping: whether the draft was trained before, so that it is refined from the first step on.
 
     Attributes:
         tokens_seen, tokens_trained: rows of trajectories.
-        vocabulary_changes: times the vocabulary was chosen anew.
-        dropped: trajectories that broke a training step.
-        fault: why the newest piece of work came to nothing; empty where it did not.
+        vocabulary_changes: how often the vocabulary was chosen anew.
+        dropped: trajectories dropped because a training step with them failed.
+        fault: why the newest piece of work failed; empty if it did not.
         loss: of the newest training step.
-        teacher: gives the lessons that are still to come, if any.
+        teacher: gives the remaining lessons, if any.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Curriculum:
         if worth_keeping:
             self.refine()
         self.tokens_seen = self.tokens_trained = self.vocabulary_changes = self.dropped = 0
-        self._owed = 0.0  # rows to be trained on yet, those of all passes together
+        self._owed = 0.0  # rows still to be trained on, summed over passes
         self.fault = ""
         self.loss = 0.0
 
@@ -95,30 +96,30 @@ class Curriculum:
 
     @property
     def has_lessons_to_learn(self) -> bool:
-        """Whether a lesson is still to come, or under way."""
+        """Whether a lesson is to come or under way."""
         return bool(self._lessons_due) or self._lesson is not None
 
     def refine(self) -> None:
-        """The candidate is a trained one now, whoever trained it: no lessons, gentle steps from where it is."""
+        """The candidate now is a trained draft: no lessons, and gentle steps from here."""
         self.skip_lessons()
         self._average.restart()
         self.trainer.refine()
 
     def go_on(self) -> None:
-        """The candidate has other weights now, of whatever vocabulary: on from there. The optimizer's state stays."""
+        """The candidate's weights were replaced: train on from these. The optimizer's state stays."""
         self._average.restart()
         if self.teacher is not None:
             self.teacher.start_over()
 
     def skip_lessons(self) -> None:
-        """Go on with gradient steps alone; a lesson under way is given up."""
+        """Go on with gradient steps only; a lesson under way is abandoned."""
         self._lessons_due, self._lesson, self.teacher = [], None, None
 
     def add(self, trajectory: Trajectory, owed: bool = True) -> bool:
-        """Take a trajectory that may be learned from. Returns whether the candidate got another vocabulary.
+        """Add a trajectory to learn from. Returns whether the candidate got another vocabulary.
 
         Args:
-            owed: whether training has to keep up with it.
+            owed: whether it is due for training.
         """
         self.fault = ""
         passes = self._config.replay_passes if owed else 0.0
@@ -143,14 +144,14 @@ class Curriculum:
         return True
 
     def owe(self, tokens: int) -> None:
-        """Make the newest rows, about `tokens` of them, due for training after all: they arrived while it slept."""
+        """Make about `tokens` of the newest rows, which arrived during sleep, due for training after all."""
         self._owed += self.replay.make_due(tokens, self._config.replay_passes)
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
-        """Around what takes trajectories out of the replay: nothing is owed to what is gone.
+        """A context for removing trajectories from the replay: their remaining passes are no longer owed.
 
-        Nor is that made up for by the rest, which may have been drawn in its place: never less than nothing is owed.
+        Other trajectories may have been drawn in their place, so the debt is kept from becoming negative.
         """
         missed = self.replay.missed
         yield
@@ -158,7 +159,7 @@ class Curriculum:
             self._owed = max(0.0, self._owed - (self.replay.missed - missed))
 
     def next(self) -> Work:
-        """What the next piece of work is; empty where there is none."""
+        """The next piece of work; empty if there is none."""
         if self._lesson is not None or self._lesson_is_due():
             return "first lesson" if self.awaits_first_lesson else "lesson"
         if self.awaits_first_lesson or not len(self.replay):
@@ -167,11 +168,12 @@ class Curriculum:
 
     @property
     def works_on_host(self) -> bool:
-        """Whether that piece is one of a lesson for a draft on a GPU, which needs none of it."""
+        """Whether that piece is part of a lesson for a draft on a GPU, which is computed on the host."""
         return isinstance(self.teacher, HostLesson) and self.next() not in ("", "training")
 
     def work(self) -> bool:
-        """Do that piece. Returns whether the candidate is another one now, so that older scores say nothing of it."""
+        """Do that piece. Returns whether a lesson replaced the candidate's weights, so that older scores do not
+        apply."""
         what, self.fault = self.next(), ""
         if what == "training":
             self._train()
@@ -182,7 +184,7 @@ class Curriculum:
     def _lesson_is_due(self) -> bool:
         if not self._lessons_due or not len(self.replay):
             return False
-        if self.replay.evicted:  # it holds no more than this, so there is nothing to wait for
+        if self.replay.evicted:  # the replay is full, so waiting gains nothing
             return True
         return len(self.replay) >= LESSON_REQUESTS and self.replay.tokens >= self._lessons_due[0]
 
@@ -206,7 +208,7 @@ class Curriculum:
         return True
 
     def _lesson_ends(self) -> None:
-        """Learned or not, the next one is another: the same again would fail again."""
+        """Whether it succeeded or not, go on to the next lesson: the same one would fail again."""
         self._lesson = None
         self._lessons_due = [] if self.replay.evicted else self._lessons_due[1:]
         if not self._lessons_due:
@@ -226,13 +228,13 @@ class Curriculum:
         rows = sum(len(one.token_ids) for one in chosen)
         self.tokens_trained += rows
         self._owed -= rows
-        if self.trainer.empty > empty:  # not a row to learn from: the weights are what they were
+        if self.trainer.empty > empty:  # there was no row to learn from, and the weights did not change
             return
         self._average.update()
         self.loss = float(output.total)
 
     def _drop(self, chosen: list[Trajectory], why: str) -> None:
-        """What breaks a step must not come again and again."""
+        """Drop trajectories with which a step failed, so that they do not come again."""
         with self._forgetting():
             self.replay.remove(chosen)
         self.dropped += len(chosen)

@@ -1,20 +1,20 @@
 """Day-0 draft: an EAGLE-3 checkpoint made from the target's own weights, before any traffic.
 
 A random draft needs tens of thousands of tokens before it proposes anything useful. The target already contains most
-of what a draft needs: a norm and an ``lm_head`` that read the residual stream, and layers that write it. So the draft
-is one of the target's late layers, fed by the residual stream that enters this layer:
+of what a draft needs: a norm and an ``lm_head`` that read the residual stream, and layers that write to it. So the
+draft is one of the target's late layers, fed with the residual stream that enters this layer:
 
-    fc          [0 0 I]: the last auxiliary state passes through, the other two start silent
-    q/k/v       [0 | W]: act on the hidden half of ``[embedding, hidden]``, the embedding half starts silent
+    fc          [0 0 I]: the last auxiliary state passes through, the other two have no effect at first
+    q/k/v       [0 | W]: act on the hidden half of ``[embedding, hidden]``, the embedding half has no effect at first
     o, MLP      the target layer's own, and so are the norms
     norm, head  the target's, the head restricted to the draft vocabulary
 
-It does not predict well before training (its input knows token t, it should predict t+2), but it learns an order of
-magnitude faster than a random one: everything it has to learn is a correction. Where the target is small enough for the
+It does not predict well before training (its input contains token t, and it should predict t+2), but it learns an order
+of magnitude faster than a random draft, because it only has to learn corrections. If the target is small enough for the
 closed-form lesson (lesson.py), the draft gets as many key-value heads as query heads, because the lesson writes one
-value per channel, and some more for copying (induction.py), silent until then; elsewhere it keeps the target's heads.
+value per channel, and further heads for copying (induction.py), without effect until then; else it keeps the target's.
 
-The format is the one plain vLLM loads with ``--speculative-config '{"method": "eagle3", "model": DIR, ...}'``
+The format is the one that plain vLLM loads with ``--speculative-config '{"method": "eagle3", "model": DIR, ...}'``
 (vllm/model_executor/models/llama_eagle3.py); there is no ``embed_tokens`` in it, which makes vLLM share the target's.
 """
 
@@ -33,11 +33,11 @@ from aurora_vllm.learner.staging import appears_whole
 from aurora_vllm.learner.stored_tensors import StoredTensors
 from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
 
-RECIPE = 3  # changes with what is written here, so that a draft cached by an older version is made anew
+RECIPE = 3  # to be increased with each change here, so that cached drafts are made anew
 MAX_VOCABULARY = 32_768
 _NEEDED_KEYS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size")
-# Keys of the target's config.json that shape a Llama decoder layer, taken over as they are (both spellings of RoPE:
-# transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters).
+# Keys of the target's config.json that define a Llama decoder layer, copied as they are (both spellings of RoPE:
+# rope_theta and rope_scaling in transformers 4, rope_parameters in transformers 5).
 _LAYER_KEYS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
     "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "vocab_size",
@@ -54,17 +54,17 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None
     """Write the day-0 draft of a target.
 
     Args:
-        target: directory of a checkpoint shaped like Llama (SmolLM2, Mistral, Qwen2, 3): config.json and safetensors.
-        out: directory to write; it appears complete or not at all, and replaces an older one.
+        target: directory of a Llama-shaped checkpoint (SmolLM2, Mistral, Qwen2, Qwen3): config.json and safetensors.
+        out: directory to write; appears complete or not at all, and replaces an older one.
         draft_vocab_size: see :func:`vocabulary_size`.
 
     Returns:
         ``out``, holding config.json and model.safetensors.
 
     Raises:
-        ValueError: the target has no layers of this shape, says which tensor or key is missing.
-        AuroraError: no config.json there.
-        FileNotFoundError: no safetensors there.
+        ValueError: the target's layers have another shape; names the tensor or key that is missing.
+        AuroraError: there is no config.json.
+        FileNotFoundError: there are no safetensors files.
     """
     config = read_config(target)
     own = draft_config(config, draft_vocab_size)
@@ -77,8 +77,8 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None
 
 
 def vocabulary_size(config: dict[str, Any], wanted: int | None = None) -> int:
-    """Tokens a draft may propose: as wanted, else 8 x hidden size (4,608 for SmolLM2-135M, 32,768 for Qwen3-8B, as many
-    as published EAGLE-3 heads have), which keeps the head's share of the draft about the same.
+    """Number of tokens a draft may propose: ``wanted``, or 8 x hidden size (4,608 for SmolLM2-135M, 32,768 for
+    Qwen3-8B, as in published EAGLE-3 heads), so that the head's share of the draft's parameters is about constant.
 
     At most V - 1: a draft over the full vocabulary, its head equal to the target's, is served by vLLM from the
     *target's* lm_head (SpecDecodeBaseProposer._maybe_share_lm_head), which no update may touch.
@@ -93,12 +93,12 @@ def draft_config(config: dict[str, Any], draft_vocab_size: int | None = None) ->
     """The config.json of a target's day-0 draft. config: the target's.
 
     Raises:
-        ValueError: the target is not of a shape that a draft can be made from.
+        ValueError: no draft can be made from a target of this shape.
     """
     missing = [key for key in _NEEDED_KEYS if key not in config]
     if missing:
         raise ValueError(f"the target's config.json has no {', '.join(missing)}: not a Llama-shaped model")
-    if str(config.get("model_type")).startswith("gemma"):  # what its norms multiply by is one more than what is stored
+    if str(config.get("model_type")).startswith("gemma"):  # its norms multiply by the stored weight plus one
         raise ValueError(f"it is a {config['model_type']}: not a Llama-shaped model")
     aux_layer_ids = auxiliary_layers(config["num_hidden_layers"])
     return {
@@ -120,10 +120,10 @@ def draft_config(config: dict[str, Any], draft_vocab_size: int | None = None) ->
 
 
 def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
-    """Three distinct auxiliary layer ids; id k is the residual stream entering layer k.
+    """Three distinct auxiliary layer ids; id k means the residual stream that enters layer k.
 
-    ``(2, L//2, L-3)`` as in EAGLE-3 and vLLM (``get_eagle3_default_aux_hidden_state_layers``) from seven layers on.
-    Below, these coincide and vLLM would silently merge them, so small targets get ids spread as far as they go.
+    From seven layers on ``(2, L//2, L-3)``, as in EAGLE-3 and vLLM (``get_eagle3_default_aux_hidden_state_layers``).
+    With fewer, some of these coincide and vLLM would silently merge them, so small targets get ids spread further.
 
     Raises:
         ValueError: fewer than two layers.
@@ -138,10 +138,10 @@ def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
 
 
 def _check_layer(weights: StoredTensors, prefix: str) -> None:
-    """Refuse a layer that does more than a Llama layer does.
+    """Refuse a layer with parts that a Llama layer does not have.
 
     Raises:
-        ValueError: names what more it has.
+        ValueError: names such a part.
     """
     parts = {name.removeprefix(prefix).rpartition(".")[0] for name in weights.names() if name.startswith(prefix)}
     if more := sorted(parts - _LAYER_PARTS):
@@ -168,13 +168,13 @@ def _draft_tensors(
         norm = weights.get(f"{prefix}self_attn.{name}_norm.weight")
         if norm is not None:
             weight = _fold_head_norm(weight, norm, input_norm)
-        if own["num_key_value_heads"] != grouped:  # the lesson wants one for each query head, and more heads
+        if own["num_key_value_heads"] != grouped:  # for the lesson: one for each query head, and further heads
             if name != "q":
                 copies = config["num_attention_heads"] // grouped
                 weight = weight.unflatten(0, (grouped, -1)).repeat_interleave(copies, dim=0).flatten(0, 1)
             weight = weight[torch.arange(query_rows) % len(weight)]
         tensors[f"midlayer.self_attn.{name}_proj.weight"] = torch.cat([torch.zeros_like(weight), weight], dim=1)
-    output = weights[f"{prefix}self_attn.o_proj.weight"]  # [H, target's heads * head_dim]; the others start silent
+    output = weights[f"{prefix}self_attn.o_proj.weight"]  # [H, target's heads * head_dim]; further heads get zeros
     tensors["midlayer.self_attn.o_proj.weight"] = torch.nn.functional.pad(output, (0, query_rows - output.shape[1]))
     for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
         tensors[f"midlayer.{name}.weight"] = weights[f"{prefix}{name}.weight"]
@@ -187,7 +187,7 @@ def _draft_tensors(
 
 
 def _heads(config: dict[str, Any], num_aux: int) -> dict[str, int]:
-    """Of the draft: query and key-value heads as the closed-form lesson needs them, else as the target has them."""
+    """The draft's heads: as the closed-form lesson needs them if it can be given, else the target's."""
     heads, head_dim = int(config["num_attention_heads"]), _head_dim(config)
     grouped = int(config.get("num_key_value_heads") or heads)
     needed = lesson_shape.heads_for(config["hidden_size"], heads, head_dim, grouped, num_aux)
@@ -203,11 +203,11 @@ def _head_dim(config: dict[str, Any]) -> int:
 
 
 def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
-    """Fold Qwen3's per-head q_norm/k_norm into the projection, since a Llama draft layer has no place for it.
+    """Fold Qwen3's per-head q_norm or k_norm into the projection, since a Llama draft layer has no such norm.
 
-    RMSNorm divides by the head's RMS, which depends on the token; the fold divides by its expectation over an input of
-    unit RMS scaled by ``input_norm`` with independent components. An approximation: the draft is trained from here on
-    anyway.
+    RMSNorm divides by the head's RMS, which depends on the token. This divides by its expected value instead, for an
+    input of independent components with unit RMS, scaled by ``input_norm``. The approximation suffices, because the
+    draft is trained anyway.
 
     Args:
         weight: [heads * head_dim, H]; norm: [head_dim]; input_norm: [H].
@@ -219,7 +219,7 @@ def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.
 
 
 def _write(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """An older draft there is moved away at the very end, so that ``out`` is whole whenever it is there."""
+    """An older draft is moved away only at the very end, so that ``out`` is never incomplete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside,

@@ -1,9 +1,9 @@
-"""Divergence from the target's distribution, with the draft's ``lm_head`` and its gradient in one pass.
+"""Divergence from the target's distribution: the draft's ``lm_head``, the loss and the gradient in one pass.
 
-A loss term with target distribution p and draft logits l = W h, q = softmax(l), has a gradient with respect to l in
-closed form, ``q - p`` for the forward KL (objective.py has the others). So the gradient is known as soon as the logits
-are, and no logits are kept: target rows are taken a chunk at a time, p is computed once and serves every unroll step
-that aims at it.
+A loss term with target distribution p and draft logits l = W h, q = softmax(l), has a closed-form gradient with respect
+to l: ``q - p`` for the forward KL (objective.py has the others). So the gradient is computed together with the logits,
+and no logits are kept. Target rows are processed in chunks; p is computed once and used by every unroll step with that
+target row.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ CHUNK = 256  # target rows at a time; with D = 8192 and three steps the logits o
 
 @dataclass(frozen=True)
 class Terms:
-    """The loss terms of one unroll step: N of them, ordered by target row."""
+    """The N loss terms of one unroll step, ordered by target row."""
 
-    target: torch.Tensor  # int64 [N] into the M target rows, ascending
-    share: torch.Tensor  # float32 [N], weight of the term in the step's mean; sums to one
-    weight: float  # of the step in the total
+    target: torch.Tensor  # int64 [N], indices of target rows, ascending
+    share: torch.Tensor  # float32 [N], weight of each term in the step's mean; they sum to one
+    weight: float  # of the step's mean in the total
 
 
 def divergence(
@@ -45,12 +45,13 @@ def divergence(
         hidden: per step [N, H], after the draft's final norm.
         lm_head: [D, H], the draft's.
         target_states: [M, Ht], after the target's final norm.
-        target_head: [D, Ht] in ``matmul_dtype``, the target's lm_head on the draft vocabulary: p is renormalised there.
+        target_head: [D, Ht] in ``matmul_dtype``, the target's lm_head on the draft vocabulary, on which p is
+            renormalised.
         terms: per step.
-        cost: what a term costs.
-        emitted: int64 [M], draft id of the token the target emitted after each target row, -1 where there is none; for
-            a cost with ``next_token``.
-        logit_scale: vLLM's ``logit_scale`` of the draft.
+        cost: of a term.
+        emitted: int64 [M], draft id of the token the target emitted after each target row, -1 where there is none;
+            needed for a cost with ``next_token``.
+        logit_scale: the draft's ``logit_scale`` in vLLM.
         matmul_dtype: of the products with both heads, forward and backward. Softmax and sums are float32.
 
     Returns:
@@ -96,8 +97,8 @@ class _Divergence(torch.autograd.Function):
         bounds = torch.stack([torch.searchsorted(one.target, edges) for one in terms], 1).tolist()
 
         def add_chunk(start: int, spans: list[slice]) -> None:
-            """Target rows from ``start`` on, and each step's terms that aim at them. A function, so that its logits are
-            gone before the next chunk's are made."""
+            """Process the target rows from ``start`` on, and each step's terms for them. A function, so that its logits
+            are freed before the next chunk's are made."""
             nonlocal grad_head
             target_logits = (states[start : start + CHUNK].to(dtype) @ target_head.T).float()
             aim = cost.aim(target_logits)  # [n, D]
@@ -109,13 +110,13 @@ class _Divergence(torch.autograd.Function):
             right = (choice == target_logits.argmax(-1)[local]).split(sizes)
             parts = zip(logits.split(sizes), choice.split(sizes), local.split(sizes), strict=True)
             for i, (span, (part, first_choice, rows)) in enumerate(zip(spans, parts, strict=True)):
-                aimed = aim if len(rows) == len(aim) else aim[rows]  # mostly all of them: no copy
+                aimed = aim if len(rows) == len(aim) else aim[rows]  # mostly all of them, which saves a copy
                 said = emitted[start + rows] if emitted is not None else None
                 step_loss[i] += (cost.cost_(part, first_choice, aimed, said) * terms[i].share[span]).sum()
                 agreed[i] += right[i].sum()
             if not want_grad:
                 return
-            error = logits.to(dtype)  # by now the gradient with respect to the logits, but for each row's weight
+            error = logits.to(dtype)  # now the gradient with respect to the logits, without each row's weight
             row_weight = torch.cat([one.share[span] * one.weight for one, span in zip(terms, spans, strict=True)])
             grad_head = _add_product(grad_head, error.T, (stacked * row_weight.unsqueeze(1)).to(dtype))
             grad = (error @ weight) * (row_weight * scale).unsqueeze(1)
@@ -133,13 +134,13 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Handed over, not copied: lm_head's is as large as lm_head. So there is one backward pass.
+        # Not copied, because lm_head's gradient is as large as lm_head; so there can be only one backward pass.
         grads, ctx.grads = ctx.grads, None
         return *(None,) * 8, *(g.mul_(grad) for g in grads)
 
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """total + a @ b, in total's memory where there is one; float32 whatever the dtype of the product."""
+    """total + a @ b, in place if there is a total; float32 whatever the dtype of the product."""
     if total is None:
         return (a @ b).float()
     return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)

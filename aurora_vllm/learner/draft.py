@@ -1,8 +1,8 @@
-"""The EAGLE-3 draft: one Llama or Qwen3 layer that reads the target's states, in plain torch, to be trained.
+"""The EAGLE-3 draft in plain torch, for training: one Llama or Qwen3 layer that reads the target's states.
 
 It computes what ``vllm/model_executor/models/llama_eagle3.py`` (or ``qwen3_eagle3.py``) computes, and its tensors have
-the names of a Hugging Face EAGLE-3 checkpoint. Here are the weights and the row-wise parts; how rows attend to each
-other is in unroll.py.
+the names of a Hugging Face EAGLE-3 checkpoint. Here are the weights and the row-wise parts; attention between rows is
+in unroll.py.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Midlayer(nn.Module):
 
 
 class Eagle3Draft(nn.Module):
-    """An EAGLE-3 draft. ``state_dict`` holds the tensors of a checkpoint, ``d2t`` included, ``embed_tokens`` not.
+    """An EAGLE-3 draft. ``state_dict`` has the tensors of a checkpoint, with ``d2t`` and without ``embed_tokens``.
 
-    ``d2t`` is int64 [D], offsets: draft id i stands for target id ``i + d2t[i]`` (all zero over the full vocabulary).
-    ``embed_tokens`` is None where the draft reads the target's embedding, else float [V, H], frozen.
+    ``d2t`` is int64 [D], offsets: draft id i stands for target id ``i + d2t[i]`` (all zero for the full vocabulary).
+    ``embed_tokens`` is float [V, H], frozen, or None where the draft uses the target's embedding.
     """
 
     d2t: torch.Tensor
@@ -127,10 +127,11 @@ class Eagle3Draft(nn.Module):
 
 
 def load_draft(directory: Path) -> Eagle3Draft:
-    """Read a checkpoint as float32, in any format of draft_files.py.
+    """Read a checkpoint, in any format of draft_files.py, as float32.
 
     Raises:
-        AuroraError: no checkpoint there, an unusable config, or a tensor that is missing, unknown or of another shape.
+        AuroraError: there is no checkpoint, its config is unusable, or a tensor is missing, unknown or of another
+            shape.
     """
     draft = Eagle3Draft(Eagle3Config.from_hf(load_config(directory)))
     load_tensors(draft, read_tensors(directory))
@@ -138,16 +139,16 @@ def load_draft(directory: Path) -> Eagle3Draft:
 
 
 def load_config(directory: Path) -> dict[str, Any]:
-    """A checkpoint's ``config.json``, flat.
+    """A checkpoint's ``config.json`` in flat form.
 
     Raises:
-        AuroraError: there is none, or it is of another kind of draft.
+        AuroraError: there is none, or it describes another kind of draft.
     """
     return flatten(read_config(directory))
 
 
 def load_tensors(draft: Eagle3Draft, tensors: dict[str, torch.Tensor]) -> None:
-    """Copy a checkpoint's tensors into a draft. ``t2d`` says nothing new; ``embed_tokens`` is kept where present.
+    """Copy a checkpoint's tensors into a draft. ``t2d`` is redundant and ignored; ``embed_tokens`` is optional.
 
     Raises:
         AuroraError: names the tensor that is missing, unknown or of another shape.
@@ -177,8 +178,8 @@ def save_draft(draft: Eagle3Draft, directory: Path, config: dict[str, Any]) -> N
     """Write model.safetensors and config.json so that plain vLLM loads them.
 
     Args:
-        draft: the draft; its tensors are written in the dtype ``config["torch_dtype"]`` says (float32 without it).
-        directory: made where it does not exist.
+        draft: the draft; its tensors are written in the dtype ``config["torch_dtype"]`` (float32 without it).
+        directory: made if it does not exist.
         config: the ``config.json`` to write, as it was read.
     """
     dtype = stored_dtype(config)
@@ -191,18 +192,18 @@ def save_draft(draft: Eagle3Draft, directory: Path, config: dict[str, Any]) -> N
 
 
 def stored_dtype(config: dict[str, Any]) -> torch.dtype:
-    """What ``torch_dtype`` says, or transformers 5's ``dtype``; float32 where neither says anything."""
+    """The dtype named by ``torch_dtype``, or by ``dtype`` (transformers 5); float32 without either."""
     name = str(config.get("torch_dtype") or config.get("dtype") or "float32").removeprefix("torch.")
     return getattr(torch, name)
 
 
 def checkpoint_tensors(draft: Eagle3Draft, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """What a checkpoint of this draft holds, ``t2d`` and an embedding of its own included; contiguous, on the CPU."""
+    """The tensors of a checkpoint of this draft, with ``t2d`` and its own embedding, if any; contiguous, on the CPU."""
     tensors = {name: t.to("cpu").contiguous() for name, t in bank_tensors(draft, dtype).items()}
     if draft.embed_tokens is not None:
         tensors["embed_tokens.weight"] = draft.embed_tokens.to("cpu", dtype).contiguous()
     if draft.config.draft_vocab_size == draft.config.vocab_size:
-        del tensors["d2t"]  # vLLM has no place for it where both vocabularies are one
+        del tensors["d2t"]  # vLLM does not expect it where both vocabularies are the same
     else:
         tensors["t2d"] = torch.zeros(draft.config.vocab_size, dtype=torch.bool)
         tensors["t2d"][draft.target_ids.cpu()] = True
@@ -210,10 +211,10 @@ def checkpoint_tensors(draft: Eagle3Draft, dtype: torch.dtype) -> dict[str, torc
 
 
 def bank_specs(draft: Eagle3Draft, dtype: torch.dtype = torch.float32) -> list[TensorSpec]:
-    """What a weight bank for this draft holds: its state_dict, weights in ``dtype`` (as vLLM runs the draft)."""
+    """Specs of a weight bank for this draft: its state_dict, with weights in ``dtype`` (that of vLLM's draft)."""
     return [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in bank_tensors(draft, dtype).items()]
 
 
 def bank_tensors(draft: Eagle3Draft, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The tensors to publish, by name; views of the draft's own where the dtype allows."""
+    """The tensors to publish, by name; without a copy where the dtype is the same."""
     return {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in draft.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The files of an EAGLE-3 draft, whoever wrote them, read as those of one format. vLLM loads every one of these itself.
+"""Reads the files of an EAGLE-3 draft in any of the formats that vLLM loads, as if they were of one format.
 
 - EAGLE-3 (yuhuili, AngelSlim, this project): a flat ``config.json``; tensors ``midlayer.*``, ``fc``, ``norm``,
   ``lm_head``, ``d2t``, ``t2d``, in safetensors or in ``pytorch_model.bin``.
@@ -18,18 +18,18 @@ from aurora_vllm.errors import AuroraError, DamagedFile
 
 # vllm/transformers_utils/configs/speculators/algos.py: update_eagle3
 _ARCHITECTURES = {"llama": "Eagle3LlamaForCausalLM", "qwen3": "Eagle3Qwen3ForCausalLM"}
-# Pickles that are no weights: vllm/model_executor/model_loader/weight_utils.py, filter_files_not_needed_for_inference.
+# Pickles without weights: vllm/model_executor/model_loader/weight_utils.py, filter_files_not_needed_for_inference.
 _NO_WEIGHTS = ("training_args.bin", "optimizer.bin")
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """A draft's ``config.json`` in the flat form of an EAGLE-3 checkpoint; one that is flat is returned as it is.
+    """A draft's ``config.json`` in the flat form of an EAGLE-3 checkpoint; a flat one is returned unchanged.
 
-    A speculators config is read as vLLM reads it (``update_eagle3``). What its ``transformer_layer_config`` leaves out
-    has transformers' default: speculators writes only what differs from it (``to_diff_dict``).
+    A speculators config is read as in vLLM (``update_eagle3``). Keys missing in its ``transformer_layer_config`` have
+    transformers' defaults: speculators writes only those that differ (``to_diff_dict``).
 
     Raises:
-        AuroraError: it is a speculator of another kind, or its layer is.
+        AuroraError: the speculator or its layer is of another kind.
     """
     if "speculators_model_type" not in config:
         return config
@@ -55,7 +55,7 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files vLLM takes weights from: safetensors, or where there are none, pickles. Empty where it finds none."""
+    """The files that vLLM takes weights from: safetensors or, if there are none, pickles. May be empty."""
     pickles = (path for path in directory.glob("*.bin") if path.name not in _NO_WEIGHTS)
     return sorted(directory.glob("*.safetensors")) or sorted(pickles)
 
@@ -64,10 +64,10 @@ def read_tensors(directory: Path, device: str = "cpu") -> dict[str, torch.Tensor
     """Every tensor of a draft, by its EAGLE-3 name.
 
     Args:
-        device: "meta" for shapes and dtypes alone, without the data.
+        device: "meta" for shapes and dtypes without data.
 
     Raises:
-        DamagedFile: there are no weights, or a file is damaged (or a pickle that holds more than tensors).
+        DamagedFile: there are no weights, or a file is damaged, or is a pickle with more than tensors in it.
     """
     files = weight_files(directory)
     if not files:
@@ -82,7 +82,7 @@ def read_tensors(directory: Path, device: str = "cpu") -> dict[str, torch.Tensor
                 found = torch.load(file, map_location=device, weights_only=True)
             if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
                 raise ValueError("more than tensors in it")
-        except Exception as error:  # a damaged pickle raises whatever it likes
+        except Exception as error:  # a damaged pickle may raise anything
             raise DamagedFile(f"{file} cannot be read ({type(error).__name__}: {error})", "download it again") from None
         tensors.update({canonical_name(name): tensor for name, tensor in found.items()})
     return tensors
@@ -94,5 +94,5 @@ def canonical_name(name: str) -> str:
 
 
 def speculators_name(name: str) -> str:
-    """The other way round: what speculators calls a tensor."""
+    """The reverse: a tensor's name in the speculators format."""
     return "layers.0." + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name

@@ -1,7 +1,7 @@
 """The learner's two drafts: the incumbent, which it takes to be the one in use, and the candidate, which it trains.
 
-A candidate that is published is the incumbent from then on; one that is found broken is made the incumbent again; after
-a rollback or an update from disk both are another draft.
+A published candidate becomes the incumbent; a broken one is reset to the incumbent; a rollback or an update from disk
+replaces both.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from aurora_vllm.learner.evaluate import Recent, Score
 class DraftPair:
     """Incumbent and candidate.
 
-    Each stays the same object, and they share no memory: weights are copied from one to the other, so what trains the
-    candidate may hold on to it. It is changed by others, who say so (:meth:`candidate_changed`); the incumbent is not.
+    Each stays the same object, and they share no memory: weights are copied, so that the trainer may keep a reference
+    to the candidate. Whoever changes it calls :meth:`candidate_changed`; the incumbent is changed only here.
 
     Args:
         draft: becomes the incumbent; the candidate begins as a copy of it.
-        version: which one that is.
-        lineage: of that version: transport/bank.py, Publication.
+        version: its version.
+        lineage: its lineage (transport/bank.py, Publication).
         length: K.
 
     Attributes:
         incumbent, candidate: the drafts.
         version, lineage: of the incumbent.
-        shadow: the incumbent's score on recent trajectories; begins anew with another incumbent.
-        candidate_is_ahead: it differs from the incumbent, so it has scores of its own.
-        candidate_founds_lineage: it differs by a lesson, so it is ahead, too.
+        shadow: the incumbent's score on recent trajectories; reset when the incumbent changes.
+        candidate_is_ahead: whether the candidate differs from the incumbent, and so is scored separately.
+        candidate_founds_lineage: whether it differs by a lesson; it then is ahead, too.
     """
 
     def __init__(self, draft: Eagle3Draft, version: int, lineage: int, length: int) -> None:
@@ -41,7 +41,7 @@ class DraftPair:
         self._both_are(version, lineage)
 
     def candidate_changed(self, founds_lineage: bool = False) -> None:
-        """Its weights or its vocabulary are others now. founds_lineage: by a lesson."""
+        """Its weights or its vocabulary changed. founds_lineage: by a lesson."""
         self.candidate_is_ahead = True
         self.candidate_founds_lineage |= founds_lineage
 
@@ -50,24 +50,24 @@ class DraftPair:
         return version if self.candidate_founds_lineage else self.lineage
 
     def promote(self, version: int, score: Score) -> None:
-        """The candidate was published, and is the incumbent now. score: its own, on the evidence that carried it."""
+        """The candidate was published, and becomes the incumbent. score: its score on the evidence."""
         self.incumbent.load_state_dict(self.candidate.state_dict())
         self._both_are(version, self.candidate_lineage(version))
         self.shadow.add(score)
 
     def reset_candidate(self) -> None:
-        """The candidate is what the incumbent is, once more."""
+        """Make the candidate a copy of the incumbent again."""
         self.candidate.load_state_dict(self.incumbent.state_dict())
         self.candidate_is_ahead = self.candidate_founds_lineage = False
 
     def replace(self, draft: Eagle3Draft, version: int, lineage: int) -> None:
-        """Both become a draft that no training here led to; it is copied."""
+        """Make both a copy of a draft that does not come from this training."""
         for one in (self.incumbent, self.candidate):
             one.load_state_dict(draft.state_dict())
         self._both_are(version, lineage)
 
     def resume_candidate(self, weights: Mapping[str, torch.Tensor], is_ahead: bool, founds_lineage: bool) -> None:
-        """Take up a candidate of this incumbent that was saved: its ``state_dict``, and the two attributes."""
+        """Restore a saved candidate of this incumbent: its ``state_dict`` and the two attributes."""
         self.candidate.load_state_dict(weights)
         self.candidate_is_ahead, self.candidate_founds_lineage = is_ahead, founds_lineage
 

@@ -1,9 +1,9 @@
-"""The lesson's regression in the dual form (ridge.py): one unknown for each row and output, not for each input.
+"""The lesson's regression in dual form (ridge.py): one unknown per row and output, instead of per input.
 
     weights  =  R^-1 X^T (X R^-1 X^T + n)^-1 Y          R: each input's ridge, n: rows of the first step
 
-What :mod:`normal_equations` solves for, at a cost in proportion to the number of inputs instead of its cube: for early
-lessons, where rows are few. Rows are kept as they are, for nothing is added up.
+The same solution as :mod:`normal_equations`, at a cost proportional to the number of inputs instead of its cube: for
+early lessons, with few rows. The rows are kept, because nothing is accumulated.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ class DualEquations:
         self._wanted.append(wanted)
 
     def leave_out(self, rest: int) -> None:
-        """Keep the first so many of the inputs beside the auxiliary ones."""
+        """Keep only the first ``rest`` of the inputs other than the auxiliary ones."""
         self._others = [others[:, : rest - self._hidden].clone() for others in self._others]
 
     def eliminate(self) -> DualEquations:
-        """What is left to solve: in this form, everything."""
+        """What is left to solve; in this form, everything."""
         return self
 
     def solve(self, rest: int | None = None) -> torch.Tensor:
         """Weights, [width + rest, hidden].
 
         Args:
-            rest: with only the first so many of the inputs beside the auxiliary ones.
+            rest: use only this many of the inputs other than the auxiliary ones.
         """
         others = [x if rest is None else x[:, : rest - self._hidden] for x in self._others]
         return self._solve(others, [], [])
 
     def later(self) -> LaterRows:
-        """To solve with rows of later steps beside the first one's."""
+        """For solving with rows of later steps, in addition to the first one's."""
         return LaterRows(self)
 
     def _solve(self, others: list[torch.Tensor], rest: list[torch.Tensor], wanted: list[torch.Tensor]) -> torch.Tensor:
-        """others: of the first step; rest, wanted: of later ones. The equations are multiplied by the ridge."""
+        """others: inputs of the first step; rest, wanted: of later ones. The equations are multiplied by the ridge."""
         hidden, penalties = self._hidden, self._penalties
         ease = (penalties.ridge / penalties.guess) ** 0.5
         aux = torch.cat(self._aux)
@@ -72,7 +72,7 @@ class DualEquations:
 
 
 class LaterRows:
-    """Rows of later steps, as they came."""
+    """Rows of later steps."""
 
     def __init__(self, equations: DualEquations) -> None:
         self._equations = equations
@@ -80,7 +80,7 @@ class LaterRows:
         self._wanted: list[torch.Tensor] = []
 
     def add(self, rest: torch.Tensor, wanted: torch.Tensor) -> None:
-        """rest: [n, rest], the guess before first; wanted: [n, hidden]."""
+        """rest: [n, rest], beginning with the previous guess; wanted: [n, hidden]."""
         self._rest.append(rest)
         self._wanted.append(wanted)
 

@@ -1,4 +1,4 @@
-"""The part of an EAGLE-3 ``config.json`` that decides what the draft computes."""
+"""The part of an EAGLE-3 ``config.json`` that determines what the draft computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aurora_vllm.errors import AuroraError
 
 @dataclass(frozen=True)
 class Eagle3Config:
-    """The keys of an EAGLE-3 ``config.json`` that change what the draft computes, under vLLM's names."""
+    """The keys that determine what the draft computes, under vLLM's names."""
 
     hidden_size: int
     intermediate_size: int
@@ -39,7 +39,7 @@ class Eagle3Config:
         """Read a ``config.json`` (transformers 4 or 5 spelling of RoPE).
 
         Raises:
-            AuroraError: a key is missing, or asks for something the draft does not compute.
+            AuroraError: a key is missing, or asks for something that is not implemented here.
         """
         try:
             hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])

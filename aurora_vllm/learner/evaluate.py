@@ -1,15 +1,14 @@
 """Evaluation: how many tokens would greedy speculation with this draft have gained on this trajectory?
 
-Speculation with a chain of K drafts is replayed on what the target really said, not approximated from top-1 accuracy.
-At a start row t the draft has seen the target's true states up to t, as vLLM's draft has, and proposes tokens t+2 ..
+Speculation with a chain of K draft tokens is replayed on the target's real answer, not approximated from top-1
+accuracy. At a start row t the draft has seen the target's true states up to t, as in vLLM, and proposes tokens t+2 ..
 t+1+K one after the other. As long as its proposals are right they *are* the trajectory's tokens, so one unroll over all
-rows answers for every start at once how long the accepted prefix is. Then the answer is walked as the server would:
-from the prompt's last row, each verification advances by the accepted drafts and the bonus token.
+rows gives the accepted prefix for every start at once. Then the answer is walked through as by the server: from the
+prompt's last row, each verification advances by the accepted tokens and the bonus token.
 
 The measure is agreement with the token that followed. For a greedy request this is exactly vLLM's verdict. For a
-sampled request it is not: there vLLM accepts a greedy draft with the target's probability of it, so the walk's mean
-agrees but single verdicts do not. Both are compared with the same measure, which is all a decision between two drafts
-needs.
+sampled request vLLM accepts a greedy draft token with the target's probability of it, so the mean agrees but single
+verdicts do not. Two drafts are compared by the same measure, and that is all a decision between them needs.
 
 Used *prequentially*: a trajectory is scored before anything trains on it, so every sample is a test sample first.
 """
@@ -56,21 +55,21 @@ class Score:
 def accepted_prefix(
     draft: Eagle3Draft, head: TargetHead, trajectory: Trajectory, length: int
 ) -> tuple[int, torch.Tensor]:
-    """How many of K drafts would be accepted, for every row a verification could start behind.
+    """How many of K draft tokens would be accepted, for every row after which a verification could start.
 
-    Only rows whose K following tokens are all known are asked: a chain cut off by the end of the answer would look
+    Only for rows whose K following tokens are all known: a chain that is cut off by the end of the answer would look
     worse than it is.
 
     Args:
         length: K.
 
     Returns:
-        The first such row (the prompt's last, or row 0 where the prompt lies before the trajectory) and int64 [N] for
-        it and the rows after it; N is 0 where the answer is too short.
+        The first such row (the prompt's last, or row 0 if the prompt lies before the trajectory) and int64 [N] for it
+        and the rows after it; N is 0 if the answer is too short.
     """
     rows = len(trajectory.token_ids)
     first = max(0, trajectory.prompt_length - 1 - trajectory.start)
-    # The token after the last row is known as well, but no row reads it; draft K-1 of a start t is judged by token
+    # The token after the last row is known as well, but is in no row. Draft token K-1 of a start t is judged by token
     # t+1+K.
     count = rows - 1 - length - first
     if count <= 0:
@@ -99,7 +98,7 @@ def simulate(draft: Eagle3Draft, head: TargetHead, trajectory: Trajectory, lengt
 
 @dataclass
 class Recent:
-    """Exponentially weighted score over recent trajectories: what the serving side is told about the live version.
+    """Exponentially weighted score over recent trajectories, which the serving side gets for the live version.
 
     Args:
         length: K.
@@ -115,7 +114,7 @@ class Recent:
         self.accepted = self.accepted or [0.0] * self.length
 
     def add(self, score: Score) -> None:
-        """One more trajectory's; what is known already loses weight by its verifications."""
+        """Add a trajectory's score; earlier ones lose weight according to its number of verifications."""
         keep = max(0.0, 1.0 - score.steps / self.memory)
         self.steps = self.steps * keep + score.steps
         self.accepted = [old * keep + new for old, new in zip(self.accepted, score.accepted, strict=True)]

@@ -1,4 +1,4 @@
-"""A draft from disk in place of the one in training and in use: somebody asked for it, so it needs no evidence."""
+"""Publishes a draft from disk in place of the one in use. It was asked for, so it needs no evidence."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from aurora_vllm.transport.bank import WeightBank
 def publish_from_disk(
     bank: WeightBank, version: int, directory: Path, running: Eagle3Draft, target_embedding: Callable[[], torch.Tensor]
 ) -> Eagle3Draft:
-    """Check an EAGLE-3 checkpoint against the draft that runs, and publish it. Only the bank's writer calls this.
+    """Check an EAGLE-3 checkpoint against the running draft, and publish it. Only the bank's writer calls this.
 
     Args:
         version: larger than every published one.
-        running: what the checkpoint takes the place of; not changed.
-        target_embedding: gives the target's token embedding [V, H]; asked for only where the checkpoint or the running
-            draft has one of its own.
+        running: the draft to be replaced; not changed.
+        target_embedding: returns the target's token embedding [V, H]; called only if exactly one of the two drafts has
+            its own embedding.
 
     Returns:
         The new draft, float32.
 
     Raises:
-        AuroraError: it is no checkpoint, or does not fit; names the file, key or tensor. Nothing was published.
+        AuroraError: it is not a checkpoint, or does not fit; names the file, key or tensor. Nothing was published.
     """
     draft = read_replacement(directory, running, target_embedding)
     try:
@@ -46,7 +46,7 @@ def publish_from_disk(
 def read_replacement(
     directory: Path, running: Eagle3Draft, target_embedding: Callable[[], torch.Tensor]
 ) -> Eagle3Draft:
-    """The first half of :func:`publish_from_disk`; arguments, result and errors as there."""
+    """Read and check the draft, see :func:`publish_from_disk`."""
     _check_config(directory, running.config)
     tensors = read_tensors(directory)
     for name, tensor in tensors.items():
@@ -58,7 +58,7 @@ def read_replacement(
     except AuroraError as error:
         raise AuroraError(f"{directory}: {error}") from None
     _check_vocabulary(directory, draft)
-    # Neither bank nor worker knows the embedding: vLLM keeps the one it loaded, and the draft was trained with its own.
+    # The embedding is not in the bank: vLLM keeps the one it loaded, so the draft must have been trained with the same.
     own, live = draft.embed_tokens, running.embed_tokens
     if not (own is None and live is None):
         other = target_embedding() if own is None or live is None else None
@@ -85,14 +85,14 @@ def _check_config(directory: Path, running: Eagle3Config) -> None:
 
 
 def _check_vocabulary(directory: Path, draft: Eagle3Draft) -> None:
-    """A target id out of range would end the engine at the first draft."""
+    """A target id out of range would end the engine at the first proposal."""
     ids = draft.target_ids
     if int(ids.min()) < 0 or int(ids.max()) >= draft.config.vocab_size or len(ids.unique()) < len(ids):
         raise AuroraError(f"{directory}: tensor d2t is no map into the target's {draft.config.vocab_size} tokens")
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether two embeddings are one, perhaps rounded to fewer bits."""
+    """Whether two embeddings are equal, up to rounding to a 16-bit dtype."""
     if a is None or b is None or a.shape != b.shape:
         return False
     return any(torch.equal(a.to(dtype), b.to(dtype)) for dtype in (torch.bfloat16, torch.float16))

@@ -1,22 +1,22 @@
-"""A bound on what the learner takes of the target's GPU: where it runs out it loses a batch, and vLLM loses nothing.
+"""A bound on the learner's memory on the target's GPU: if it runs out, the learner loses a batch and vLLM nothing.
 
-vLLM leaves free what the plan says (gpu_plan.py), and it allocates while it serves. A learner that took more than was
-planned, by a mistake in the prediction or by fragmentation, would have vLLM run out of memory, which ends the engine.
+vLLM leaves the planned memory free (gpu_plan.py), but allocates while it serves. If the learner took more than planned,
+because of a wrong prediction or fragmentation, vLLM could run out of memory, which ends the engine.
 """
 
 from __future__ import annotations
 
 import torch
 
-SPARE = 1.1  # times the plan: some of vLLM's own reserve, against a learner that just does not fit
+SPARE = 1.1  # times the plan: takes a little of vLLM's reserve, so that the learner does not fail by a small margin
 
 
 def bound_gpu_memory(planned: int, device: torch.device) -> None:
-    """Let torch raise ``OutOfMemoryError`` in this process rather than allocate more.
+    """Have torch raise ``OutOfMemoryError`` in this process rather than allocate more than planned.
 
     Args:
         planned: bytes of all tensors, without the CUDA context; 0: no bound.
-        device: of the learner; nothing is done where it is no GPU.
+        device: the learner's; only a GPU is bounded.
     """
     if planned and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

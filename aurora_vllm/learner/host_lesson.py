@@ -1,7 +1,7 @@
-"""A lesson for a draft that lies on a GPU: worked out on the host, where the replay is, and written into the draft.
+"""A lesson for a draft on a GPU: computed on the host, where the replay is, and written into the draft.
 
-Its normal equations take gigabytes and its time is a CPU's: both are there on a host that waits for its GPU, while the
-GPU's memory and time are the server's.
+Its normal equations take gigabytes and much computing time. The host has both to spare, while the GPU's memory and time
+belong to serving.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from aurora_vllm.transport.placement import CPU
 
 
 class HostLesson:
-    """As :class:`Lesson`, for a draft on any device; holds copies of draft and head on the host."""
+    """As :class:`Lesson`, for a draft on any device; keeps copies of draft and head on the host."""
 
     def __init__(self, draft: Eagle3Draft, head: TargetHead) -> None:
         self._draft, self._copy = draft, copy.deepcopy(draft).to(CPU)

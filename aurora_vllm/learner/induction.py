@@ -1,28 +1,28 @@
-"""Copying, the part of the lesson that is not linear: what came the last time that things stood like this?
+"""Induction heads, the non-linear part of the lesson: they find what followed the last time the context was similar.
 
 Answers repeat their prompt and themselves. On GSM8K a small target's next token is, for 40 % of all rows, the one that
 followed the same two tokens before; a draft without attention to its context finds few of them. Transformers learn
 induction heads for this (Olsson et al., "In-context Learning and Induction Heads", 2022), which takes two layers and
-many tokens; an EAGLE-3 draft has one layer, but reads states of a target that has the others. So the heads are written
-down, and the regression only has to find out how much to make of what they bring:
+many tokens. An EAGLE-3 draft has one layer, but it reads the states of a target that has the others. So the heads are
+constructed, and the regression only has to find the weight of what they retrieve:
 
-    row s stands for the target's state at position s, and reads the token x_{s+1}
-    key    code(a_s): what the states a_s say of where the text is
-    query  what code(a_{t+1}) is expected to be, from a_t and the token x_{t+1}
+    row s has the target's state a_s at position s, and reads the token x_{s+1}
+    key    code(a_s): characterises the context at s
+    query  the expected code(a_{t+1}), predicted from a_t and the token x_{t+1}
     value  the embedding of x_{s+1}
 
-A code is a short vector. Which directions of the states it is made of is a canonical correlation analysis (Hotelling,
-"Relations Between Two Sets of Variates", 1936): those that can best be told one position ahead. Codes of tokens, by
-random projection, found less than that. By hand: of the first tokens proposed for unseen GSM8K answers 50 % were
-right, instead of 53 % (a regression on 16,000 rows, 32 channels both times; 43 % without heads).
+A code is a short vector, a linear function of the states. It is found by canonical correlation analysis (Hotelling,
+"Relations Between Two Sets of Variates", 1936): the directions that are best predicted one position ahead. Random
+projections of token embeddings did worse as codes: measured by hand, 50 % instead of 53 % of the first tokens proposed
+for unseen GSM8K answers were right (a regression on 16,000 rows, 32 channels both times; 43 % without heads).
 
-Codes lie in the first channels of the draft's hidden state, from ``fc`` to the attention and from one step to the next;
-the final norm blots them out. To make room for them the rest is turned (``basis``), so that these channels would hold
-the directions in which the target's last state varies least: leaving 64 of 576 out costs nothing then, where the 32
-channels that move the logits least cost 1.8 % of the guesses. Codes are loud beside everything else in that state,
-because the layer's norm divides each row by its size: keys of small states, and so attention to them, would otherwise
-be larger than meant, and what the heads bring another thing than the regression was told. In a head codes lie in the
-channels RoPE turns slowest, for a match may be far away.
+Codes occupy the first channels of the draft's hidden state, from ``fc`` to the attention and from one step to the next;
+the final norm zeroes them. To make room, the state is rotated (``basis``) so that these channels would hold the
+directions in which the target's last state varies least: leaving out 64 of 576 then costs nothing, while leaving out
+the 32 channels that move the logits least costs 1.8 % of the guesses. Codes are large compared with the rest of the
+state. The layer's norm divides each row by its size, so otherwise keys of small states, and attention to them, would be
+larger than intended, and the heads would retrieve something else than in the regression. Within a head, codes are in
+the channels that RoPE rotates most slowly, because a match may be far away.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ from aurora_vllm.learner.ridge import Ridge, regress
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
-MATCH = 16.0  # attention score of a row whose code is as expected, for a query and a key of typical size
-LOUDNESS = 1.0  # of a code beside all of the target's state, as vectors. Twice as much gained nothing
+MATCH = 16.0  # attention score of a row with the expected code, for a query and a key of typical size
+LOUDNESS = 1.0  # length of a code relative to that of the target's state. Twice as much gained nothing
 RIDGE = 0.03  # see ridge.Ridge
 
 
 @dataclass(frozen=True)
 class Induction:
-    """Codes of a state: a key of C channels, and as many that are its part in the query."""
+    """Maps from states to codes: C channels for the key, and C for the state's part of the query."""
 
-    basis: torch.Tensor  # [H, H], orthogonal: the target's last state -> the draft's hidden state; its first 2C go
+    basis: torch.Tensor  # [H, H], orthogonal: target's last state -> draft's hidden state, whose first 2C are for codes
     codes: torch.Tensor  # [num_aux * H, 2C]: scaled auxiliary states -> codes, of typical length 1
-    token: torch.Tensor  # [H, C]: the next token's part in the query, from its embedding of unit size
-    match: float  # what makes an attention score of query . key
-    next_codes: torch.Tensor  # [2C + H, 2C]: of the next state, from these codes and that embedding
+    token: torch.Tensor  # [H, C]: the next token's embedding, of unit size -> its part of the query
+    match: float  # factor from query . key to the attention score
+    next_codes: torch.Tensor  # [2C + H, 2C]: these codes and that embedding -> codes of the next state
     strength: float  # length of codes in the hidden state
 
     def bring(self, aux: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """What the heads find, one attention pattern for all.
+        """What the heads retrieve; all have the same attention pattern.
 
         Args:
-            aux: [T, num_aux * H], scaled, of a sequence from its start.
-            embeddings: [T, H], of its tokens, of unit size.
+            aux: [T, num_aux * H], scaled auxiliary states of a sequence from its start.
+            embeddings: [T, H], of its tokens, scaled to unit size.
 
         Returns:
             [T - 1, H]: row t's weighted mean of the embeddings at s+1, s <= t.
@@ -77,17 +77,17 @@ class Induction:
     def install(
         self, attn: Attention, first: int, dim: int, copy: torch.Tensor, found: torch.Tensor, read: float
     ) -> None:
-        """Write the heads: one pattern of attention for all, and in each a part of W's largest directions.
+        """Write the heads: all get the same attention pattern, and each a part of W's largest directions.
 
         Args:
-            attn: of the draft; its heads from ``first`` on are written, of ``dim`` channels each.
-            copy: W, what is made of what they bring. [H, H]
-            found: c, samples of what they bring. [n, H]
-            read: what codes in a normed state are times this is the codes.
+            attn: the draft's; its heads from ``first`` on are written, of ``dim`` channels each.
+            copy: W, the weights of what they retrieve. [H, H]
+            found: c, samples of what they retrieve. [n, H]
+            read: factor that turns codes in a normed state into codes of typical length 1.
         """
         hidden, rows = len(copy), len(attn.q_proj.weight)
         size = self.token.shape[1]
-        # RoPE pairs channel i with D/2 + i, and the last turn slowest: those are for what a code says first.
+        # RoPE pairs channel i with D/2 + i, and rotates the last pairs most slowly: those get a code's first channels.
         slow = torch.arange(dim // 2 - 1, dim // 2 - 1 - size // 2, -1)
         slow = torch.stack([slow, slow + dim // 2], 1).flatten()
         key, query = torch.arange(hidden, hidden + self.width).chunk(2)
@@ -106,7 +106,7 @@ class Induction:
 
 
 def code_channels(hidden: int, head_dim: int) -> int:
-    """C, even: as many as RoPE leaves slow in a head, while both codes together take an eighth of the hidden state."""
+    """C, even: at most half of a head's channels, and both codes together at most an eighth of the hidden state."""
     return min(head_dim // 2, hidden // 16) // 2 * 2
 
 
@@ -117,7 +117,7 @@ def make_induction(
     final_norm: torch.Tensor,
     size: int,
 ) -> Induction:
-    """Codes for the states of this traffic, and where to read them.
+    """Find codes for the states of this traffic.
 
     Args:
         trajectories: of at least three rows each.
@@ -129,7 +129,7 @@ def make_induction(
     trajectories = newest(trajectories)
     states, tokens, after = [], [], []
     for one in trajectories:
-        aux = one.aux[1:].float() / scale  # a sequence's first state is far off
+        aux = one.aux[1:].float() / scale  # without a sequence's first state, which is an outlier
         states.append(aux[:-1])
         after.append(aux[1:])
         tokens.append(unit(head.embed(one.token_ids[2:])))
@@ -154,18 +154,18 @@ def make_induction(
 
 
 def canonical_pairs(x: torch.Tensor, y: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The directions of y that x tells most about, and what x tells about them. Not centred: weights have no bias.
+    """The directions of y that x predicts best, and their predictors. Not centred, because weights have no bias.
 
     Args:
         x: [n, X]; y: [n, Y].
 
     Returns:
-        [X, count] and [Y, count]: with x P as the regression of y Q, a score x P . y Q is large where y is as x says.
+        P [X, count] and Q [Y, count]: x P is the regression of y Q on x, so x P . y Q is large where y is as predicted.
     """
     of_x, of_y = Ridge(x, RIDGE), Ridge(y, RIDGE)
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(y.shape[1], count + 16, generator=generator)
-    for _ in range(5):  # subspace iteration: of what x tells of these directions, what y has of it
+    for _ in range(5):  # subspace iteration: predict these directions from x, then regress the predictions on y
         directions = of_y.weights(x @ of_x.weights(y @ torch.linalg.qr(directions).Q))
     directions = torch.linalg.qr(directions).Q
     seen = y @ directions
@@ -178,12 +178,12 @@ def canonical_pairs(x: torch.Tensor, y: torch.Tensor, count: int) -> tuple[torch
 
 
 def _typical(codes: torch.Tensor) -> float:
-    """Length of a row."""
+    """Typical (median) length of a row."""
     return max(float(codes.norm(dim=1).median()), 1e-6)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without a weight. Sizes here are far above a draft's epsilon."""
+    """RMSNorm without a weight; rows here are far larger than a draft's epsilon."""
     return x / rms(x).unsqueeze(-1).clamp(min=1e-6)
 
 
@@ -193,6 +193,6 @@ def rms(x: torch.Tensor) -> torch.Tensor:
 
 
 def _as_normed(codes: torch.Tensor) -> torch.Tensor:
-    """As keys see them: the layer's norm has divided each row by its size, in which its code has this share."""
+    """Codes as keys see them, after the layer's norm has divided each row by its size, codes included."""
     shares = codes.square().sum(1, keepdim=True) * LOUDNESS**2
     return codes * ((1.0 + LOUDNESS**2) / (1.0 + shares)).sqrt()

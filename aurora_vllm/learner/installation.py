@@ -1,4 +1,4 @@
-"""What a lesson solved for, written into an EAGLE-3 layer: which weight holds what is in lesson.py."""
+"""Writes the solution of a lesson into an EAGLE-3 layer; lesson.py describes which weight holds what."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from aurora_vllm.learner.draft import Attention, Eagle3Draft
 from aurora_vllm.learner.induction import Induction, rms
 
-SAMPLE_ROWS = 256  # to find a typical size on
-MARGIN = 40.0  # attention score of a row with itself: it outweighs the rows of the same token too
+SAMPLE_ROWS = 256  # for measuring typical sizes
+MARGIN = 40.0  # attention score of a row with itself, large enough to outweigh other rows with the same token
 
 
 @dataclass
 class Solution:
-    """Rows are inputs: guess_0 = a A + e M + c W, guess_k = n(guess_k-1) N + e M + c W. Where codes stand all is 0."""
+    """Inputs are row vectors: guess_0 = a A + e M + c W, guess_k = n(guess_k-1) N + e M + c W. Zero in code
+    channels."""
 
     aux: torch.Tensor  # A: [num_aux * H, H]
     guess: torch.Tensor  # N: [H, H]
@@ -32,17 +33,17 @@ def install(
     aux: torch.Tensor,
     copies: torch.Tensor,
 ) -> None:
-    """Write it in place, into everything but the final norm and ``lm_head``.
+    """Write a solution in place, into all weights but the final norm and ``lm_head``.
 
-    Heads that hold no value of a channel stay silent without induction: their output projection is zero.
+    Heads beyond those needed for one value per channel have no effect without induction: their output projection is 0.
 
     Args:
-        draft: at least one key-value head for every ``head_dim`` channels, and as many query heads.
-        induction: what the other heads are to do, if anything.
+        draft: with at least one key-value head for every ``head_dim`` channels, and as many query heads.
+        induction: for the further heads, if any.
         scale: typical size of each auxiliary channel. [num_aux * H]
-        size: typical RMS of a guess, with the codes beside it.
-        aux: samples of the inputs, over ``scale``. [n, num_aux * H]
-        copies: samples of what induction heads bring. [n, H]
+        size: typical RMS of a guess together with the codes.
+        aux: samples of the inputs, divided by ``scale``. [n, num_aux * H]
+        copies: samples of what induction heads retrieve. [n, H]
     """
     hidden, dim = draft.config.hidden_size, draft.config.head_dim
     own = -(-hidden // dim)
@@ -50,7 +51,7 @@ def install(
     fc, radius = _first_step(solution.aux, recursion, aux, size, induction)
     token = solution.token.clone()
     if induction is not None:
-        # A step's codes go, and what the next one's are expected to be comes.
+        # A step's codes are replaced by the expected ones of the next step.
         width = induction.width
         old, new = induction.next_codes.split([width, hidden])
         recursion[:width, :width] = radius * (old - torch.eye(width))
@@ -72,7 +73,7 @@ def install(
 
 
 def _install_self(attn: Attention, heads: int, dim: int, hidden: int) -> None:
-    """The first heads: in them a row finds itself."""
+    """The first heads: in these each row attends to itself."""
     generator = torch.Generator().manual_seed(0)
     for head in range(heads):
         rows = torch.linalg.qr(torch.randn(hidden, min(dim, hidden), generator=generator)).Q.T  # [D, H], orthonormal
@@ -84,12 +85,12 @@ def _install_self(attn: Attention, heads: int, dim: int, hidden: int) -> None:
 def _first_step(
     aux: torch.Tensor, recursion: torch.Tensor, a: torch.Tensor, size: float, induction: Induction | None
 ) -> tuple[torch.Tensor, float]:
-    """F with  u + n(u) R = a A  for u = a F, where n(u) = u / rms(u); codes stand beside it.
+    """F such that  u + n(u) R = a A  for u = a F, where n(u) = u / rms(u) and u includes the codes.
 
-    With rms(u) = rho for all rows this is linear, F = A (I + R / rho)^-1, and rho has to agree with the u it leads to.
+    With rms(u) = rho for all rows this is linear, F = A (I + R / rho)^-1; rho is chosen to agree with the resulting u.
 
     Args:
-        aux: A [num_aux * H, H]; recursion: R [H, H]; a: [n, num_aux * H]; size: where rho's search begins.
+        aux: A [num_aux * H, H]; recursion: R [H, H]; a: [n, num_aux * H]; size: where the search for rho begins.
 
     Returns:
         F, and rho.
@@ -105,7 +106,7 @@ def _first_step(
         return found
 
     low, high = size, 64.0 * size
-    for _ in range(12):  # rms(u) falls with rho; the two end within a thousandth of each other
+    for _ in range(12):  # bisection, since rms(u) falls with rho; they end within a thousandth of each other
         rho = (low * high) ** 0.5
         if float(rms(solve(rho, guesses, sample_codes)).median()) > rho:
             low = rho

@@ -1,11 +1,11 @@
-"""The learner: all that the process learns with, and what it does in a turn.
+"""The learner: the state of the process, and what it does in a turn.
 
-A turn takes what the ring holds, then does one piece of work: score a trajectory, or what the curriculum has next. What
-is scored is scored before anything trains on it; where traffic comes faster than that, the oldest goes into training
-unscored and is no evidence.
+A turn empties the ring, then does one piece of work: it scores a trajectory, or does what is next in the curriculum. A
+trajectory is scored before anything is trained on it; if traffic comes faster, the oldest are trained on unscored and
+give no evidence.
 
-Drafts and batches lie where ring and bank do: on the CPU, or on the target's GPU (transport/placement.py). Trajectories
-and the replay lie on the host in any case.
+Drafts and batches are where ring and bank are: on the CPU, or on the target's GPU (transport/placement.py).
+Trajectories and the replay are always on the host.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
 GPU_LONGEST_SLEEP_S = 0.5  # a GPU fills the ring in seconds
-SCORE_BACKLOG = 8  # unscored trajectories beyond this are trained on unscored: the oldest, which say least about now
-# Of the learner's CPU time, what goes into scoring where there is something else to do: with a candidate that has
-# learned something to judge, and without one, where scores only tell what the draft in use is worth.
+SCORE_BACKLOG = 8  # with more unscored trajectories, the oldest are trained on unscored
+# The largest share of the learner's CPU time for scoring while there is other work: with a candidate to judge, and
+# without one, where scores only measure the draft in use.
 JUDGING_SHARE, WATCHING_SHARE = 0.25, 0.05
 
 
 class Learner:
-    """All state of the process.
+    """The learner of one session.
 
     Args:
         session: of this run.
@@ -56,7 +56,7 @@ class Learner:
     Raises:
         AuroraError: the target's embedding and lm_head or the draft cannot be read, or the device's memory cannot be
             opened.
-        FileNotFoundError, ValueError: the shared memory is gone, or of another version of this package.
+        FileNotFoundError, ValueError: the shared memory is gone, or was made by another version of this package.
     """
 
     def __init__(self, session: Session) -> None:
@@ -101,13 +101,14 @@ class Learner:
         update_request.refuse_open(self.control)
 
     def turn(self, rests: bool = False) -> bool:
-        """Look around, and do one piece of work where it does not rest. Returns whether there was any."""
+        """Respond to server and worker, empty the ring and, unless it rests, do one piece of work. Returns whether
+        there was any."""
         self.control.learner.beat()
         follow_rollback(self)
         if request := update_request.open_request(self.control):
             self._say("updating from disk")
             update_request.answer(self.control, request, self._update(Path(request.directory)))
-        with self._uncounted():  # a GPU only hands the rows over
+        with self._uncounted():  # this takes almost no GPU time
             self._take_rows()
         if rests:
             return False
@@ -115,7 +116,7 @@ class Learner:
             self._say("sleeping")
             return self.sleep.turn()
         work = self.curriculum.next()
-        # Before its first lesson a candidate differs by its vocabulary at most, and both drafts accept next to nothing.
+        # Before its first lesson a candidate differs at most in its vocabulary, and both drafts accept next to nothing.
         judges = self.drafts.candidate_is_ahead and not self.curriculum.awaits_first_lesson
         share = JUDGING_SHARE if judges else WATCHING_SHARE
         may_score = not work or self.score_seconds <= share * time.process_time()
@@ -133,7 +134,7 @@ class Learner:
         return True
 
     def _take_rows(self) -> None:
-        """What the ring holds, all of it: a look around comes seldom, and where there is no room requests are lost."""
+        """Empty the ring: turns are far apart, and when the ring is full requests are lost."""
         for _ in range(0, self.ring.capacity, READ_ROWS):
             rows = self.ring.read(READ_ROWS)
             for trajectory in self.assembler.feed(rows.cpu()):
@@ -142,7 +143,7 @@ class Learner:
                 break
 
     def _uncounted(self, when: bool = True) -> AbstractContextManager[None]:
-        """Around work that takes none of the GPU's time, where that is what is counted."""
+        """A context for work without the GPU, where GPU time is what is counted."""
         return self.gpu_time.on_host() if self.gpu_time is not None and when else nullcontext()
 
     def _arrived(self, trajectory: Trajectory) -> None:
@@ -153,7 +154,7 @@ class Learner:
             self.remember(self.unscored.popleft())
 
     def _score(self, trajectory: Trajectory) -> bool:
-        """Both drafts on a trajectory that neither has trained on, which then may be. Whether it is evidence."""
+        """Score both drafts on a trajectory, then release it for training. Returns whether it is evidence."""
         drafts, began = self.drafts, time.process_time()
         incumbent = self.simulated(drafts.incumbent, trajectory)
         candidate = self.simulated(drafts.candidate, trajectory) if drafts.candidate_is_ahead else incumbent
@@ -166,7 +167,7 @@ class Learner:
         return is_evidence
 
     def simulated(self, draft: Eagle3Draft, trajectory: Trajectory) -> Score | None:
-        """A draft's score on a trajectory; None where there is no memory for it, which costs evidence and no more."""
+        """A draft's score on a trajectory; None if memory does not suffice, which only costs evidence."""
         try:
             return simulate(draft, self.head, trajectory, self.config.num_speculative_tokens)
         except RuntimeError as error:
@@ -177,14 +178,14 @@ class Learner:
             return None
 
     def show_live(self, score: Score) -> None:
-        """The incumbent's score on a trajectory, for the serving side."""
+        """Add to the incumbent's score, and show it to the serving side."""
         self.drafts.shadow.add(score)
         self._show_shadow()
 
     def remember(self, trajectory: Trajectory) -> None:
-        """A trajectory may be learned from."""
+        """Release a trajectory for training."""
         end = trajectory.start + len(trajectory.token_ids)
-        self.requests_seen += trajectory.start < trajectory.prompt_length <= end  # of a cut one, one piece counts
+        self.requests_seen += trajectory.start < trajectory.prompt_length <= end  # of a long request, one piece counts
         if self.curriculum.add(trajectory, owed=not self.sleep.asleep):
             self.drafts.candidate_changed()
             self._forget_scores("the draft vocabulary was chosen anew")
@@ -228,11 +229,11 @@ class Learner:
         lineage = drafts.candidate_lineage(version)
         try:
             publish(self.bank, version, drafts.candidate, {"reason": reason, "step": trainer.steps, "lineage": lineage})
-        except ValueError as error:  # weights that are not finite: back to the last good ones
+        except ValueError as error:  # the weights are not finite: go back to the last good ones
             block.message = f"not published: {error}"
             drafts.reset_candidate()
             self.curriculum.go_on()
-            trainer.optimizer.state.clear()  # its moments are of the same kind, and of another vocabulary maybe
+            trainer.optimizer.state.clear()  # its moments are not finite either, and may be of another vocabulary
             self._forget_scores("the candidate was not finite")
             return
         drafts.promote(version, self.evidence.candidate)
@@ -241,7 +242,7 @@ class Learner:
         self._published(version, reason)
 
     def _update(self, directory: Path) -> Answer:
-        """A draft somebody wants, in place of incumbent and candidate. Learning goes on from it."""
+        """Replace incumbent and candidate by a draft from disk. Learning goes on from it."""
         version = self._next_version()
         try:
             draft = publish_from_disk(
@@ -254,14 +255,15 @@ class Learner:
         return Answer(version, f"published as version {version}")
 
     def start_over_from(self, draft: Eagle3Draft, version: int, lineage: int, why: str) -> None:
-        """Incumbent and candidate become a draft that no training here led to: what was known of them says nothing."""
+        """Replace incumbent and candidate by a draft that does not come from this training; earlier scores are
+        dropped."""
         self.drafts.replace(draft, version, lineage)
         self.curriculum.refine()
         self._forget_scores(why)
         self._show_shadow()
 
     def _forget_scores(self, why: str) -> None:
-        """The candidate is another one, not one that learned on: what was scored before says nothing of it."""
+        """The candidate was replaced, not just trained on: earlier scores do not apply to it."""
         self.evidence.restart()
         self.sleep.restart(why)
 

@@ -1,33 +1,33 @@
-"""A day-0 draft's first lesson, in closed form: least squares from a few requests, not hundreds of gradient steps.
+"""A day-0 draft's first lesson, in closed form: least squares on a few requests instead of hundreds of gradient steps.
 
-What a draft has to find out first is linear: from the target's auxiliary states a_t and the embedding e of the token
-that was emitted, guess the state y the target will have one position further on, and from that guess and the token
-after it the next. Ridge regression solves this exactly, on prompt rows as well as on answers:
+What a draft has to learn first is linear: from the target's auxiliary states a_t and the embedding e of the next token,
+guess the target's state y one position further on; from that guess and the token after it, the next state; and so on.
+Ridge regression solves this exactly, on prompt rows as well as on answers:
 
-    y_{t+1}    ~  A a_t          + M e_{t+1}   + W c_{t}       the first draft
+    y_{t+1}    ~  A a_t          + M e_{t+1}   + W c_{t}       the first draft token
     y_{t+1+k}  ~  N n(guess_k-1) + M e_{t+1+k} + W c_{t+k}     the k-th after it; n is RMSNorm without a weight
 
-c is what induction heads bring: the token that came the last time that things stood like this (induction.py).
+c is what induction heads retrieve: the token that followed the last time the context was similar (induction.py).
 
 An EAGLE-3 layer computes  u + o(attention of v [e, n(u)]) + MLP(.),  with u = fc(a) in the first step and the layer's
-own last output after it. So the solution is written into its weights like this:
+own previous output in later ones. So the solution is written into its weights like this:
 
-    q, k   the same orthonormal projection of e in the first heads, as many as one value per channel takes: a row finds
-           itself. The others, where the draft has more, are induction heads
-    v, o   v = [M, N - r I],  o = I; r is the typical size of a guess, which cancels the residual path in later steps.
-           Induction heads: W, of the rank they have room for
-    fc     A, corrected for what N - r I does to it in the first step, and codes
-    MLP    its last projection starts at zero: silent, and free to learn
-    norm   one number, that a guess be as large as it is certain; zero where codes lie
-    head   lm_head's own rows, turned so that they read y as they did before
+    q, k   in the first heads, as many as one value per channel takes, the same orthonormal projection of e: a row
+           attends to itself. Further heads, if any, are induction heads
+    v, o   v = [M, N - r I],  o = I; r is the typical size of a guess, and cancels the residual path in later steps.
+           Induction heads: W, up to the rank that fits
+    fc     A, corrected for the effect of N - r I in the first step, and codes
+    MLP    its last projection starts at zero: no effect at first, and free to learn
+    norm   one number, chosen so that the guess's size matches its certainty; zero in code channels
+    head   lm_head's own rows, rotated so that they read y as before
 
-y is the target's last hidden state over its final norm's weight, turned to make room for codes. Induction costs
-channels, so the newest requests decide whether it stays: where first guesses on them are no better with it, learned
-from the others, its heads are silent (o = 0) and no channel is a code's.
+y is the target's last hidden state divided by its final norm's weight, and rotated to make room for codes. Induction
+costs channels, so it is tested on the newest requests: unless first guesses on them, learned from the others, are
+better with it, its heads have no effect (o = 0) and no channel is used for codes.
 
-By hand, SmolLM2-135M and GSM8K, one seed, K=3, 32 unseen prompts, acceptance length without and with induction: 1.45
-and 1.54 after 3,190 rows (5 s of one CPU), 1.56 and 1.72 after 12,409 (11 s), 1.58 and 1.76 after 16,555 (12 s). With
-codes of tokens instead of states 1.52, 1.68 and 1.72. A day-0 draft has 1.04.
+Measured by hand: SmolLM2-135M and GSM8K, one seed, K=3, 32 unseen prompts, acceptance length without and with
+induction: 1.45 and 1.54 after 3,190 rows (5 s of one CPU), 1.56 and 1.72 after 12,409 (11 s), 1.58 and 1.76 after
+16,555 (12 s). With codes of tokens instead of states: 1.52, 1.68 and 1.72. A day-0 draft has 1.04.
 """
 
 from __future__ import annotations
@@ -48,14 +48,17 @@ from aurora_vllm.learner.normal_equations import NormalEquations, Penalties
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
-STEPS = 3  # y_{t+1} .. y_{t+3}: further ones follow the same recursion
-# A guess says something about the next one too, so N is drawn to a part of it. Keeps fc's correction solvable, too.
+STEPS = 3  # y_{t+1} .. y_{t+3}; further ones follow the same recursion
+# A guess resembles the next one, so N is pulled towards a multiple of the identity. That also keeps fc's correction
+# solvable.
 PENALTIES = Penalties(ridge=0.03, guess=1.0, persistence=0.7)
-# Rows of all steps for each input. By hand, with 2,048 channels (12,288 inputs): 20 CPU seconds and 0.8 GB instead of
-# 117 and 2.1 for 1,024 rows, 34 and 1.3 instead of 86 and 2.2 for 2,048; 99 s for 3,840, as long as normal equations.
+# Rows of all steps per input, below which the dual form is used. Measured by hand, with 2,048 channels (12,288 inputs):
+# 20 CPU seconds and 0.8 GB instead of 117 and 2.1 for 1,024 rows, 34 and 1.3 instead of 86 and 2.2 for 2,048; 99 s for
+# 3,840, as long as normal equations.
 DUAL_BELOW = 0.67
-# Times the typical size from which a row's states are an attention sink's. Where a sequence begins they are 50 to 150
-# times as large (SmolLM2), which tells of no next state, and in float32 leaves nothing of the ridge beside its square.
+# A row with states this many times the typical size is taken for an attention sink. At the start of a sequence they are
+# 50 to 150 times as large (SmolLM2), which says nothing about the next state, and whose squares drown the ridge in
+# float32.
 FAR_OFF = 10.0
 
 _Equations = NormalEquations | DualEquations
@@ -63,21 +66,21 @@ _Equations = NormalEquations | DualEquations
 
 @dataclass(frozen=True)
 class _Features:
-    """Inputs and outputs of the regression for n rows t, attention sinks left out."""
+    """Inputs and outputs of the regression for n rows t, without attention sinks."""
 
-    aux: torch.Tensor  # [n, num_aux * H], each auxiliary state over its typical size
-    tokens: list[torch.Tensor]  # STEPS of [n, H]: embeddings of the tokens at t+1, t+2, ..., of unit size
-    copies: list[torch.Tensor]  # STEPS of [n, H]: what induction heads bring there; of [n, 0] without them
-    states: list[torch.Tensor]  # STEPS of [n, H]: the target's last hidden states there, over its final norm's weight
+    aux: torch.Tensor  # [n, num_aux * H], each auxiliary state divided by its typical size
+    tokens: list[torch.Tensor]  # STEPS of [n, H]: embeddings of the tokens at t+1, t+2, ..., scaled to unit size
+    copies: list[torch.Tensor]  # STEPS of [n, H]: what induction heads retrieve there; of [n, 0] without them
+    states: list[torch.Tensor]  # STEPS of [n, H]: y there
 
 
 class Lesson:
     """Solves for a day-0 draft and writes the solution into it.
 
     Args:
-        draft: day-0 draft (its final norm is the target's), float32; changed by :meth:`run`, at the very end.
+        draft: a day-0 draft (its final norm is the target's), float32; changed only at the end of :meth:`run`.
         head: the target's embedding and lm_head.
-        induction: give the draft induction heads, where it has room for them and they help.
+        induction: whether to add induction heads, where there is room for them and they help.
     """
 
     def __init__(self, draft: Eagle3Draft, head: TargetHead, induction: bool = True) -> None:
@@ -89,11 +92,11 @@ class Lesson:
         self._scale = torch.ones(self._width)
         self._basis = torch.eye(self._hidden)  # target's last state over its norm's weight -> the draft's hidden state
         self._reads = torch.diag(self._final_norm)  # the same -> what lm_head reads now, ...
-        self._unread = torch.zeros(self._hidden, 0)  # ... and directions of it that lm_head does not see
+        self._unread = torch.zeros(self._hidden, 0)  # ... and the directions of it that lm_head ignores
         self._induction: Induction | None = None
 
     def start_over(self) -> None:
-        """The draft holds other weights than the last lesson left: the next one takes ``lm_head`` from the target."""
+        """The draft's weights are not those of the last lesson: the next one takes ``lm_head`` from the target."""
         self._reads = torch.zeros(self._hidden, self._hidden)
         self._unread = torch.eye(self._hidden)
 
@@ -102,11 +105,11 @@ class Lesson:
         """Yields between pieces of work, so that the caller can keep to its share of the CPU.
 
         Args:
-            trajectories: what was served; those of no more than ``STEPS`` rows are left out, and those with a state
-                that is not finite.
+            trajectories: the newest traffic; those of at most ``STEPS`` rows, and those with a state that is not
+                finite, are left out.
 
         Raises:
-            RuntimeError: there is no solution in float32 (``torch.linalg.LinAlgError``). The draft is as it was.
+            RuntimeError: there is no solution in float32 (``torch.linalg.LinAlgError``). The draft is unchanged.
         """
         usable = [one for one in trajectories if len(one.token_ids) > STEPS and one.is_finite]
         if not usable:
@@ -127,11 +130,11 @@ class Lesson:
             equations.add(features.aux, torch.cat([features.tokens[0], features.copies[0]], 1), features.states[0])
             yield
         eliminated = equations.eliminate()
-        del equations  # as large again
+        del equations  # they take as much memory again
         yield
         solution = self._solution(eliminated.solve())
         yield
-        for round_ in range(1, STEPS):  # round k knows the guesses of the steps below k
+        for round_ in range(1, STEPS):  # round k uses the guesses of the steps before k
             later = eliminated.later()
             for piece in pieces:
                 features = self._features(piece)
@@ -147,9 +150,9 @@ class Lesson:
         self._install(solution, self._features(pieces[-1]))
 
     def _prepare(self, trajectories: Sequence[Trajectory]) -> None:
-        """What has to be known of the traffic before anything is solved."""
+        """Typical sizes of the states and, with induction, codes: needed before anything is solved."""
         states = torch.cat([one.aux.float() for one in trajectories[:8]]).unflatten(1, (-1, self._hidden))
-        # The median over rows, since a sequence's first token is far off.
+        # The median over rows, since a sequence's first token is an outlier.
         self._scale = rms(states).median(0).values.repeat_interleave(self._hidden)
         self._induction, self._basis = None, torch.eye(self._hidden)
         if self._may_copy:
@@ -163,10 +166,10 @@ class Lesson:
         return NormalEquations(self._width, rest, self._hidden, PENALTIES)
 
     def _copying_helps(self, equations: _Equations, held_out: Sequence[Sequence[Trajectory]]) -> bool:
-        """Whether induction heads, with the channels they take, make first guesses better where none was learned from.
+        """Whether induction heads, which take channels, improve first guesses on held-out rows.
 
         Args:
-            equations: of the first step, over other rows.
+            equations: of the first step, over the other rows.
         """
         eliminated = equations.eliminate()
         either = self._solution(eliminated.solve())
@@ -182,7 +185,7 @@ class Lesson:
         return bool(errors[0] < errors[1])
 
     def _solution(self, solved: torch.Tensor) -> Solution:
-        """Of the solved weights; where codes lie they have no say. [inputs, H]"""
+        """The solution from the solved weights, [inputs, H], which are zeroed in code channels."""
         if self._induction is not None:
             width = self._induction.width
             solved[:, :width] = 0.0
@@ -217,7 +220,7 @@ class Lesson:
             yield estimate
 
     def _sizes(self, estimate: torch.Tensor) -> torch.Tensor:
-        """RMS of the draft's hidden state at these guesses: a code stands beside each. [n, H] -> [n]"""
+        """RMS of the draft's hidden state for these guesses, codes included. [n, H] -> [n]"""
         code = self._induction.strength if self._induction is not None else 0.0
         return ((estimate.square().sum(-1) + code**2) / self._hidden).sqrt()
 
@@ -226,18 +229,18 @@ class Lesson:
 
     @property
     def _gain(self) -> float:
-        """What makes a normed guess of unit size again, beside a code."""
+        """Factor that makes a normed guess of unit size again, although there are codes in the state."""
         return (1.0 + LOUDNESS**2) ** 0.5 if self._induction is not None else 1.0
 
     def _install(self, solution: Solution, sample: _Features) -> None:
-        """Write the solution into the draft, in place. sample: rows to measure typical sizes on."""
+        """Write the solution into the draft, in place. sample: rows for measuring typical sizes."""
         draft, states = self._draft, sample.states[0]
         size = float(self._sizes(next(self._guesses(solution, sample, 1))).mean())
         solution = replace(solution, guess=solution.guess * self._gain)
         install(draft, solution, self._induction, self._scale, size, sample.aux, sample.copies[0])
         width = self._induction.width if self._induction is not None else 0
         turned = self._turned_head()
-        gain = float(turned.norm() / draft.lm_head.weight.norm())  # lm_head's own rows stay as long as they were
+        gain = float(turned.norm() / draft.lm_head.weight.norm())  # keeps the length of lm_head's rows
         draft.lm_head.weight.copy_(turned / gain)
         draft.norm.weight.fill_(gain * size / float(rms(states[:, width:]).mean()))
         draft.norm.weight[:width] = 0.0
@@ -246,7 +249,7 @@ class Lesson:
         self._reads[:, :width] = 0.0
 
     def _turned_head(self) -> torch.Tensor:
-        """Rows of ``lm_head`` that read this lesson's hidden states; what the lesson before left out of them comes back
+        """Rows of ``lm_head`` for this lesson's hidden states. Directions that the previous lesson dropped are taken
         from the target's. [draft vocabulary, H]"""
         draft, head = self._draft, self._head
         rows = draft.lm_head.weight @ (self._reads.T @ self._basis)

@@ -7,15 +7,15 @@ import torch
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.eagle3_config import Eagle3Config
 
-# Of one column of the regression: 600 MB of normal equations in float32. A wider target's draft would also take much of
-# vLLM's KV cache, with a key-value head for each query head (docs/decisions.md).
+# Of one column of the regression: the normal equations then take 600 MB in float32. With a key-value head for each
+# query head, a wider target's draft would also take much of vLLM's KV cache (docs/decisions.md).
 MAX_UNKNOWNS = 12_288
 
 
 def unknowns(hidden_size: int, num_heads: int, head_dim: int, num_aux: int) -> int:
-    """Of one column of the regression, for a draft with so many key-value heads; 0 where it gets no lesson.
+    """Unknowns of one column of the regression, for a draft with this many key-value heads; 0 if it gets no lesson.
 
-    Without induction heads where none are left beside one value per channel, or where they would be too many.
+    Without those of induction heads if all heads are needed for one value per channel, or if they would be too many.
     """
     own = -(-hidden_size // head_dim)
     if num_heads < own:
@@ -27,11 +27,13 @@ def unknowns(hidden_size: int, num_heads: int, head_dim: int, num_aux: int) -> i
 
 
 def heads_for(hidden_size: int, num_heads: int, head_dim: int, key_value_heads: int, num_aux: int) -> int | None:
-    """Heads of a draft that is to have lessons, as many of keys and values as of queries; None where it gets none.
+    """Heads of a draft that is to have lessons, the same number for queries as for keys and values; None if it gets
+    none.
 
-    With induction heads: a multiple of the target's key-value heads, because vLLM wants the pages of one layer's KV
-    cache to be a multiple of another's; and a divisor of the hidden size, because transformers reads no other Llama
-    configuration. Where there is no such number, or no room in the regression, the target's heads without any more.
+    With induction heads the number is a multiple of the target's key-value heads, because vLLM requires the page size
+    of one layer's KV cache to be a multiple of another's; and a divisor of the hidden size, because transformers
+    accepts no other Llama configuration. If there is no such number, or too many unknowns, it is the target's number of
+    heads.
 
     Args:
         hidden_size, num_heads, head_dim, key_value_heads: the target's.
@@ -47,12 +49,12 @@ def heads_for(hidden_size: int, num_heads: int, head_dim: int, key_value_heads: 
 
 
 def unknowns_of(config: Eagle3Config) -> int:
-    """The same, of a draft that is there."""
+    """The same for an existing draft."""
     return unknowns(config.hidden_size, config.num_key_value_heads, config.head_dim, config.num_aux_hidden_states)
 
 
 def is_due(draft: Eagle3Draft) -> bool:
-    """Whether this is a day-0 draft that nothing was taught yet, of a shape that can take the lesson."""
+    """Whether this is an untrained day-0 draft of a shape that can take the lesson."""
     config, weight = draft.config, draft.fc.weight.detach().cpu()
     hidden = config.hidden_size
     untaught = bool((weight[:, :-hidden] == 0).all()) and torch.equal(weight[:, -hidden:], torch.eye(hidden))

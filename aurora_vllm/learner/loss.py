@@ -1,18 +1,18 @@
 """Aurora's training objective over a training-time-test unroll.
 
 ``total = sum_i 0.8^i * (mean over target rows of the accepted path + lambda * mean over rows of rejected branches)``.
-The accepted path's rows cost the forward KL, ``-sum_v p(v) log q_i(v)``, unless asked otherwise; objective.py has the
-family, branches.py says what the discard term's rows are. p is the target's distribution at temperature 1, restricted
-to and renormalised on the draft vocabulary. Rows whose first choice in the full vocabulary lies outside it are left
-out: a draft could not propose it. arXiv 2602.06932 and its release (models/eagle3.py, models/ops/loss.py), which has
-the accepted path's forward KL only.
+By default the accepted path's rows cost the forward KL, ``-sum_v p(v) log q_i(v)``; objective.py has the alternatives,
+branches.py defines the discard term's rows. p is the target's distribution at temperature 1, restricted to and
+renormalised on the draft vocabulary. Rows whose first choice in the full vocabulary lies outside it are left out,
+because a draft could not propose it. Source: arXiv 2602.06932 and its release (models/eagle3.py, models/ops/loss.py),
+which has only the accepted path's forward KL.
 
 Which target rows j of the path count (see unroll.py for j):
 
-    default          j in the completion. At step 0 this begins with the prompt's last row, from which the first draft
-                     after prefill is made.
-    aurora-release   j-1 in the completion (a mask that was not shifted): at step 0 that first draft is not trained, and
-                     the row behind a sequence's end counts, whose target is uniform (softmax of padding).
+    default          j in the completion. At step 0 this begins with the prompt's last row, from which the first token
+                     after prefill is drafted.
+    aurora-release   j-1 in the completion (its mask is not shifted): at step 0 that first token is not trained, and the
+                     row after a sequence's end counts, whose target is uniform (softmax of padding).
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.unroll import UnrollPlan, plan_unroll, unroll
 
 Semantics = Literal["default", "aurora-release"]
-STEP_DECAY = 0.8  # weight of a step of the unroll beside the one before
+STEP_DECAY = 0.8  # weight of an unroll step relative to the one before
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a batch cost. Everything but ``total`` is detached."""
+    """The loss of a batch. Everything but ``total`` is detached."""
 
     total: torch.Tensor  # scalar, differentiable
     step_loss: torch.Tensor  # float32 [K], mean cost of each step's rows of the accepted path, nats
     step_accuracy: torch.Tensor  # float32 [K], share of a step's rows where draft and target agree on the first choice
     step_rows: torch.Tensor  # int64 [K], rows in each mean
-    discard_loss: torch.Tensor  # float32 [K], as step_loss, of rejected branches; 0 where there is no row
+    discard_loss: torch.Tensor  # float32 [K], like step_loss, for rejected branches; 0 without rows
     discard_rows: torch.Tensor  # int64 [K]
 
     @property
     def rows(self) -> int:
-        """Loss terms in all."""
+        """Number of loss terms."""
         return int(self.step_rows.sum() + self.discard_rows.sum())
 
 
@@ -62,7 +62,7 @@ def ttt_loss(
     matmul_dtype: torch.dtype = torch.float32,
     objective: Objective | None = None,
 ) -> LossOutput:
-    """The objective of one batch.
+    """The training objective for one batch.
 
     Args:
         draft: the draft in training.
@@ -70,15 +70,15 @@ def ttt_loss(
         batch: B trajectories of at most T rows.
         ttt_length: K, unroll steps.
         semantics: see above.
-        prompt_weight: weight of prompt rows beside the completion's 1. The target's distributions inside a prompt are
-            known too, though no draft will ever be asked there.
-        matmul_dtype: bfloat16 is about twice as fast where the hardware has it; weights and sums stay float32.
-        objective: the member of the family; None is the forward KL on the accepted path. Where its discard weight is 0
-            the batch's branches are not looked at.
+        prompt_weight: weight of prompt rows; the completion's have 1. The target's distributions inside a prompt are
+            known, too, although nothing is ever drafted there.
+        matmul_dtype: bfloat16 is about twice as fast where the hardware supports it; weights and sums stay float32.
+        objective: None for the forward KL on the accepted path. With a discard weight of 0 the batch's branches are
+            ignored.
 
     Raises:
-        ValueError: a prompt weight with the release's semantics, which have none; next tokens asked of a batch that
-            does not know them.
+        ValueError: a prompt weight with the release's semantics, which have none; or an objective with next tokens for
+            a batch without them.
     """
     objective = objective or Objective()
     weights = _row_weights(batch, semantics, prompt_weight)  # [B, T + 1]
@@ -128,15 +128,15 @@ def ttt_loss(
 def draft_choices(
     draft: Eagle3Draft, head: TargetHead, batch: Batch, ttt_length: int, rows: torch.Tensor
 ) -> torch.Tensor:
-    """What the draft would propose, for scoring it without training.
+    """What the draft would propose, for scoring without training.
 
     Args:
-        rows: bool [B, T], the rows behind which a chain of drafts starts.
+        rows: bool [B, T], the rows after which a chain starts.
 
     Returns:
-        int64 [K, B, T], target ids: the draft's first choice for the token at t+2+i, given the real tokens up to
-        t+1+i (so draft i of a chain means something only where those before it were right). -1 where not asked or
-        where the input token is unknown.
+        int64 [K, B, T], target ids: the draft's first choice for the token at t+2+i, given the real tokens up to t+1+i
+        (so token i of a chain is meaningful only if those before it were right). -1 where not asked for, or where the
+        input token is unknown.
     """
     length = batch.attention_mask.sum(1, keepdim=True)  # [B, 1]
     index = torch.arange(batch.input_ids.shape[1], device=rows.device)
@@ -157,7 +157,7 @@ def draft_choices(
 
 
 def _row_weights(batch: Batch, semantics: Semantics, prompt_weight: float) -> torch.Tensor:
-    """Weight of each target row. -> float32 [B, T + 1]; the column behind the end is the release's."""
+    """Weight of each target row. -> float32 [B, T + 1]; only the release uses the column after the end."""
     completion = batch.loss_mask.float()
     if semantics == "aurora-release":
         if prompt_weight:
@@ -169,7 +169,7 @@ def _row_weights(batch: Batch, semantics: Semantics, prompt_weight: float) -> to
 
 @torch.no_grad()
 def _in_draft_vocabulary(draft: Eagle3Draft, head: TargetHead, batch: Batch, wanted: torch.Tensor) -> torch.Tensor:
-    """Whether the target's first choice is one the draft can propose. wanted: bool [B, T + 1] -> bool [B, T + 1]."""
+    """Whether the draft can propose the target's first choice. wanted: bool [B, T + 1] -> bool [B, T + 1]."""
     if draft.config.draft_vocab_size == draft.config.vocab_size:
         return torch.ones_like(wanted)
     if batch.target_argmax is None:
@@ -191,14 +191,14 @@ def _proposable(draft: Eagle3Draft, head: TargetHead, states: torch.Tensor) -> t
 
 
 def _draft_ids(draft: Eagle3Draft) -> torch.Tensor:
-    """Draft id of each target id, -1 where the draft has none. int64 [V]"""
+    """Draft id of each target id; -1 for tokens outside the draft vocabulary. int64 [V]"""
     ids = torch.full((draft.config.vocab_size,), -1, dtype=torch.int64, device=draft.d2t.device)
     ids[draft.target_ids] = torch.arange(len(draft.d2t), device=ids.device)
     return ids
 
 
 def _emitted(draft: Eagle3Draft, batch: Batch, plan: UnrollPlan) -> torch.Tensor:
-    """Draft id of the token emitted after each target row; -1 where there is none, or the draft has none. int64 [M]"""
+    """Draft id of the token emitted after each target row; -1 without such a token or without a draft id. int64 [M]"""
     if batch.emitted is None:
         raise ValueError("this batch does not know which tokens the target emitted")
     tokens = F.pad(batch.emitted, (0, 1), value=-1)[plan.target_sequence, plan.target_row]
@@ -208,7 +208,7 @@ def _emitted(draft: Eagle3Draft, batch: Batch, plan: UnrollPlan) -> torch.Tensor
 def _discard_terms(
     draft: Eagle3Draft, chains: Chains, outputs: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[Terms]]:
-    """Hidden states and loss terms of the discard term, by step; each of a step's rows has the same share."""
+    """Hidden states and loss terms of the discard term, by step; a step's rows have equal shares."""
     hidden, terms = [], []
     for i, output in enumerate(outputs):
         target = (chains.step == i).nonzero().squeeze(1)

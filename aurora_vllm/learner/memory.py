@@ -1,23 +1,21 @@
-"""What the learner process will take at its peak, worked out before it starts.
+"""Predicts the learner's peak memory before it starts.
 
-The peak is in a training step on the longest trajectory, with the replay full, while the loss holds the logits of a
-chunk of rows: all of the unroll's activations are alive then, and so are the gradients of the step before. In bytes:
+The peak is in a training step on the longest trajectory, with a full replay, while the loss holds the logits of a chunk
+of rows: then all activations of the unroll are alive, and the gradients of the previous step. In bytes:
 
-    weights    7 P floats: incumbent, candidate, the draft in training, the one that a trial set aside, two moments,
-               gradients; an embedding of the draft's own is there four times
-    target     embedding and lm_head as stored (mapped from the file, and touched all over)
+    weights    7 P floats: incumbent, candidate, the draft in training, the one set aside by a trial, two moments,
+               gradients; the draft's own embedding, if any, four times
+    target     embedding and lm_head as stored (mapped from the file, and read completely)
     rows       the target's lm_head on the draft vocabulary, in the dtype of products
     replay     its budget
     step       R rows x (inputs + K x what a step keeps for the backward pass) + D x (gradient and logits of a chunk),
-               and the allocator's slack; or what a lesson takes at most, where that is more: three matrices of its
+               and the allocator's slack; or, if that is more, the most that a lesson takes: three matrices of its
                unknowns
-    process    Python and torch with what an optimizer imports, and river, which is there once the learner has slept:
-               measured
+    process    measured: Python, torch with the imports of an optimizer, and river, which is imported at the first sleep
 
-R is the longest trajectory or the wanted batch, whatever is more. Shared memory (ring, bank) is not counted: it is the
-server's. Nor is what comes on top when traffic comes faster than it is looked at (open requests, and a few
-trajectories to be scored), nor the discard term. In the first steps after a lesson only lm_head is trained, and
-the body's gradients and moments are not there yet.
+R is the larger of the longest trajectory and the batch size. Not counted: shared memory (ring, bank), which is the
+server's; open requests and a few unscored trajectories, if traffic comes faster than it is processed; the discard term.
+In the first steps after a lesson only lm_head is trained, so the body's gradients and moments do not exist yet.
 """
 
 from __future__ import annotations
@@ -32,25 +30,25 @@ from aurora_vllm.transport.cuda import GRANULE
 
 MIB = 2**20
 # Measured with SmolLM2-135M (torch 2.13, CPU build; D 4608 and 8192, R 128 to 2048, replay 96 to 192 MiB): with these
-# two the prediction is within 5 % of VmHWM less shared memory. 390 MiB of the first are there after one optimizer step.
-PROCESS_BYTES = (460 + 65) * MIB  # the latter for river and the scipy it brings
-# Of a second process on a GPU: context, cuBLAS and its workspaces. ASSUMED (a context alone is known to take some 400
-# to 600 MiB on cards of 80 GB), not measured here.
+# two the prediction is within 5 % of VmHWM less shared memory. 390 MiB of the first are used after one optimizer step.
+PROCESS_BYTES = (460 + 65) * MIB  # the latter for river and scipy
+# Of a second process on a GPU: context, cuBLAS and its workspaces. ASSUMED, not measured (a context alone is known to
+# take 400 to 600 MiB on cards of 80 GB).
 CONTEXT_BYTES = 768 * MIB
-SLACK = 1.25  # of a step: pieces differ in size from those freed before, and seldom fit where they were
+SLACK = 1.25  # of a step: allocations seldom fit into the gaps that earlier ones of other sizes left
 
 
 @dataclass(frozen=True)
 class DraftSizes:
-    """What decides how much a draft of one layer takes. Shapes as in its checkpoint."""
+    """The sizes that determine the memory of a draft of one layer."""
 
     parameters: int  # P, without an embedding
     hidden: int  # H
     query: int  # width of q
     key: int  # width of k, and of v
-    inner: int  # of the MLP
+    inner: int  # width of the MLP
     vocabulary: int  # D
-    aux_width: int  # of fc's input: num_aux * target's hidden size
+    aux_width: int  # width of fc's input: num_aux * target's hidden size
     target_hidden: int
     embedding: int = 0  # parameters of an embedding of its own
 
@@ -75,7 +73,7 @@ class DraftSizes:
 
 @dataclass(frozen=True)
 class LearnerMemory:
-    """Bytes at the peak, by what they are for; see the module's text."""
+    """Bytes at the peak, by purpose; see the module's docstring."""
 
     process: int
     target: int
@@ -91,13 +89,13 @@ class LearnerMemory:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes on the target's GPU, beside vLLM's own, where ring, bank and learner lie there. See :func:`predict_gpu`."""
+    """Bytes on the target's GPU, besides vLLM's own, if ring, bank and learner are there. See :func:`predict_gpu`."""
 
     ring: int
     bank: int
     swap: int  # the worker's copies of the draft
-    copies: int  # what was said before, for copied proposals
-    logits: int  # of proposals that vLLM verifies and does not measure beforehand
+    copies: int  # tables for copied proposals
+    logits: int  # of proposed tokens, which vLLM's memory profiling does not cover
     context: int
     target: int
     weights: int
@@ -124,19 +122,19 @@ def predict_gpu(
     copies_bytes: int = 0,
     logits_bytes: int = 0,
 ) -> GpuMemory:
-    """What Aurora takes on a GPU. Never compared with one: docs/gpu.md.
+    """What Aurora takes on a GPU. Never compared with a real one: docs/gpu.md.
 
     ``target``, ``weights``, ``rows`` and ``step`` are the learner's, as in :class:`LearnerMemory`; its replay, its
     process and its lessons lie on the host.
 
     Args:
-        target_bytes, rows, ttt_length: as in :func:`predict`. The step is the dearer of one in float32 and one in
+        target_bytes, rows, ttt_length: as in :func:`predict`. The step is the larger of one in float32 and one in
             bfloat16.
         ring_bytes: of the ring's rows.
-        weights_bytes: of the bank's three slots. A running swap has as much again in the worker: what is live, what
-            was live before, and what is being staged.
-        copies_bytes: of the worker's tables of what was said before.
-        logits_bytes: of the most tokens that a step verifies, less one of every request, which vLLM measures.
+        weights_bytes: of the bank's three slots. A swap takes as much again in the worker: live, previous and staged
+            weights.
+        copies_bytes: of the worker's tables for copies.
+        logits_bytes: of the most tokens that a step verifies, less one per request, which vLLM measures itself.
     """
     return GpuMemory(
         ring=aligned(ring_bytes, GRANULE),
@@ -158,12 +156,12 @@ def predict(
     """The learner's peak.
 
     Args:
-        target_bytes: of the target's embedding and lm_head as stored; of one of them where tied.
+        target_bytes: of the target's embedding and lm_head as stored; of one of them if they are tied.
         replay_bytes: budget of the replay.
         rows: R, of the largest batch.
         ttt_length: K.
         bfloat16: whether products are in bfloat16 (``train.fast_matmul_dtype``). Their inputs are then kept a second
-            time, as copies of half the size, their outputs are half as large, and so is a copy of the weights.
+            time, as copies of half the size; their outputs are half as large, and there is such a copy of the weights.
     """
     return LearnerMemory(
         process=PROCESS_BYTES,
@@ -194,7 +192,7 @@ def _step_bytes(draft: DraftSizes, rows: int, ttt_length: int, bfloat16: bool) -
 
 
 def _lesson_bytes(draft: DraftSizes) -> int:
-    """At most: normal equations, what is left of them to solve, and a round's own (learner/normal_equations.py keeps
-    none of them as one whole matrix, so it is less); 0 where no lesson is given."""
+    """An upper bound: normal equations, what is left of them to solve, and one round's (normal_equations.py stores none
+    of them as one full matrix, so they take less); 0 if no lesson is given."""
     heads = draft.key  # of one channel: only their width matters here
     return 3 * 4 * lesson_shape.unknowns(draft.hidden, heads, 1, draft.aux_width // draft.hidden) ** 2

@@ -1,12 +1,12 @@
-"""The lesson's regression as normal equations, in two blocks, so that what stays the same is factorised once.
+"""The lesson's regression as normal equations in two blocks, so that the constant part is factorised once.
 
-Inputs are the auxiliary states, which stand in the first step's rows only, and the *rest*: the guess before, tokens and
-copies. Later steps add rows to the rest alone, so of
+Inputs are the auxiliary states, which occur in the first step's rows only, and the *rest*: previous guess, tokens and
+copies. Later steps add rows to the rest only, so of
 
     [ A   B ]          A = L L^T          S = C - X^T X,  X = L^-1 B        (the Schur complement of A)
     [ B^T C ]
 
-only S changes from round to round. Leaving inputs out at the end of the rest leaves a leading part of everything.
+only S changes from round to round. Without the last inputs of the rest, a leading part of each matrix remains.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from aurora_vllm.learner.ridge import add_gram
 
 @dataclass(frozen=True)
 class Penalties:
-    """On weights, for each row of the first step."""
+    """Penalties on weights, per row of the first step."""
 
-    ridge: float  # on all but the guess', relative to inputs of unit size
-    guess: float  # on the guess'
-    persistence: float  # the multiple of the identity that the guess' are drawn to
+    ridge: float  # on all weights but the guess's, for inputs of unit size
+    guess: float  # on the guess's
+    persistence: float  # the multiple of the identity that the guess's are pulled towards
 
 
 class NormalEquations:
-    """Of the first step's rows, collected piece by piece.
+    """The first step's normal equations, accumulated piece by piece.
 
     Args:
-        width: auxiliary inputs.
-        rest: other inputs; the first ``hidden`` of them, the guess before, are zero here.
-        hidden: outputs.
+        width: number of auxiliary inputs.
+        rest: number of other inputs; the first ``hidden`` of them, the previous guess, are zero in this step.
+        hidden: number of outputs.
         penalties: on the weights.
     """
 
@@ -55,12 +55,12 @@ class NormalEquations:
         self._count += len(aux)
 
     def leave_out(self, rest: int) -> None:
-        """Keep the first so many of the other inputs."""
+        """Keep only the first ``rest`` of the other inputs."""
         self._rest, self._rest_right = self._rest[:rest, :rest].clone(), self._rest_right[:rest].clone()
         self._cross = self._cross[:, :rest].clone()
 
     def eliminate(self) -> Eliminated:
-        """With the auxiliary inputs solved for."""
+        """Eliminate the auxiliary inputs."""
         hidden, count, penalties = self._hidden, self._count, self._penalties
         aux, rest, right = self._aux.clone(), self._rest.clone(), self._rest_right.clone()
         aux.diagonal().add_(penalties.ridge * count)
@@ -88,12 +88,12 @@ class Eliminated:
         """Weights, [width + rest, hidden].
 
         Args:
-            rest: with only the first so many of the other inputs.
+            rest: use only this many of the other inputs.
         """
         return self._solve(self._rest[:rest, :rest], self._right[:rest])
 
     def later(self) -> LaterSteps:
-        """To solve with rows of later steps beside the first one's."""
+        """For solving with rows of later steps, in addition to the first one's."""
         return LaterSteps(self)
 
     def _solve(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -103,14 +103,14 @@ class Eliminated:
 
 
 class LaterSteps:
-    """What is left to solve, and rows of later steps."""
+    """What is left to solve, with rows of later steps."""
 
     def __init__(self, eliminated: Eliminated) -> None:
         self._eliminated = eliminated
         self._left, self._right = eliminated._rest.clone(), eliminated._right.clone()
 
     def add(self, rest: torch.Tensor, wanted: torch.Tensor) -> None:
-        """rest: [n, rest], the guess before first; wanted: [n, hidden]."""
+        """rest: [n, rest], beginning with the previous guess; wanted: [n, hidden]."""
         add_gram(self._left, rest)
         self._right.addmm_(rest.T, wanted)
 

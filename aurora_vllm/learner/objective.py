@@ -1,19 +1,19 @@
-"""The family of objectives: which divergence, on which rows, and what each costs per row.
+"""The family of objectives: the divergences, and their cost per row.
 
 The paper's objective (arXiv 2602.06932) is ``E_accept[KL(p || q)] + lambda * E_discard[KL(p || q)]``, with p the
 target's distribution and q the draft's, both at temperature 1 on the draft vocabulary. With l the draft's logits and
-x the token the target emitted there, a row of the accepted path costs
+x the token that the target emitted after the row, a row of the accepted path costs
 
     forward              -sum_v p(v) log q(v), which is KL(p || q) + H(p)     gradient in l:  q - p
     reverse              KL(q || p) = sum_v q(v) log (q(v) / p(v))            q (log (q / p) - KL)
     reverse+next-token   KL(q || p) - log q(x)                                the same, plus q - onehot(x)
 
-and a discard row, whatever the accepted path has, ``-sum_v p_k(v) log q(v)``: p_k is p on the k tokens it ranks
-highest, renormalised to sum to one there, and 0 elsewhere, while q keeps the whole draft vocabulary. So what a draft
-proposed that is not among the k loses mass, which a q renormalised on the k could not bring about. This is also why
-the discard term stays forward: the reverse divergence from p_k is infinite. k = 0 takes p as it is.
+and a row of the discard term always costs ``-sum_v p_k(v) log q(v)``. p_k is p on its k most probable tokens,
+renormalised, and 0 elsewhere, while q keeps the whole draft vocabulary. So proposed tokens outside the k lose
+probability, which would not happen if q were renormalised on the k. This is also why the discard term stays forward:
+the reverse divergence from p_k is infinite. k = 0 means p itself.
 
-Which rows are which: branches.py. docs/objective.md says what each symbol is in our rows.
+branches.py defines the rows; docs/objective.md relates each symbol to the fields of a row.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Direction = Literal["forward", "reverse", "reverse+next-token"]
 
 @dataclass(frozen=True)
 class Forward:
-    """KL(p || q), given as the cross-entropy it differs from by p's own entropy.
+    """KL(p || q) up to p's own entropy, that is the cross-entropy.
 
-    ``top_k`` > 0: of p only as many tokens, the most probable, renormalised.
+    ``top_k`` > 0: p is restricted to that many most probable tokens, and renormalised.
     """
 
     top_k: int = 0
 
     def aim(self, target_logits: torch.Tensor) -> torch.Tensor:
-        """What ``cost_`` has to know of the target. float32 [n, D] -> p, float32 [n, D]."""
+        """The target's part of the cost, for ``cost_``. float32 [n, D] -> p, float32 [n, D]."""
         if not 0 < self.top_k < target_logits.shape[1]:
             return torch.softmax(target_logits, -1)
         highest, tokens = target_logits.topk(self.top_k, sorted=False)
@@ -45,11 +45,11 @@ class Forward:
     def cost_(
         self, logits: torch.Tensor, choice: torch.Tensor, aim: torch.Tensor, emitted: torch.Tensor | None
     ) -> torch.Tensor:
-        """Cost of each row; ``logits`` become its gradient.
+        """Cost of each row; ``logits`` are replaced by its gradient.
 
         Args:
             logits: float32 [n, D], the draft's.
-            choice: int64 [n], where each row of them is largest.
+            choice: int64 [n], argmax of each row of logits.
             aim: float32 [n, D], from ``aim``.
             emitted: not used.
 
@@ -60,7 +60,7 @@ class Forward:
         highest = logits.gather(1, choice).squeeze(1)
         dot = torch.linalg.vecdot(aim, logits)
         torch.softmax(logits, -1, out=logits)
-        # log-sum-exp from the largest logit and its probability: no further pass over the vocabulary
+        # log-sum-exp from the largest logit and its probability saves a pass over the vocabulary
         cost = highest - logits.gather(1, choice).squeeze(1).log_() - dot
         logits -= aim
         return cost
@@ -79,8 +79,7 @@ class Reverse:
     def cost_(
         self, logits: torch.Tensor, choice: torch.Tensor, aim: torch.Tensor, emitted: torch.Tensor | None
     ) -> torch.Tensor:
-        """As ``Forward.cost_``, but ``emitted`` is int64 [n], draft ids; -1 where there is none, which costs nothing.
-
+        """As ``Forward.cost_``. ``emitted``: int64 [n], draft ids; -1 where there is none, which adds no cost.
         ``choice`` is not used.
         """
         log_q = torch.log_softmax(logits, -1)
@@ -106,7 +105,7 @@ class Objective:
 
     Args:
         direction: of the divergence on the accepted path.
-        discard_weight: lambda; 0 leaves the discard term out, and its work.
+        discard_weight: lambda; with 0 the discard term is not computed.
         discard_top_k: k.
     """
 

@@ -1,7 +1,7 @@
 """The learner process: ``python -m aurora_vllm.learner.process``, started and supervised by the server.
 
-The learner stays within its share of a CPU, and it may die at any moment: the server goes on, and the next learner
-begins with the version that stands, and with what was saved of its training.
+The learner keeps to its share of a CPU, and may die at any moment: the server goes on, and the next learner begins with
+the current version and with what was saved of its training.
 """
 
 from __future__ import annotations

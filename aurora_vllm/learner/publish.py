@@ -1,4 +1,4 @@
-"""When a candidate replaces the incumbent, and how it is written into the bank. Nothing else publishes."""
+"""When a candidate replaces the incumbent, and how a draft is written into the bank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PublishDecision:
     reason: str
     candidate: float  # acceptance length over the evidence
     incumbent: float
-    tokens: int  # response tokens both were judged on
+    tokens: int  # response tokens on which both were judged
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Evidence:
     """Paired prequential scores: candidate and incumbent on the same trajectories, before either trained on them.
 
     Args:
-        min_tokens: response tokens to be judged on; older evidence is forgotten as long as this much is left, because
-            it speaks of a candidate that has learned since.
-        margin: acceptance length the candidate must win by; at 0 a tie is no win.
+        min_tokens: response tokens needed for a decision. Evidence beyond this is dropped, oldest first, because the
+            candidate has been trained since.
+        margin: acceptance length by which the candidate must win; at 0 a tie is no win.
         min_interval_s: shortest time between two publishes.
         length: K.
     """
@@ -45,7 +45,7 @@ class Evidence:
     _last_publish_s: float = float("-inf")
 
     def add(self, candidate: Score, incumbent: Score) -> None:
-        """Both scores of one trajectory. One without a verification, whose answer was too short, is no evidence."""
+        """Both scores of one trajectory. Without a verification (the answer was too short) they are ignored."""
         if not incumbent.steps:
             return
         self._pairs.append((candidate, incumbent))
@@ -54,7 +54,7 @@ class Evidence:
             self._tokens -= self._pairs.popleft()[1].tokens
 
     def decide(self, now_s: float) -> PublishDecision:
-        """Whether the candidate wins. now_s: seconds on any clock that only grows."""
+        """Whether the candidate wins. now_s: seconds on any monotonic clock."""
         candidate, incumbent = self.candidate.acceptance_length, self.incumbent.acceptance_length
 
         def say(publish: bool, reason: str) -> PublishDecision:
@@ -70,12 +70,12 @@ class Evidence:
 
     @property
     def candidate(self) -> Score:
-        """Its score over all of the evidence."""
+        """The candidate's score over all of the evidence."""
         return sum((pair[0] for pair in self._pairs), Score(0, (0,) * self.length))
 
     @property
     def incumbent(self) -> Score:
-        """Likewise."""
+        """The incumbent's score over all of the evidence."""
         return sum((pair[1] for pair in self._pairs), Score(0, (0,) * self.length))
 
     def published(self, now_s: float) -> None:
@@ -84,19 +84,19 @@ class Evidence:
         self._last_publish_s = now_s
 
     def restart(self) -> None:
-        """Forget every score: they speak of another candidate."""
+        """Drop all scores, because they are of another candidate."""
         self._pairs.clear()
         self._tokens = 0
 
 
 @dataclass
 class Sync:
-    """When a candidate goes out: on evidence, or unjudged every so many optimizer steps or requests (Aurora's release:
-    ``decode.weight_sync_interval``, steps; its paper: requests).
+    """When a candidate is published: on evidence, or unjudged after a number of optimizer steps or requests (steps in
+    Aurora's release, ``decode.weight_sync_interval``; requests in its paper).
 
     Args:
         policy: "evidence", "steps" or "requests".
-        interval: of the latter two.
+        interval: in steps or requests, for the latter two.
     """
 
     policy: str
@@ -105,7 +105,7 @@ class Sync:
     _requests: int = 0
 
     def reason(self, decision: PublishDecision, steps: int, requests: int) -> str:
-        """Why to publish now; empty for not now. steps, requests: since the learner began."""
+        """Why to publish now; empty if not. steps, requests: since the learner began."""
         if self.policy == "evidence":
             return decision.reason if decision.publish else ""
         passed = steps - self._steps if self.policy == "steps" else requests - self._requests

@@ -1,4 +1,4 @@
-"""A draft moved to another vocabulary: every token keeps its row of ``lm_head`` and its moments, wherever it goes."""
+"""Moves a draft to another vocabulary: tokens of both vocabularies keep their rows of ``lm_head`` and their moments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.ridge import regress
 from aurora_vllm.learner.target import TargetHead
 
-ROWS_FOR_TURN = 2  # times the hidden size: with fewer, rows are taken for moved alike
+ROWS_FOR_TURN = 2  # rows per hidden channel that a regression needs; with fewer, only the mean's shift is applied
 TURN_RIDGE = 1e-4  # relative to the mean square of a channel
 
 
@@ -18,24 +18,25 @@ TURN_RIDGE = 1e-4  # relative to the mean square of a channel
 def plan_move(
     draft: Eagle3Draft, head: TargetHead, target_ids: torch.Tensor, optimizer: torch.optim.Optimizer | None = None
 ) -> Callable[[], int]:
-    """Work out what a draft is in another vocabulary: all that may fail or find no memory, so that several drafts can
-    be moved together or not at all. Nothing else of the draft changes, and no tensor changes its address.
+    """Prepare the move of a draft to another vocabulary. All that may fail, for lack of memory for instance, is done
+    here, so that several drafts can be moved together or not at all. The move changes nothing else of the draft, and no
+    tensor's address.
 
-    A token of both vocabularies takes its row of ``lm_head`` along, and with it its row of every optimizer state of
-    that shape (AdamW: both moments). A new token's moments are zero, its row is where :func:`_starting_rows` puts it.
+    A token of both vocabularies keeps its row of ``lm_head`` and of every optimizer state of that shape (AdamW: both
+    moments). A new token gets zero moments and a row from :func:`_starting_rows`.
 
     Args:
         draft: the draft.
         head: the target's embedding and lm_head.
-        target_ids: int64 [D], the new vocabulary: as many target ids as the draft has now, none twice.
-        optimizer: that trains the draft.
+        target_ids: int64 [D], the new vocabulary: distinct target ids, as many as before.
+        optimizer: the draft's, if any.
 
     Returns:
-        What makes the move, once, and says how many tokens are new.
+        A function that makes the move; to be called once. It returns the number of new tokens.
 
     Raises:
-        ValueError: no such vocabulary.
-        RuntimeError: there is no memory for it.
+        ValueError: this is not a possible vocabulary.
+        RuntimeError: memory does not suffice.
     """
     old, vocab_size = draft.target_ids, draft.config.vocab_size
     target_ids = target_ids.to(old.device)
@@ -75,16 +76,16 @@ def plan_move(
 
 
 def _starting_rows(draft: Eagle3Draft, head: TargetHead, new_ids: torch.Tensor) -> torch.Tensor:
-    """Rows for tokens the draft never had: the target's, taken where the draft's own rows went from theirs.
+    """Rows for new tokens: the target's rows, transformed as the draft's own rows were transformed from the target's.
 
-    A lesson turns all rows (lesson.py), and training moves their mean: softmax does not see a vector that is added to
-    every row, so nothing holds it in place, and AdamW, which gives rows of rare tokens steps as long as those of
-    frequent ones, moves it far. A bare row of the target would stand apart from all of them. Measured on SmolLM2-135M
-    after 40 steps on HumanEval, 309 new tokens: rows have moved by 0.25 in the mean, their mean by 0.18; six steps
-    later the held-out loss is 4.25 with it and 4.32 without, the acceptance length 1.234 and 1.215.
+    A lesson rotates all rows (lesson.py), and training moves their mean: softmax ignores a vector that is added to
+    every row, so nothing holds it in place, and AdamW, whose steps are as long for rows of rare tokens as for frequent
+    ones, moves it far. The target's plain row would not match the others. Measured on SmolLM2-135M after 40 steps on
+    HumanEval, 309 new tokens: rows have moved by 0.25 on average, their mean by 0.18; six steps later the held-out loss
+    is 4.25 with the transformation and 4.32 without, the acceptance length 1.234 and 1.215.
 
-    So own row - mean ~ (target's row - mean) T, by least squares. A draft of another width starts a new token at the
-    mean of its own rows. int64 [n] -> float32 [n, H]
+    So own row - mean ~ (target's row - mean) T, by least squares. In a draft of another width a new token starts at the
+    mean of the draft's rows. int64 [n] -> float32 [n, H]
     """
     own, theirs = draft.lm_head.weight, head.lm_head
     if own.shape[1] != theirs.shape[1]:

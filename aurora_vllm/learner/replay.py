@@ -1,4 +1,4 @@
-"""Replay: the newest trajectories, within a byte budget, in memory only."""
+"""The replay buffer: the newest trajectories, within a byte budget, in memory only."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from dataclasses import dataclass
 
 from aurora_vllm.learner.trajectory import Trajectory
 
-RECENT_AT_LEAST = 8  # trajectories that count as the recent past in any case
+RECENT_AT_LEAST = 8  # trajectories that always count as recent
 
 
 @dataclass(eq=False)
 class _Held:
     trajectory: Trajectory
-    due: float = 0.0  # times it is to be handed out
+    due: float = 0.0  # how often it is to be sampled
     uses: int = 0
 
     @property
     def owed(self) -> float:
-        """Rows to be handed out yet, those of all passes together."""
+        """Rows still to be sampled, summed over passes."""
         return max(0.0, self.due - self.uses) * len(self.trajectory.token_ids)
 
 
 class Replay:
     """A bounded window over the traffic.
 
-    What was never handed out goes first, newest before older: fresh traffic teaches most, and where the learner cannot
-    keep up it is the old that must wait. After that some of the samples are drawn from the recent past and the rest
-    from the whole window, so that what is learned last does not push out what was learned before.
+    Trajectories that were never sampled come first, newest before older: fresh traffic teaches most, and if the learner
+    cannot keep up, the old has to wait. After that, some of the samples are drawn from the recent past and the others
+    from the whole window, so that earlier traffic is not forgotten.
 
     Args:
-        max_bytes: of all tensors of all trajectories held; the oldest go first.
-        recent: share of repeated samples drawn from the newest quarter of the window.
+        max_bytes: of the tensors of all trajectories; the oldest are evicted first.
+        recent: share of repeated samples that are drawn from the newest quarter of the window.
         seed: of the draws.
 
     Attributes:
-        nbytes, tokens: held now, tokens being rows.
-        evicted: trajectories that had to make room.
-        missed: rows that left, for whatever reason, before they were handed out as often as they were due; a row
-            counts once for each time.
+        nbytes, tokens: of the present trajectories; tokens are rows.
+        evicted: number of trajectories evicted so far.
+        missed: rows that left, for whatever reason, before they were sampled as often as due; a row counts once for
+            each missed pass.
     """
 
     def __init__(self, max_bytes: int, recent: float = 0.5, seed: int = 0) -> None:
@@ -57,14 +57,14 @@ class Replay:
         return len(self._window)
 
     def mean_uses(self) -> float:
-        """How often a trajectory of the window was sampled, on average."""
+        """How often the present trajectories were sampled, on average."""
         return sum(held.uses for held in self._window) / len(self._window) if self._window else 0.0
 
     def add(self, trajectory: Trajectory, due: float = 0.0) -> bool:
-        """Put in the newest. False, and nothing changes, where it alone is over the budget.
+        """Add a trajectory. If it alone exceeds the budget, returns False and changes nothing.
 
         Args:
-            due: how often it should be sampled; used only to count what was ``missed``.
+            due: how often it should be sampled; used only to count ``missed``.
         """
         if trajectory.nbytes > self._max_bytes:
             return False
@@ -76,7 +76,7 @@ class Replay:
         return True
 
     def make_due(self, tokens: int, due: float) -> float:
-        """Let the newest, of about so many rows together, be due where they are not. Rows to be handed out for it."""
+        """Make the newest trajectories, of about ``tokens`` rows, due if they are not. Returns the rows owed for it."""
         owed = 0.0
         for held in reversed(self._window):
             if tokens <= 0:
@@ -88,7 +88,7 @@ class Replay:
         return owed
 
     def sample(self, tokens: int) -> list[Trajectory]:
-        """Distinct trajectories of about ``tokens`` rows together: at least one, more only as long as they fit.
+        """Distinct trajectories of about ``tokens`` rows together: at least one, and more as long as they fit.
 
         Returns an empty list from an empty replay.
         """
@@ -104,7 +104,7 @@ class Replay:
         return [held.trajectory for held in chosen]
 
     def newest(self, tokens: int) -> list[Trajectory]:
-        """The newest trajectories that have no more than ``tokens`` rows together, oldest first. No use is counted."""
+        """The newest trajectories of at most ``tokens`` rows together, oldest first. Not counted as a use."""
         chosen: list[Trajectory] = []
         for held in reversed(self._window):
             tokens -= len(held.trajectory.token_ids)
@@ -114,7 +114,7 @@ class Replay:
         return chosen[::-1]
 
     def remove(self, trajectories: Iterable[Trajectory]) -> None:
-        """Forget these: something about them cannot be learned from."""
+        """Remove trajectories that cannot be learned from."""
         gone = {id(one) for one in trajectories}
         for held in self._window:
             if id(held.trajectory) in gone:

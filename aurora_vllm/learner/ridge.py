@@ -1,4 +1,4 @@
-"""Ridge regression, solved with as many unknowns as there are inputs or rows, whichever are fewer."""
+"""Ridge regression in primal or dual form, whichever has fewer unknowns (inputs or rows)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ BLOCK = 512  # columns
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
-    """total += x^T x, of which only what lies on and below the diagonal is kept up, in blocks: a Cholesky factorisation
-    reads no more. total: [n, n], x: [rows, n]."""
+    """total += x^T x, by blocks on and below the diagonal only, which is all that a Cholesky factorisation reads.
+    total: [n, n], x: [rows, n]."""
     for start in range(0, len(total), BLOCK):
         total[start:, start : start + BLOCK].addmm_(x[:, start:].T, x[:, start : start + BLOCK])
 
 
 class Ridge:
-    """Regressions on the same inputs.
+    """Several regressions on the same inputs.
 
-    With fewer rows than inputs in the dual form (Saunders, Gammerman and Vovk, "Ridge Regression Learning Algorithm in
+    With fewer rows than inputs, in dual form (Saunders, Gammerman and Vovk, "Ridge Regression Learning Algorithm in
     Dual Variables", 1998):
 
         (X^T X + r)^-1 X^T Y  =  X^T (X X^T + r)^-1 Y

@@ -16,13 +16,13 @@ def inverse_frequencies(head_dim: int, rope: dict[str, Any]) -> torch.Tensor:
     Args:
         head_dim: D, even.
         rope: ``rope_parameters`` of transformers 5: ``rope_theta``, ``rope_type`` ("default", "linear" or "llama3") and
-            that type's factors. Same numbers as vLLM's ``get_rope`` (layers/rotary_embedding).
+            that type's factors. Gives the same numbers as vLLM's ``get_rope`` (layers/rotary_embedding).
 
     Returns:
         float32 [D / 2], radians per position.
 
     Raises:
-        AuroraError: a type this learner does not know, or a factor that is missing.
+        AuroraError: the type is not supported, or a factor is missing.
     """
     kind = rope.get("rope_type", "default")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
@@ -44,7 +44,7 @@ def inverse_frequencies(head_dim: int, rope: dict[str, Any]) -> torch.Tensor:
 
 
 def _llama3(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
-    """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, between them a linear blend."""
+    """Llama 3.1: long wavelengths are stretched by ``factor``, short ones kept, with a linear blend in between."""
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     turns = float(rope["original_max_position_embeddings"]) * frequencies / (2 * math.pi)  # within the trained context
     keep = ((turns - low) / (high - low)).clamp(0, 1) if high != low else (turns > high).float()
@@ -59,6 +59,6 @@ def cos_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.T
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [N, heads, D] -> the same, rotated to its position."""
+    """x: [N, heads, D] -> the same, rotated according to its position."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

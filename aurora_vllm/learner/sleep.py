@@ -1,7 +1,7 @@
-"""A learner that sleeps: it looks at a sample of the traffic and does nothing else, until it is needed again.
+"""The learner's sleep: until it is needed again, it only scores a sample of the traffic.
 
-When to sleep and when to wake is decided in control/drift.py. Here is what that needs: the draft as it was when the
-trial began, and the incumbent's scores.
+control/drift.py decides when to sleep and when to wake. This module provides what that needs: the draft as it was at
+the start of the trial, and the incumbent's scores.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from aurora_vllm.learner.learner import Learner
 
 IDLE_S, ASLEEP_S = 0.05, 0.25  # between two looks into the ring where there is no work
-RECENT_REQUESTS = 200  # of the trial, that say what is usual
-NEW_TOKENS = 4096  # what arrived just before a wake-up is most likely of the new kind, and is trained on
+RECENT_REQUESTS = 200  # of the trial, which define the usual acceptance
+NEW_TOKENS = 4096  # rows before a wake-up that are trained on: they are most likely the new kind of traffic
 
 
 class Sleep:
     """Puts a learner to sleep where training no longer helps, and wakes it.
 
     Args:
-        learner: whose drafts they are. With unjudged publishing (``sync``) it never sleeps: that promises steps.
+        learner: to be put to sleep. With unjudged publishing (``sync``) it never sleeps, because that promises steps.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -46,18 +46,18 @@ class Sleep:
 
     @property
     def idle_s(self) -> float:
-        """How long to wait where there is no work."""
+        """Seconds to wait when there is no work."""
         return ASLEEP_S if self.asleep else IDLE_S
 
     def restart(self, why: str) -> None:
-        """Other drafts than those known here: awake, and another trial. why: in words."""
+        """The drafts were replaced: wake, and begin another trial. why: in words."""
         self._trial = self._set_aside = None
         self._usual.clear()
         if self.asleep:
             self._wake(f"woke: {why}")
 
     def scored(self, trajectory: Trajectory, candidate: Score, incumbent: Score) -> None:
-        """Both drafts on a trajectory, while awake: the trial goes on, begins or ends."""
+        """While awake, both drafts' scores on a trajectory: begins, continues or ends a trial."""
         learner, curriculum = self._learner, self._learner.curriculum
         if not self._wanted or curriculum.has_lessons_to_learn:
             return
@@ -84,7 +84,7 @@ class Sleep:
         self._usual.clear()
 
     def turn(self) -> bool:
-        """In place of a turn of the learner, while asleep. Returns whether something was looked at."""
+        """Replaces a turn of the learner while it sleeps. Returns whether a trajectory was scored."""
         learner = self._learner
         while learner.unscored and self._watch is not None:
             trajectory, why = learner.unscored.popleft(), ""
@@ -92,7 +92,7 @@ class Sleep:
             if due and (score := learner.simulated(learner.drafts.incumbent, trajectory)) is not None:
                 learner.show_live(score)
                 why = self._watch.observe(*_counts(score))
-            learner.remember(trajectory)  # another vocabulary may wake it
+            learner.remember(trajectory)  # this wakes it if the vocabulary changes
             if self._watch is not None:
                 why = why or self._watch.traffic(self._coverage(), learner.curriculum.tokens_seen)
                 if why:
@@ -103,7 +103,7 @@ class Sleep:
 
     def _wake(self, why: str) -> None:
         self._watch = None
-        self._learner.evidence.restart()  # of other traffic; nothing was added while asleep
+        self._learner.evidence.restart()  # it is from before the sleep, so from other traffic
         self._learner.curriculum.owe(NEW_TOKENS)
         self._learner.control.learner.asleep = False
         self._say(why)

@@ -1,4 +1,4 @@
-"""A directory that appears whole or not at all, whenever the process dies or the power goes."""
+"""Directories that appear complete or not at all, even if the process dies or the power fails."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ PARTIAL = ".*.partial"  # what a killed writer leaves behind
 
 @contextmanager
 def appears_whole(out: Path, private: bool) -> Iterator[Path]:
-    """A new directory beside ``out`` to write into. When the block ends well it is flushed to disk and becomes ``out``.
+    """A new directory beside ``out`` to write into. If the block succeeds, it is flushed to disk and renamed to
+    ``out``.
 
     Args:
-        out: must not exist, or be an empty directory.
-        private: for its owner alone (0700, files 0600); else as a program's output usually is (0755, 0644).
+        out: must not exist, or must be an empty directory.
+        private: only for its owner (0700, files 0600); else readable by all (0755, 0644).
 
     Raises:
-        OSError: it cannot be written, or ``out`` is there.
+        OSError: it cannot be written, or ``out`` exists.
     """
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
@@ -38,7 +39,7 @@ def appears_whole(out: Path, private: bool) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """One writer at a time, of all processes that ask: whoever comes second waits."""
+    """A lock on a directory between processes; waits until it is free."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -48,7 +49,7 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 
 def flush(path: Path) -> None:
-    """See a file's content, or a directory's entries, onto the disk."""
+    """Flush a file's content, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

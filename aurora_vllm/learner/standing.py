@@ -1,4 +1,4 @@
-"""The version that stands: what the learner builds on is what the worker kept, not always what was published last."""
+"""The version the learner builds on: the one that the worker kept, which is not always the newest published one."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def standing_version(bank: WeightBank, worker: WorkerBlock) -> int:
 
 
 def take_standing(draft: Eagle3Draft, bank: WeightBank, worker: WorkerBlock) -> tuple[int, int]:
-    """Put the weights of the version that stands into a draft. Returns which that is, and its lineage: version 1, and
-    the draft is as it was, where the bank does not hold it.
+    """Load the weights of that version into a draft. Returns the version and its lineage. If the bank does not hold it,
+    returns version 1 and leaves the draft as it was.
 
-    A learner that was killed in a publish may have torn the newest version, which the worker had not taken yet, while
-    the live one is held and whole.
+    If a learner was killed during a publish, the newest version may be torn; the live one is held and intact.
     """
     for version in (standing_version(bank, worker), worker.live_version):
         if version <= CHECKPOINT_VERSION:
@@ -40,10 +39,10 @@ def take_standing(draft: Eagle3Draft, bank: WeightBank, worker: WorkerBlock) -> 
 
 
 def follow_rollback(learner: Learner) -> None:
-    """Where the incumbent was rolled back, incumbent and candidate become the version that stayed.
+    """If the incumbent was rolled back, replace incumbent and candidate by the version that stayed.
 
-    What the candidate learned since it left that version is lost with it: it was built on weights that were found
-    worse, and publishing it would repeat them. Replay stays, evidence does not.
+    What the candidate learned since then is lost, because it is based on weights that were found worse, and publishing
+    it would bring them back. The replay is kept, the evidence is not.
     """
     gone = learner.drafts.version
     if gone != learner.control.worker.rolled_back_version:

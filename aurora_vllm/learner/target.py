@@ -17,7 +17,8 @@ _SAMPLES, _SAMPLE_BYTES = 16, 65536  # of each file, for weights_fingerprint
 
 
 class TargetHead:
-    """Frozen ``embed_tokens`` [V, H] and ``lm_head`` [V, H], in the dtype they are stored in; one tensor where tied."""
+    """Frozen ``embed_tokens`` [V, H] and ``lm_head`` [V, H], in their stored dtype; the same tensor if they are
+    tied."""
 
     def __init__(self, embed_tokens: torch.Tensor, lm_head: torch.Tensor) -> None:
         self.embed_tokens = embed_tokens
@@ -31,11 +32,11 @@ class TargetHead:
 
     @property
     def nbytes(self) -> int:
-        """Of the two, of the one where they are tied."""
+        """Bytes of both, or of the one tensor if they are tied."""
         return self.embed_tokens.nbytes + (self.lm_head.nbytes if self.lm_head is not self.embed_tokens else 0)
 
     def to(self, device: torch.device) -> TargetHead:
-        """The same on a device; itself where it is there already."""
+        """The same on a device; ``self`` if it is there already."""
         if device == self.device:
             return self
         embedding = self.embed_tokens.to(device)
@@ -46,30 +47,30 @@ class TargetHead:
         return F.embedding(token_ids, self.embed_tokens).float()
 
     def rows(self, target_ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """lm_head on a draft vocabulary, kept until another one is asked for. int64 [D] -> [D, H]."""
+        """Rows of lm_head for a draft vocabulary; the last result is cached. int64 [D] -> [D, H]."""
         if self._ids is None or self._rows.dtype != dtype or not torch.equal(self._ids, target_ids):
             self._ids, self._rows = target_ids.clone(), self.lm_head[target_ids].to(dtype)
         return self._rows
 
     @torch.no_grad()
     def argmax(self, last: torch.Tensor) -> torch.Tensor:
-        """The target's first choice in its whole vocabulary, logits never whole in memory. [N, H] -> int64 [N]."""
+        """The target's first choice in its whole vocabulary, computed in chunks to save memory. [N, H] -> int64 [N]."""
         best = last.new_full((len(last),), -torch.inf, dtype=torch.float32)
         choice = torch.zeros(len(last), dtype=torch.int64, device=last.device)
         for start in range(0, len(self.lm_head), _VOCABULARY_CHUNK):
             logits = last.float() @ self.lm_head[start : start + _VOCABULARY_CHUNK].float().T  # [N, chunk]
             value, index = logits.max(dim=-1)
-            better = value > best  # not >=: of equals the lowest id wins, as in torch.argmax
+            better = value > best  # not >=, so that of equals the lowest id wins, as in torch.argmax
             best = torch.where(better, value, best)
             choice = torch.where(better, index + start, choice)
         return choice
 
 
 def load_target_head(directory: Path) -> TargetHead:
-    """Read the two tensors of a safetensors checkpoint, sharded or not; nothing else of it is read.
+    """Read the two tensors, and no others, of a safetensors checkpoint, sharded or not.
 
     Raises:
-        AuroraError: no checkpoint there, or no embedding in it.
+        AuroraError: there is no checkpoint, or no embedding in it.
     """
     files = sorted(directory.glob("*.safetensors"))
     found: dict[str, torch.Tensor] = {}
@@ -91,12 +92,12 @@ def load_target_head(directory: Path) -> TargetHead:
 def lent_target_head(
     directory: Path, embedding: torch.Tensor, lm_head: torch.Tensor, dtype: torch.dtype, shape: tuple[int, int]
 ) -> TargetHead:
-    """The target's embedding and lm_head where the server holds them, no copies.
+    """The target's embedding and lm_head in the server's memory, without copies.
 
     Args:
         directory: of the target's checkpoint.
-        embedding, lm_head: uint8, flat: at least [V, H] each, for vLLM pads a vocabulary; one tensor where tied.
-        dtype: of their numbers.
+        embedding, lm_head: uint8, flat; at least [V, H] each, since vLLM pads a vocabulary; one tensor if tied.
+        dtype: of their elements.
         shape: V, H.
 
     Raises:
@@ -114,10 +115,10 @@ def lent_target_head(
 
 
 def check_learnable(directory: Path) -> None:
-    """Whether a draft can be trained for the target in a directory, by its config.json.
+    """See by its config.json that a draft can be trained for the target in a directory.
 
     Raises:
-        AuroraError: its logits are not ``lm_head`` times its last hidden state, which is what the learner computes.
+        AuroraError: its logits are not ``lm_head`` times its last hidden state, as the learner assumes.
     """
     config = read_text_config(directory)
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
@@ -130,10 +131,10 @@ def check_learnable(directory: Path) -> None:
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """16 hex digits that stay where a checkpoint is copied or downloaded again, and change with what is in it.
+    """A hash, 16 hex digits, of a checkpoint's weights; the same for a copy or another download of it.
 
-    Of every safetensors file its size and sixteen samples of 64 KiB: another fine-tune of the same model differs in
-    all of them, and nobody waits for the whole of 100 GB.
+    It covers each safetensors file's size and sixteen samples of 64 KiB, so that nobody waits for 100 GB to be read;
+    another fine-tune of the same model differs in all of them.
     """
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):

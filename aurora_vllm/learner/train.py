@@ -1,8 +1,8 @@
-"""The trainer: AdamW on the draft, one batch a step.
+"""The trainer: AdamW on the draft, one batch per step.
 
-A draft that knows nothing yet is trained as a whole, at the full rate. One that has something to lose (a closed-form
-lesson, somebody's training) is *refined*: AdamW's first steps are as long as its learning rate whatever the gradient
-is, and would walk the body away from where it was put. So first only ``lm_head`` is trained, a convex problem at half
+An untrained draft is trained as a whole, at the full rate. A draft with something to lose (from a closed-form lesson,
+or from earlier training) is *refined*: AdamW's first steps are as long as the learning rate whatever the gradient is,
+and would move the body away from its good weights. So at first only ``lm_head`` is trained, a convex problem at half
 the cost, and then the body at a small fraction of the rate. Measured on SmolLM2-135M after the lesson (HumanEval, 100
 requests on, unseen prompts; acceptance length 1.50 before): all at 1e-3 1.39, all at 1e-4 1.50, ``lm_head`` alone at
 1e-3 1.59; from there, two more passes: ``lm_head`` alone 1.61, with the body at 3e-5 1.66.
@@ -40,7 +40,7 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
 
 HEAD_STEPS = 25  # of refining, in which only lm_head is trained
 REFINE_WARMUP_STEPS = 10
-BODY_RATE = 0.03  # of the learning rate, for everything but lm_head in refining
+BODY_RATE = 0.03  # factor on the learning rate for everything but lm_head in refining
 
 
 class Trainer:
@@ -52,12 +52,12 @@ class Trainer:
         learning_rate: AdamW's, after ``warmup_steps`` linear steps.
         ttt_length: K, unroll steps.
         semantics, prompt_weight, objective: see ``ttt_loss``.
-        matmul_dtype: see ``ttt_loss``; None takes what the hardware is fast in. Parameters and AdamW stay float32.
-        betas, weight_decay: AdamW's. A draft is trained for a few hundred steps, which the usual 0.999 outlasts.
+        matmul_dtype: see ``ttt_loss``; None chooses what is fast on this hardware. Parameters and AdamW stay float32.
+        betas, weight_decay: AdamW's. The usual beta of 0.999 averages over more steps than a draft is trained for.
         max_grad_norm: gradients are scaled down to this norm.
 
-    ``steps`` counts optimizer steps, ``skipped`` batches whose loss or gradient was not finite (nothing was changed by
-    them), ``empty`` batches without a row to learn from.
+    ``steps`` counts optimizer steps, ``skipped`` batches whose loss or gradient was not finite (they changed nothing),
+    ``empty`` batches without a row to learn from.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Trainer:
         self.steps = self.skipped = self.empty = 0
 
     def refine(self) -> None:
-        """From the next step on the draft is worth keeping; what AdamW remembers of the one before is forgotten."""
+        """Refine the draft from the next step on; AdamW's state is cleared."""
         self.optimizer.state.clear()
         self.refining_since = self.steps
 
@@ -104,7 +104,7 @@ class Trainer:
         return self.learning_rate * body, self.learning_rate * warm[1]
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state as ``<parameter>.<key>`` (AdamW's keys: exp_avg, exp_avg_sq, step). Not copies."""
+        """The optimizer's state as ``<parameter>.<key>`` (AdamW's keys: exp_avg, exp_avg_sq, step), without copying."""
         return {
             f"{name}.{key}": value
             for name, parameter in self.draft.named_parameters()
@@ -115,7 +115,7 @@ class Trainer:
         """Go on from what :meth:`state_tensors` gave after ``steps`` optimizer steps.
 
         Raises:
-            ValueError: a tensor belongs to no parameter, or is not of its shape. Nothing was changed.
+            ValueError: a tensor belongs to no parameter, or has another shape. Nothing was changed.
         """
         parameters = dict(self.draft.named_parameters())
         state: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
@@ -128,16 +128,16 @@ class Trainer:
         self.steps, self.refining_since = steps, refining_since
 
     def step(self, batch: Batch) -> LossOutput:
-        """One optimizer step on a batch that lies on the draft's device. The returned ``total`` is detached.
+        """One optimizer step on a batch on the draft's device. The returned ``total`` is detached.
 
         Raises:
-            RuntimeError: there is no memory for it. Nothing was changed.
+            RuntimeError: memory does not suffice. Nothing was changed.
         """
         rates = self._rates()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
             for parameter in group["params"]:
-                parameter.requires_grad_(rate > 0)  # no backward pass through what is not trained
+                parameter.requires_grad_(rate > 0)  # no backward pass for weights that are not trained
         output = ttt_loss(
             self.draft,
             self.head,

@@ -1,6 +1,6 @@
-"""What is learned from: a request's accepted path with the target's states, and the rejected branches that hang off it.
+"""Trajectories, the training data: a request's accepted path with the target's states, and its rejected branches.
 
-:mod:`.assembler` makes them from rows.
+Made from rows by :mod:`.assembler`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 
 @dataclass(frozen=True)
 class Branch:
-    """Drafts the target rejected: the first of them was the wrong continuation of the path, the rest follow it.
+    """Rejected draft tokens: the first is a wrong continuation of the path, the others follow it.
 
-    The verification's last certain token stands at ``position - 1 - accepted``. Row n holds the target's states at
-    the branch's token n, read behind the path up to ``position - 1`` and the branch's tokens before it.
+    The verification's last certain token is at ``position - 1 - accepted``. Row n has the target's state at the
+    branch's token n, after the path up to ``position - 1`` and the branch's earlier tokens.
     """
 
     position: int  # of the first rejected row; its parent is the path's row at position - 1
-    accepted: int  # drafts of the same verification that were accepted before it
+    accepted: int  # draft tokens of the same verification that were accepted
     token_ids: torch.Tensor  # int64 [R]
     last: torch.Tensor  # [R, H]
 
@@ -33,25 +33,25 @@ class Trajectory:
     token_ids: torch.Tensor  # int64 [T]
     aux: torch.Tensor  # [T, num_aux * H], the target's dtype
     last: torch.Tensor  # [T, H]
-    prompt_length: int  # absolute: positions below it are prompt
-    draft_version: int  # that proposed in the last step seen
+    prompt_length: int  # absolute: lower positions are the prompt
+    draft_version: int  # version that proposed in the last step seen
     temperature: float
     next_token: int = -1  # what the target emitted after the last row; -1 where it is not known
     branches: list[Branch] = field(default_factory=list)
 
     @property
     def response_tokens(self) -> int:
-        """Rows that hold the target's own words."""
+        """Number of rows whose tokens the target chose."""
         return max(0, self.start + len(self.token_ids) - max(self.start, self.prompt_length))
 
     @property
     def response_ids(self) -> torch.Tensor:
-        """These words. int64 [response_tokens]"""
+        """These tokens. int64 [response_tokens]"""
         return self.token_ids[len(self.token_ids) - self.response_tokens :]
 
     @property
     def is_finite(self) -> bool:
-        """Whether all states of the path are. One that is not spoils whatever is learned with it."""
+        """Whether all states of the path are finite; any other would spoil what is learned with it."""
         return all(bool(torch.isfinite(states).all()) for states in (self.aux, self.last))
 
     @property

@@ -1,14 +1,13 @@
 """Training-time test: the draft run K steps on its own output, over packed rows.
 
 At step i the row at t reads the token at t+1+i and, as hidden state, ``fc`` of the target's auxiliary states at t (i
-= 0) or the draft's own output of step i-1; it stands at position t+i and predicts the token at t+2+i. What it should
-predict is known from the target's state at j = t+1+i, so *target row* j settles everything about a loss term but its
-step:
+= 0) or the draft's own output of step i-1; it is at position t+i and predicts the token at t+2+i. The target's state at
+j = t+1+i gives what it should predict, so a loss term is determined by its *target row* j and its step:
 
     step 0:  t = j-1        step 1:  t = j-2        step 2:  t = j-3    ...
 
-Only what a loss term needs is computed: a prompt without loss costs its keys and values, no query, no MLP, no head. The
-token half of q, k and v depends on j alone, so it is computed once and shared by all steps.
+Only what loss terms need is computed: a prompt without loss costs keys and values, but no query, MLP or head. The token
+half of q, k and v depends on j only, so it is computed once for all steps.
 """
 
 from __future__ import annotations
@@ -27,29 +26,30 @@ from aurora_vllm.learner.target import TargetHead
 
 @dataclass(frozen=True)
 class UnrollPlan:
-    """The rows an unroll computes: S key rows (all t up to the last needed), of which A are active (they predict)."""
+    """The rows of an unroll: S key rows (all t up to the last needed one), of which A are active (they predict)."""
 
     segments: list[Segment]
     sequence: torch.Tensor  # int64 [S], b
     row: torch.Tensor  # int64 [S], t
-    active: torch.Tensor | None  # int64 [A] into S; None where all are
-    last_of_segment: torch.Tensor  # int64 [A] into S: the last key row of the same sequence
+    active: torch.Tensor | None  # int64 [A], indices of key rows; None if all are active
+    last_of_segment: torch.Tensor  # int64 [A], index of the last key row of the same sequence
     target_sequence: torch.Tensor  # int64 [M], b of each target row that counts
     target_row: torch.Tensor  # int64 [M], j
-    query_of_target: torch.Tensor  # int64 [M] into A: the active row with t = j-1; step i's stands i before
+    query_of_target: torch.Tensor  # int64 [M], index of the active row with t = j-1; that of step i is i lower
 
     def queries_at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step's loss terms: int64 [N] into A, int64 [N] into M, ascending. A sequence's first j have no t."""
+        """A step's loss terms: indices of active rows, int64 [N], and of target rows, int64 [N], ascending. A
+        sequence's first target rows have no such t."""
         reachable = (self.target_row > step).nonzero().squeeze(1)
         return self.query_of_target[reachable] - step, reachable
 
 
 @dataclass(frozen=True)
 class Unrolled:
-    """What an unroll computed, K steps. Branches go on from it (branches.py)."""
+    """The result of K unroll steps. Branches continue from it (branches.py)."""
 
     outputs: list[torch.Tensor]  # K of [A, H]: after each step, before the final norm that precedes ``lm_head``
-    hidden: list[torch.Tensor]  # K of [A, H]: what the step after each reads; ``outputs`` for most drafts
+    hidden: list[torch.Tensor]  # K of [A, H]: the input of the next step; equals ``outputs`` for most drafts
     key: torch.Tensor  # [S, kv_heads, D], of step 0
     value: torch.Tensor  # [S, kv_heads, D]
     own_keys: list[torch.Tensor]  # K - 1 of [A, kv_heads, D], of steps 1 ..
@@ -62,7 +62,7 @@ def plan_unroll(counts: torch.Tensor, ttt_length: int, needed: torch.Tensor | No
     Args:
         counts: bool [B, T + 1], whether target row j counts; column 0 is ignored (no row comes before it).
         ttt_length: K.
-        needed: bool [B, T], rows t that must be active beside those.
+        needed: bool [B, T], further rows t that must be active.
     """
     segments: list[Segment] = []
     rows, targets, active = [], [], []
@@ -96,9 +96,9 @@ def unroll(
     ttt_length: int,
     matmul_dtype: torch.dtype = torch.float32,
 ) -> Unrolled:
-    """Run the draft K steps.
+    """Run the draft for K steps.
 
-    ``matmul_dtype`` is that of its linear layers; residuals, norms and softmax stay float32.
+    ``matmul_dtype`` is for the linear layers; residuals, norms and softmax stay float32.
     """
     with linear_layers_in(matmul_dtype, batch.aux.device):
         return _unroll(draft, head, batch, plan, ttt_length, matmul_dtype)
@@ -108,15 +108,15 @@ def _unroll(
     draft: Eagle3Draft, head: TargetHead, batch: Batch, plan: UnrollPlan, ttt_length: int, dtype: torch.dtype
 ) -> Unrolled:
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
-    # Cut and cast once, not once a step: autocast caches whole parameters only, and a step's gradient of a part would
-    # be padded to the whole.
+    # Split and cast once, not in every step: autocast caches only whole parameters, and each step's gradient of a part
+    # would be padded to the whole.
     halves = [p.weight.to(dtype).split(config.hidden_size, 1) for p in (attn.q_proj, attn.k_proj, attn.v_proj)]
     (q_token, q_hidden), (k_token, k_hidden), (v_token, v_hidden) = halves
 
     def pick(x: torch.Tensor) -> torch.Tensor:  # [S, ...] -> [A, ...]
         return x if plan.active is None else x[plan.active]
 
-    # The token at t+1; behind the last column token 0, as the release pads.
+    # The token at t+1; after the last column token 0, the release's padding.
     ids = F.pad(batch.input_ids, (0, 1))[plan.sequence, plan.row + 1]
     tokens = layer.input_layernorm(embed(draft, head, ids))  # [S, H], at j = t+1
     token_q = F.linear(pick(tokens), q_token, attn.q_proj.bias)
@@ -142,7 +142,7 @@ def _unroll(
             hidden, normed, cos, sin = pick(hidden), pick(normed), pick(cos), pick(sin)
             query = token_q
         else:
-            # Past the last target row nothing counts any more: such rows read the last token again, to stay in bounds.
+            # Rows past the last target row do not count; they read the last token again, to stay in bounds.
             shifted = torch.minimum(active + step, plan.last_of_segment)  # [A] into S
             cos, sin = cos_sin(positions[active] + step, draft.frequencies)
             own_keys.append(rotated_keys(draft, token_k[shifted] + F.linear(normed, k_hidden), cos, sin))
@@ -168,7 +168,7 @@ def split_heads(draft: Eagle3Draft, x: torch.Tensor) -> torch.Tensor:
 
 
 def rotated_keys(draft: Eagle3Draft, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Keys as attention reads them, in heads: normed where the draft's layer does so, then turned to their positions.
+    """Keys for the attention, split into heads: normalised if the draft's layer does so, then rotated.
 
     Args:
         x: what ``k_proj`` gives, [N, kv_heads * D].
@@ -179,11 +179,11 @@ def rotated_keys(draft: Eagle3Draft, x: torch.Tensor, cos: torch.Tensor, sin: to
 
 
 def rotated_queries(draft: Eagle3Draft, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The same of queries."""
+    """The same for queries."""
     queries = split_heads(draft, x)
     return rotate(draft.midlayer.self_attn.q_norm(queries.float()) if draft.config.qk_norm else queries, cos, sin)
 
 
 def embed(draft: Eagle3Draft, head: TargetHead, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings as the draft reads them: its own where it has some, else the target's. int64 [N] -> float32 [N, H]."""
+    """Embeddings for the draft: its own if it has any, else the target's. int64 [N] -> float32 [N, H]."""
     return F.embedding(ids, draft.embed_tokens) if draft.embed_tokens is not None else head.embed(ids)

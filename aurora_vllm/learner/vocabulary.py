@@ -1,12 +1,12 @@
-"""Draft vocabulary: which of the target's tokens the draft may propose.
+"""The draft vocabulary: which of the target's tokens the draft may propose.
 
 A draft head over the whole vocabulary costs more than the rest of an EAGLE-3 draft (49,152 x 576 against 4 million
 weights for SmolLM2-135M), so the draft proposes from a subset and ``d2t``/``t2d`` translate. A token outside the
-subset is never proposed: it ends the accepted prefix, nothing else.
+subset is never proposed, which only ends the accepted prefix there.
 
-Day 0 has seen no traffic. What it has is the tokenizer: byte-pair merges are learned most frequent first, so the order
-of the merges *is* a frequency table of the corpus the target's tokenizer was made from. Traffic is another corpus: once
-enough of it was counted, the vocabulary follows it (:class:`Reselection`; remap.py moves the draft).
+On day 0 there is no traffic, but a tokenizer. Byte-pair merges are learned most frequent first, so their order *is* a
+frequency table of the tokenizer's corpus. Traffic is another corpus: once enough of it was counted, the vocabulary
+follows it (:class:`Reselection`; remap.py moves the draft).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 
 def day0_vocabulary(target: Path, vocab_size: int, size: int) -> torch.Tensor:
-    """The tokens a draft may propose before any traffic was seen: the first ``size`` of :func:`day0_order`.
+    """The tokens a draft may propose before there is any traffic: the first ``size`` of :func:`day0_order`.
 
     Args:
         target: directory of the target checkpoint.
@@ -37,12 +37,12 @@ def day0_vocabulary(target: Path, vocab_size: int, size: int) -> torch.Tensor:
 
 
 def day0_order(target: Path, vocab_size: int, size: int) -> torch.Tensor:
-    """All of the target's tokens, those a draft of ``size`` tokens needs most first.
+    """All of the target's tokens, those first that a draft of ``size`` tokens needs most.
 
-    The tokens that end an answer, other added tokens (chat marks, ``<think>``; at most a sixteenth of the room), bytes
-    and ASCII characters, then merges in the order they were learned (Unigram tokenizers: by score), then whatever ids
-    are left, lowest first. A target without ``tokenizer.json`` gets the lowest ids, which in byte-pair vocabularies
-    are in merge order as well.
+    The order: tokens that end an answer; other added tokens (chat marks, ``<think>``; at most a sixteenth of ``size``);
+    bytes and ASCII characters; merges in the order they were learned (Unigram tokenizers: by score); all other ids,
+    lowest first. A target without ``tokenizer.json`` gets the lowest ids, which in byte-pair vocabularies are in merge
+    order as well.
 
     Returns:
         int64 [V], each target id once.
@@ -82,10 +82,10 @@ def vocabulary_maps(draft_ids: torch.Tensor, vocab_size: int) -> tuple[torch.Ten
 
 
 class Coverage:
-    """Counts what the target emits, old tokens for less and less, so that the share a draft vocabulary covers is known
-    and a better one can be chosen.
+    """Fading counts of the tokens that the target emits: they give the share that a draft vocabulary covers, and a
+    better vocabulary.
 
-    Counts only, in memory only: no order, no text, no request.
+    Only counts, and only in memory: no order, no text, no request.
 
     Args:
         vocab_size: V.
@@ -95,7 +95,7 @@ class Coverage:
     def __init__(self, vocab_size: int, memory: float = 20_000.0) -> None:
         self.counts = torch.zeros(vocab_size, dtype=torch.float64)
         self.memory = memory
-        self.observed = 0  # tokens ever
+        self.observed = 0  # tokens so far
 
     def observe(self, emitted: torch.Tensor) -> None:
         """Count tokens the target emitted. emitted: int64 [N]."""
@@ -104,7 +104,7 @@ class Coverage:
         self.counts += torch.bincount(emitted, minlength=len(self.counts))
 
     def share(self, target_ids: torch.Tensor) -> float:
-        """Share of recent tokens that lie in a draft vocabulary, int64 [D]; 0 before the first token."""
+        """Share of recent tokens that are in a draft vocabulary, int64 [D]; 0 before the first token."""
         total = float(self.counts.sum())
         return float(self.counts[target_ids.cpu()].sum()) / total if total else 0.0
 
@@ -115,26 +115,25 @@ class Reselection:
 
     Args:
         target: directory of the target checkpoint; read when the first choice is made.
-        threshold: share of recent tokens that a vocabulary has to cover; below it a better one is looked for. 0: never.
-        enough: tokens to have seen before the first choice, and between two: a draft with a new vocabulary must have
-            the time to be judged.
-        min_gain: share a choice has to win. A token that is new to the vocabulary counts once less than it was seen:
-            leaving that one occurrence out it would not have been chosen, so a token seen once proves nothing about
-            the next. Without this every rare word of the traffic would be a reason to choose again.
+        threshold: share of recent tokens below which a better vocabulary is looked for. 0: never.
+        enough: tokens before the first choice, and between two, so that a draft with a new vocabulary can be judged.
+        min_gain: share that a choice has to gain. For a token that is new to the vocabulary, one occurrence is not
+            counted (leave-one-out: without it the token would not have been chosen). Otherwise every rare word would be
+            a reason to choose again.
     """
 
     target: Path
     threshold: float
     enough: int = 2_000
     min_gain: float = 0.01
-    _rank: torch.Tensor | None = None  # int64 [V], place in the day-0 order
-    _chosen_at: int = 0  # tokens ever seen when the last choice was made
+    _rank: torch.Tensor | None = None  # int64 [V], rank in the day-0 order
+    _chosen_at: int = 0  # tokens seen when the last choice was made
 
     def propose(self, coverage: Coverage, current: torch.Tensor) -> torch.Tensor | None:
         """A better vocabulary of the same size, int64 [D] ascending, or None where ``current`` is good enough."""
         if coverage.observed - self._chosen_at < self.enough or coverage.share(current) >= self.threshold:
             return None
-        counts, current = coverage.counts, current.cpu()  # counted on the host, whatever device the draft is on
+        counts, current = coverage.counts, current.cpu()  # the counts are on the host, whatever the draft's device
         ending = torch.tensor(ending_tokens(self.target), dtype=torch.int64)
         chosen = select(counts, current, self._day0_rank(len(counts), len(current)), ending)
         entering, leaving = chosen[~torch.isin(chosen, current)], current[~torch.isin(current, chosen)]
@@ -151,10 +150,10 @@ class Reselection:
 
 
 def select(counts: torch.Tensor, current: torch.Tensor, rank: torch.Tensor, ending: torch.Tensor) -> torch.Tensor:
-    """A draft vocabulary for this traffic, of the size of the current one.
+    """A draft vocabulary for this traffic, as large as the current one.
 
-    The tokens that end an answer, then the tokens that were seen, most frequent first, then the current vocabulary's
-    own in the order of ``rank``, which also settles ties.
+    First the tokens that end an answer, then those that were seen, most frequent first, then the others of the current
+    vocabulary in the order of ``rank``, which also breaks ties.
 
     Args:
         counts: float64 [V], of emitted tokens.
@@ -170,20 +169,20 @@ def select(counts: torch.Tensor, current: torch.Tensor, rank: torch.Tensor, endi
     eligible = protected | (counts > 0)
     eligible[current] = True
     ids = eligible.nonzero().squeeze(1)
-    for key in (-rank, counts, protected.long()):  # stable sorts, the weightiest last
+    for key in (-rank, counts, protected.long()):  # stable sorts, the most important key last
         ids = ids[key[ids].argsort(descending=True, stable=True)]
     return ids[: len(current)].sort().values
 
 
 def _by_frequency(model: dict[str, Any]) -> list[int]:
-    """Token ids of a ``tokenizer.json`` model, most frequent first as far as the file tells."""
+    """Token ids of a ``tokenizer.json`` model, most frequent first as far as the file shows it."""
     vocab = model.get("vocab", {})
     if isinstance(vocab, list):  # Unigram: [[piece, log probability], ...] by id
         return sorted(range(len(vocab)), key=lambda token: -vocab[token][1])
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", [])]
     merged = dict.fromkeys("".join(pair) for pair in merges)
-    # What no merge makes is the alphabet. Bytes and ASCII come first; thousands of rare characters (SentencePiece
-    # vocabularies list them) go last. Byte-level alphabets write a byte as one character below U+0144.
+    # Pieces that are no merge's result form the alphabet. Bytes and ASCII come first; thousands of rare characters (in
+    # SentencePiece vocabularies) go last. Byte-level alphabets write a byte as one character below U+0144.
     alphabet = [piece for piece in vocab if piece not in merged]
     common = [p for p in alphabet if p.startswith("<0x") or p == "\u2581" or (len(p) == 1 and ord(p) < 0x144)]
     ordered = dict.fromkeys([*common, *merged, *alphabet])
