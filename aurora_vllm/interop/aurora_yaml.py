@@ -1,4 +1,4 @@
-"""An Aurora YAML file as settings of ours, with an account of every key in it."""
+"""Reads an Aurora YAML file into our settings, with an account of every key in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aurora_vllm.interop.keys import KEYS, SECTIONS, Key
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one key of a file. Values that are not used are not kept: some are secrets."""
+    """What became of one key of a file. Unused values are not kept, because some are secrets."""
 
     key: str
     honoured: bool
@@ -24,16 +24,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class AuroraFile:
-    """A file that was read."""
+    """An Aurora file that was read."""
 
     file: Path
     entries: tuple[Entry, ...]
-    settings: dict[str, tuple[str, Any]]  # AuroraConfig field -> (where it was said, value)
+    settings: dict[str, tuple[str, Any]]  # AuroraConfig field -> (where it was set, value)
     flags: tuple[str, ...]  # options for vLLM
-    model: str | None  # what to serve where nobody says
+    model: str | None  # the model to serve if the command line names none
 
     def overridden(self, settings: Mapping[str, tuple[str, Any]]) -> AuroraFile:
-        """The same, its entries saying what overrides them. settings: those in force, as in ``self.settings``."""
+        """The same with entries that tell what overrides them. settings: those in force, like ``self.settings``."""
 
         def judged(entry: Entry) -> Entry:
             if not entry.setting or settings[entry.setting] == self.settings[entry.setting]:
@@ -43,7 +43,7 @@ class AuroraFile:
         return replace(self, entries=tuple(map(judged, self.entries)))
 
     def summary(self) -> list[str]:
-        """Two lines for the start of a server."""
+        """Two lines for the log at start."""
         honoured = [
             f"{entry.key} ({entry.what})" if entry.setting or entry.what.startswith("--") else entry.key
             for entry in self.entries
@@ -61,15 +61,15 @@ class AuroraFile:
 
 
 def is_aurora(content: Mapping[Any, Any]) -> bool:
-    """Whether a YAML file's content is Aurora's: it has sections, ours has none."""
+    """Whether a YAML file is one of Aurora's, which have sections; ours have none."""
     return any(section in content for section in SECTIONS)
 
 
 def read(content: Mapping[Any, Any], file: Path) -> AuroraFile:
-    """Map a file. A null means nothing was said, as it does in Aurora.
+    """Read a file's content. As in Aurora, a null means that the key is not set.
 
     Raises:
-        SettingsError: keys nobody knows, values that cannot be read, two keys that say different things of one setting.
+        SettingsError: unknown keys, wrong values, or two keys that set one setting differently.
     """
     known = {key.name: key for key in KEYS}
     entries: list[Entry] = []
@@ -108,7 +108,7 @@ def read(content: Mapping[Any, Any], file: Path) -> AuroraFile:
 
 
 def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of what is not a mapping."""
+    """Dotted names and values of all entries that are not mappings."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):

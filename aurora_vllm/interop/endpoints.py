@@ -1,7 +1,7 @@
-"""SGLang's and Aurora's endpoints that are answered here: paths, bodies, answers. docs/aurora_compatibility.md is
-printed from this table, and the routes (sglang_api.py) are made from it.
+"""The table of SGLang's and Aurora's endpoints that are answered here: paths, bodies, answers. The routes
+(sglang_api.py) and docs/aurora_compatibility.md are made from it.
 
-SGLang's are those of v0.5 (srt/entrypoints/http_server.py), the draft update that of Aurora's patch to it; Aurora's are
+SGLang's are those of v0.5 (srt/entrypoints/http_server.py) with Aurora's patch for updating the draft; Aurora's are
 those of its callback server (controller/training_external_server.py).
 """
 

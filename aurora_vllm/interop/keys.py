@@ -1,4 +1,4 @@
-"""Every key of an Aurora YAML, and what becomes of it here. docs/aurora_compatibility.md is printed from this table.
+"""The table of all keys of an Aurora YAML, and what becomes of each; docs/aurora_compatibility.md is made from it.
 
 Keys and defaults are those of Aurora's release (aurora/config/{train,inference,mooncake}_config.py).
 """
@@ -14,20 +14,21 @@ SECTIONS = ("model", "dataset", "training", "inference", "decode", "online_servi
 
 @dataclass(frozen=True)
 class Key:
-    """One key. It has a setting, a flag, a test of values that describe what is done anyway, or none: not honoured."""
+    """One key. It has a setting, a flag, or a test for values that describe what is done anyway; else it is not
+    honoured."""
 
     name: str  # dotted; one ending in ".*" stands for everything below it
     default: Any  # Aurora's
-    note: str = ""  # honoured: how, where the setting's name does not say it; else why not
+    note: str = ""  # how it is honoured, if the setting's name does not tell; or why it is not
     setting: str = ""  # AuroraConfig field
     flag: str = ""  # vLLM option; "MODEL" is its positional argument
-    convert: Callable[[Any], Any] = lambda value: value  # Aurora's value -> ours; ValueError: what it should be
+    convert: Callable[[Any], Any] = lambda value: value  # Aurora's value -> ours; a ValueError tells what it should be
     holds: Callable[[Any], bool] | None = None
-    otherwise: str = ""  # why a value that does not hold is not honoured, where the note does not say it
+    otherwise: str = ""  # why other values are not honoured, if the note does not tell
 
 
 def _no(section: str, note: str, **defaults: Any) -> tuple[Key, ...]:
-    """Keys that are not honoured, all for one reason."""
+    """Keys that are not honoured, all for the same reason."""
     return tuple(Key(f"{section}.{name}" if section else name, default, note) for name, default in defaults.items())
 
 

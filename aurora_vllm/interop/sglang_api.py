@@ -1,7 +1,7 @@
-"""SGLang's and Aurora's endpoints (endpoints.py) on vLLM's own server, for clients that know no others.
+"""SGLang's and Aurora's endpoints (endpoints.py) on vLLM's own server, for clients written for those.
 
-On with ``--aurora-sglang-api``. Whatever may take longer than a few reads of shared memory runs on a thread, never on
-the server's event loop.
+Enabled by ``--aurora-sglang-api``. Whatever may take longer than a few reads of shared memory runs on a thread, never
+on the server's event loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 from aurora_vllm.transport.update_request import POLL_S, Answer, ask
 
-LEARNER_S, WORKER_S = 45.0, 10.0  # together below the 60 s Aurora's trainer waits
+LEARNER_S, WORKER_S = 45.0, 10.0  # together less than the 60 s that Aurora's trainer waits
 NO_SAMPLES = (
     "hidden states are captured in the server itself and reach the learner through shared memory; there is no Mooncake "
     "store to fetch a sample from. Leave out --spec-training-callback-url"
@@ -43,7 +43,7 @@ class SglangApi:
     """The endpoints of one session.
 
     Args:
-        status: gives what ``GET /aurora/status`` answers.
+        status: returns the answer of ``GET /aurora/status``.
     """
 
     def __init__(self, session: Session, control: ControlBlock, status: Callable[[], dict[str, Any]]) -> None:
@@ -55,7 +55,7 @@ class SglangApi:
         self._told = False
 
     def attach(self, app: FastAPI) -> None:
-        """Add the routes. ``GET /health`` takes the place of vLLM's, which goes on deciding the status code."""
+        """Add the routes. ``GET /health`` replaces vLLM's, which still determines the status code."""
         for route in app.routes:
             if isinstance(route, APIRoute) and route.path == "/health" and "GET" in route.methods:
                 self._vllm_health = route.endpoint
@@ -63,12 +63,12 @@ class SglangApi:
             app.add_api_route(endpoint.path, getattr(self, endpoint.handler), methods=[endpoint.method])
 
     def guard(self, args: Namespace) -> None:
-        """Ask for the keys vLLM asks for. vLLM's own check covers /v1 and its like, SGLang's all but /health."""
+        """Require vLLM's API keys. vLLM itself checks them for /v1 and the like only, SGLang for all but /health."""
         keys = getattr(args, "api_key", None) or [os.environ.get("VLLM_API_KEY")]
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in keys if key]
 
     async def update_weights_from_disk(self, request: Request) -> Response:
-        """Publish a draft from disk; 200 once the next step runs it, 400 with the reason where it is refused."""
+        """Publish a draft from disk: 200 once the next step runs it, 400 with the reason if it is refused."""
         if refusal := self._refusal(request):
             return refusal
         try:
@@ -78,7 +78,7 @@ class SglangApi:
         return _update_answer(await run_in_threadpool(self._update, asked))
 
     async def push_sample(self, request: Request) -> Response:
-        """Refuse a sample: 501, or 422 where it is none."""
+        """Refuse a sample: 501, or 422 if it is malformed."""
         if refusal := self._refusal(request):
             return refusal
         try:
@@ -97,12 +97,12 @@ class SglangApi:
         return JSONResponse(self._info()) if self._may(request) else _unauthorized()
 
     async def health(self, request: Request) -> Response:
-        """The engine's health in the status code, as vLLM and SGLang have it; the learner's in the body, as Aurora."""
+        """The engine's health in the status code, as in vLLM and SGLang; the learner's in the body, as in Aurora."""
         code = (await self._vllm_health(request)).status_code if self._vllm_health else HTTPStatus.OK
         return JSONResponse(await run_in_threadpool(self._health), code)
 
     def learner_health(self) -> Response:
-        """The learner's health alone: 200 while it is alive, else 503."""
+        """The learner's health only: 200 while it is alive, else 503."""
         found = self._health()
         return JSONResponse(found, HTTPStatus.OK if found["status"] == "ok" else HTTPStatus.SERVICE_UNAVAILABLE)
 
@@ -127,7 +127,7 @@ class SglangApi:
         return ask(self._control, str(directory), LEARNER_S)
 
     def _publish(self, directory: Path) -> Answer:
-        """Without a learner this process is the bank's one writer."""
+        """Publish without a learner; this process then is the bank's one writer."""
         from aurora_vllm.learner.draft import load_draft
         from aurora_vllm.learner.from_disk import publish_from_disk
         from aurora_vllm.learner.target import load_target_head
@@ -143,7 +143,7 @@ class SglangApi:
         return Answer(version, f"published as version {version}")
 
     def _until_staged(self, published: Answer) -> Answer:
-        """Wait for the worker's word on a version: from then on no step starts with the old weights."""
+        """Wait until the worker has staged a version: from then on no step starts with the old weights."""
         worker, version = self._control.worker, published.version
         deadline = time.monotonic() + WORKER_S
         while time.monotonic() < deadline:
@@ -186,25 +186,25 @@ class SglangApi:
         return self._control.learner.replay_trajectories
 
     def _refusal(self, request: Request) -> Response | None:
-        """Of a request that changes something."""
+        """The refusal of a request that changes something, or None."""
         if not self._may(request):
             return _unauthorized()
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            # Any other kind a web page may send to a server on its reader's machine without asking that server first.
+            # Other content types can be sent by any web page to a server on its reader's machine, without a preflight.
             return JSONResponse({"error": "the body has to be application/json"}, HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
         return None
 
     def _may(self, request: Request) -> bool:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.encode()).digest()
-        known = [secrets.compare_digest(digest, one) for one in self._key_digests]  # all of them: no early end to time
+        known = [secrets.compare_digest(digest, one) for one in self._key_digests]  # compare all, in constant time
         return not known or (scheme.lower() == "bearer" and any(known))
 
 
 def acceptance_length(status: Mapping[str, Any]) -> float | None:
-    """Mean tokens per verification since the start, bonus token included; None before the first.
+    """Mean tokens per verification since the start, bonus token included, as SGLang defines it; None before the first.
 
-    SGLang's definition: accepted tokens, the bonus token among them, over verifications.
+    Copied drafts count, too.
     """
     own, copies = status["versions"]["total"], status["speculation"]
     drafts = copies["copied_drafts"] + own["num_drafts"]

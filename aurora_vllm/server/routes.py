@@ -32,7 +32,7 @@ class StatusReader:
     """Reads the shared memory of a session.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, or of another version of this package.
+        FileNotFoundError, ValueError: it does not exist, or was made by another version of this package.
     """
 
     def __init__(self, session: Session) -> None:
@@ -63,20 +63,20 @@ class AuroraEndpoints:
         self._sglang_api: SglangApi | None = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; without a session (plain vLLM, plugin allowed) there is only a status that says so."""
+        """Add the routes; without a session (plain vLLM, plugin allowed) only a status that says so."""
         session = Session.from_environment()
         if session is None:
             found = off(why_plain() or NOT_STARTED_BY_US)
             app.add_api_route("/aurora/status", lambda: JSONResponse(found, 503), methods=["GET"])
             _attach_metrics(app, lambda: found, (metrics.UP,))
             return
-        # Here, because every API server of vLLM's comes by; several are children of the process that owns the session.
+        # Here, because each of vLLM's API servers runs this; several are children of the process that owns the session.
         undrafted.accept_requests()
         if os.getppid() == (owner := owner_pid(session.control)):
             end_with_parent(owner)
         try:
             reader = StatusReader(session)
-        except (OSError, ValueError) as error:  # vLLM would not start over it, and need not know
+        except (OSError, ValueError) as error:  # raised on, it would keep vLLM from starting
             notice(f"no /aurora/status: {error}", "WARNING")
             return
 
@@ -90,16 +90,16 @@ class AuroraEndpoints:
         _attach_metrics(app, reader.read, metrics.METRICS)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """vLLM calls this when the engine is up: time for the learner, if this is the process that starts it."""
+        """Called by vLLM when the engine is up; the learner may start, if this is the process that starts it."""
         if self._sglang_api is not None:
             self._sglang_api.guard(args)
         runtime.engine_is_up.set()
 
 
 def _attach_metrics(app: FastAPI, read: Callable[[], dict[str, Any]], which: Sequence[metrics.Metric]) -> None:
-    """On vLLM's own page, or with PROMETHEUS_MULTIPROC_DIR our ``GET /metrics`` in its place: its page, then ours.
+    """Add metrics to vLLM's page; with PROMETHEUS_MULTIPROC_DIR replace its ``GET /metrics`` by one that appends ours.
 
-    There vLLM collects from files into a registry of its own, which no collector can join.
+    With that variable vLLM collects from files into a registry of its own, to which no collector can be added.
     """
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         metrics.register(read, metrics=which)

@@ -1,14 +1,15 @@
-"""What ``GET /aurora/status`` answers: the control block, for people and programs. Pure functions of a snapshot."""
+"""The answer of ``GET /aurora/status``: the control block for people and programs. Pure functions of a snapshot."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# A learner silent for longer is reported down: it hangs. One that died is at once, and a piece of a lesson takes long.
+# A learner without a heartbeat for longer is reported as down. That long, because a piece of a lesson takes its time;
+# one that died is reported at once.
 LEARNER_DOWN_S = 60.0
 
-# Where the worker has said nothing: it may not even have been able to open the control block.
+# Where the worker has left no message: it may not even have been able to open the control block.
 NOT_ATTACHED = "the worker has not attached: it is starting, or its log says why"
 
 Snapshot = Mapping[str, Mapping[str, Any]]
@@ -22,7 +23,7 @@ def status(
     Args:
         snapshot: ``ControlBlock.snapshot()``.
         ring: rows ``used`` and ``capacity`` of the trace ring.
-        run: what does not change in a run (versions of the software, target, draft, dtype).
+        run: the constants of a run (versions of the software, target, draft, dtype).
         settings: AuroraConfig as plain values.
         now_ns: ``time.monotonic_ns()``, the clock of all times in the control block.
     """
@@ -67,7 +68,7 @@ def status(
 
 
 def versions(snapshot: Snapshot) -> dict[str, Any]:
-    """Which draft weights run, ran and wait, and what was accepted of each."""
+    """The live, previous and published versions of the draft, and the acceptance of each."""
     worker, scheduler, trained = snapshot["worker"], snapshot["scheduler"], snapshot["learner"]
     return {
         "live": worker["live_version"],
@@ -81,12 +82,13 @@ def versions(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def learner(snapshot: Snapshot, wanted: bool, now_ns: int) -> dict[str, Any]:
-    """The learner's fields; ``state`` is "off" (not wanted), "waiting" (for the engine), "down", or its own word."""
+    """The learner's fields; ``state`` is "off" (by the settings), "waiting" (for the engine), "starting", "down", or
+    what the learner reports."""
     fields, server = dict(snapshot["learner"]), snapshot["server"]
     heartbeat_age = age(fields.pop("heartbeat_ns"), now_ns)
-    fields.pop("update_answer", None)  # to one question, and not news for all
+    fields.pop("update_answer", None)  # the answer to one request
     running = server["learner_pid"]
-    # The block outlives a learner: what it says is of the one that runs only where the pids agree.
+    # The block outlives a learner: it describes the running one only if the pids agree.
     alive = running != 0 and fields["pid"] == running and heartbeat_age is not None and heartbeat_age <= LEARNER_DOWN_S
     if not wanted:
         state = "off"
@@ -109,12 +111,12 @@ def learner(snapshot: Snapshot, wanted: bool, now_ns: int) -> dict[str, Any]:
 
 
 def off(reason: str) -> dict[str, Any]:
-    """The answer where vLLM is served plain."""
+    """The answer if vLLM is served plain."""
     return {"aurora": "off", "reason": reason}
 
 
 def age(then_ns: int, now_ns: int) -> float | None:
-    """Seconds since a time of the control block, None where it never was."""
+    """Seconds since a time in the control block; None if it is not set."""
     return max(0.0, (now_ns - then_ns) / 1e9) if then_ns else None
 
 
