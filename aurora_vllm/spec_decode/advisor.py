@@ -19,10 +19,12 @@ from aurora_vllm.control.profit import Decision, DraftLengthController
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.cached_prompts import CachedPrompts
+from aurora_vllm.spec_decode.consent import note_salt
 from aurora_vllm.spec_decode.copy_evidence import CopyEvidence
 from aurora_vllm.spec_decode.learner_share import LearnerShare
 from aurora_vllm.spec_decode.proposals import Proposals
 from aurora_vllm.spec_decode.rollback_watch import RollbackWatch
+from aurora_vllm.spec_decode.undrafted import Withdrawal
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
@@ -48,6 +50,8 @@ class SpeculationAdvisor:
         budget: the most tokens that vLLM schedules in a step; None for no bound.
         kv_cache_manager: vLLM's; None where no cached prompts need to be forgotten.
         lengths: where the worker makes copies, the lengths that a batch's proposals may have, ascending; else empty.
+        overlapping: whether steps overlap (vLLM's async scheduling), so that proposals bypass the scheduler.
+        withdrawal: takes drafts away before they are scheduled.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class SpeculationAdvisor:
         budget: int | None = None,
         kv_cache_manager: Any = None,
         lengths: tuple[int, ...] = (),
+        overlapping: bool = False,
+        withdrawal: Withdrawal | None = None,
     ) -> None:
         config = session.config
         max_draft_length = min(config.num_speculative_tokens, most_verified)
@@ -84,6 +90,7 @@ class SpeculationAdvisor:
         self._rollback_watch = RollbackWatch(self._control, max_draft_length, config.rollback_confidence)
         self._max_draft_length = max_draft_length
         self._budget, self._lengths = budget, lengths
+        self._overlapping, self._withdrawal = overlapping, withdrawal or Withdrawal()
         self._version = 0
         self._proposed_by = 0
         self._started: deque[_Step] = deque()  # steps in flight; two where steps overlap
@@ -92,8 +99,14 @@ class SpeculationAdvisor:
         self._last = Decision(0, "")
         self._before = self._controller.acceptance  # acceptance of the version before the live one
 
-    def step_starts(self) -> None:
-        """vLLM is about to schedule a step."""
+    def request_arrives(self, request: Any, before: Any = None) -> None:
+        """A vLLM ``Request`` reaches the scheduler. before: the request of the same id that it continues, if any."""
+        note_salt(request, before)
+        self._withdrawal.arrived(request)
+
+    def step_starts(self, requests: Mapping[str, Any] | None = None) -> None:
+        """vLLM is about to schedule a step. requests: vLLM's by id, waiting ones included."""
+        self._withdrawal.withdraw(requests or {})
         self._started.append(_Step(time.perf_counter(), self._learner_works()))
         self._control.scheduler.in_flight = len(self._started)
         if self._cached_prompts is not None:
@@ -125,6 +138,8 @@ class SpeculationAdvisor:
         """
         now = time.perf_counter()
         self._proposals.forget(scheduler_output.finished_req_ids)
+        if self._overlapping:
+            self.drafts_arrived()  # what the next results judge was proposed by now
         if not self._started:
             return
         step = self._started.popleft()

@@ -15,7 +15,6 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from aurora_vllm.parent import end_with_parent
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
-from aurora_vllm.spec_decode.consent import note_salt
 from aurora_vllm.spec_decode.undrafted import Withdrawal
 from aurora_vllm.transport.segment import owner_is_alive, owner_pid
 
@@ -39,6 +38,7 @@ def advise(scheduler: Any) -> SpeculationAdvisor | None:
     no_copies, lengths = (
         _copying(scheduler.vllm_config) if session.config.prompt_lookup else ("off by the settings", ())
     )
+    overlapping = scheduler.vllm_config.scheduler_config.async_scheduling
     advisor = SpeculationAdvisor(
         session,
         scheduler.num_spec_tokens,
@@ -46,6 +46,8 @@ def advise(scheduler: Any) -> SpeculationAdvisor | None:
         getattr(scheduler, "max_num_scheduled_tokens", None),
         getattr(scheduler, "kv_cache_manager", None),
         lengths,
+        overlapping,
+        Withdrawal(one_by_one=overlapping and not scheduler.vllm_config.use_v2_model_runner),
     )
     scheduler.dynamic_sd_lookup = _ChosenDraftLength(advisor)
     return advisor
@@ -92,18 +94,15 @@ class AuroraScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._advisor = advise(self)
-        overlap = self.vllm_config.scheduler_config.async_scheduling
-        self._withdrawal = Withdrawal(one_by_one=overlap and not self.vllm_config.use_v2_model_runner)
 
     def add_request(self, request: Any) -> None:
-        note_salt(request, self.requests.get(getattr(request, "request_id", None)))
+        if self._advisor is not None:
+            self._advisor.request_arrives(request, self.requests.get(request.request_id))
         super().add_request(request)
-        self._withdrawal.arrived(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         if self._advisor is not None:
-            self._advisor.step_starts()
-            self._withdrawal.withdraw(self.requests)
+            self._advisor.step_starts(self.requests)
         return super().schedule(*args, **kwargs)
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -129,9 +128,3 @@ class AsyncAuroraScheduler(AuroraScheduler, AsyncScheduler):
     The scheduler sees no drafts, only verdicts. When it gets those of step N, the worker may already be in step N + 1,
     so verdicts on the first drafts of a new version may be attributed to the version before, for one step.
     """
-
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self._advisor is not None:
-            self._advisor.drafts_arrived()  # what the next results judge was proposed by now
-        return outputs

@@ -9,9 +9,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from aurora_vllm.spec_decode.consent import is_private
 from aurora_vllm.spec_decode.vllm_sources import VllmSources
 
+if TYPE_CHECKING:
+    from benchmarks.engine import Engine
+
+BIASED = 7  # a token that the target says only if it has to
 PATCH = Path(__file__).parents[2] / "patches" / f"vllm-{VllmSources.installed().version}.patch"
 
 
@@ -44,11 +50,22 @@ def _link(source: Path, target: Path, changed: set[Path]) -> None:
             (target / entry.name).symlink_to(entry)
 
 
+def _salts_noted(engine: Engine) -> list[bool]:
+    """Whether a request with a ``cache_salt`` is known to be private, and one without."""
+    scheduler, requests = engine.scheduler, []
+    add = scheduler.add_request
+    scheduler.add_request = lambda request: (add(request), requests.append(request))
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    engine.llm.generate([prompt | {"cache_salt": "salt"}, prompt], use_tqdm=False)
+    return [is_private(request.sampling_params) for request in requests]
+
+
 def _serve(target: Path, scratch: Path) -> None:
     import vllm
 
     from benchmarks.engine import Engine
     from tests.integration.reference import count_verdicts
+    from tests.integration.served import answers_to_what_vllm_refuses
 
     engine = Engine.start(target, scratch, worker_cls="auto", scheduler_cls=None)
     try:
@@ -65,6 +82,9 @@ def _serve(target: Path, scratch: Path) -> None:
             "vllm_counts": {name: after[name] - before[name] for name in ("drafts", "draft_tokens", "accepted_tokens")},
             "errors": engine.control.worker.capture_errors,
             "steps": [engine.control.worker.step, engine.control.scheduler.steps],
+            "biased": answers_to_what_vllm_refuses(engine, [[1, 2, 3]], {"logit_bias": {BIASED: 100}})[0],
+            "noted": _salts_noted(engine),
+            "forgets_cached_prompts": engine.scheduler.speculation_advisor._cached_prompts is not None,
         }
     finally:
         engine.close()

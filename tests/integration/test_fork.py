@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aurora_vllm.spec_decode.vllm_sources import VllmSources
-from tests.integration.forked_vllm import make_fork, touched
+from tests.integration.forked_vllm import BIASED, make_fork, touched
 from tests.integration.paths import REPOSITORY, python_path
 
 
@@ -41,10 +41,11 @@ def test_every_touched_file_compiles_and_no_other_is_touched(fork: Path) -> None
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens", "self.step_observer.sampled"),
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids", "self.step_observer.proposing"),
         ("vllm.v1.core.sched.scheduler:Scheduler.__init__", "aurora.advise"),
-        ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "self.draft_length_advisor.step_starts"),
-        ("vllm.v1.core.sched.scheduler:Scheduler.update_from_output", "self.draft_length_advisor.step_ends"),
-        ("vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids", "self.draft_length_advisor.drafts_arrived"),
-        ("vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats", "self.draft_length_advisor.verified"),
+        ("vllm.v1.core.sched.scheduler:Scheduler.add_request", "self.speculation_advisor.request_arrives"),
+        ("vllm.v1.core.sched.scheduler:Scheduler.schedule", "self.speculation_advisor.step_starts"),
+        ("vllm.v1.core.sched.scheduler:Scheduler.update_from_output", "self.speculation_advisor.step_ends"),
+        ("vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids", "self.speculation_advisor.drafts_arrived"),
+        ("vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats", "self.speculation_advisor.verified"),
     ],
 )
 def test_the_hook_points_are_there(fork: Path, symbol: str, call: str) -> None:
@@ -61,7 +62,7 @@ def test_the_fork_captures_without_our_worker_and_scheduler(fork: Path, target: 
         env=os.environ | {"PYTHONPATH": python_path(fork)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,3 +74,6 @@ def test_the_fork_captures_without_our_worker_and_scheduler(fork: Path, target: 
     assert found["rows"]["drafts"] > 5
     assert {name: found["rows"][name] for name in found["vllm_counts"]} == found["vllm_counts"]
     assert min(found["steps"]) > 5
+    assert set(found["biased"]) == {BIASED}
+    assert found["noted"] == [True, False]
+    assert found["forgets_cached_prompts"]
