@@ -301,13 +301,13 @@ def test_drafts_are_replaced_only_where_vllm_lets_them_be(
         assert advisor is not None and advisor._control.scheduler.copying.startswith(why)
         assert scheduler.dynamic_sd_lookup[1] == 2  # where vLLM looks K up
         assert advisor._proposals._budget == 64
+        assert advisor._overlapping is overlap
+        assert advisor._withdrawal._one_by_one is (overlap and not runner_v2)
 
 
-@pytest.mark.parametrize(("kind", "passes_drafts"), [(AuroraScheduler, True), (AsyncAuroraScheduler, False)])
-def test_the_scheduler_tells_its_adviser_in_time(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Any], passes_drafts: bool
-) -> None:
-    """Before vLLM schedules a step, before it takes drafts over, and after it has seen what came of them."""
+@pytest.mark.parametrize("kind", [AuroraScheduler, AsyncAuroraScheduler])
+def test_the_scheduler_tells_its_adviser_in_time(monkeypatch: pytest.MonkeyPatch, kind: type[Any]) -> None:
+    """Before vLLM takes a request or drafts, before it schedules a step, and after it has seen what came of it."""
     told: list[tuple[Any, ...]] = []
 
     def noting(name: str) -> Any:
@@ -320,36 +320,66 @@ def test_the_scheduler_tells_its_adviser_in_time(
                     monkeypatch.setattr(base, name, lambda self, *args, _name=name, **kwargs: told.append((_name,)))
     monkeypatch.setattr(Scheduler, "add_request", lambda self, request: told.append(("add_request",)))
     scheduler = object.__new__(kind)
-    names = ("step_starts", "step_ends", "drafts_arrived", "verified")
+    names = ("request_arrives", "step_starts", "step_ends", "drafts_arrived", "verified")
     scheduler._advisor = SimpleNamespace(**{name: noting(name) for name in names})
-    scheduler._withdrawal = SimpleNamespace(arrived=noting("arrived"), withdraw=noting("withdraw"))
-    scheduler.requests = {"a": SimpleNamespace(cache_salt="mine")}
-    scheduler.add_request("r")
-    assert told == [("add_request",), ("arrived", "r")]
-    more = SimpleNamespace(request_id="a", cache_salt=None, sampling_params=SimpleNamespace(extra_args=None))
+    requests = scheduler.requests = {"a": "the one before"}
+    new, more = SimpleNamespace(request_id="b"), SimpleNamespace(request_id="a")
+    scheduler.add_request(new)
     scheduler.add_request(more)  # input that goes on
-    assert is_private(more.sampling_params)
-    scheduler.requests = {}
+    arrived = [("request_arrives", new, None), ("request_arrives", more, "the one before")]
+    assert told == [arrived[0], ("add_request",), arrived[1], ("add_request",)]
     told.clear()
     scheduler.schedule()
-    assert told == [("step_starts",), ("withdraw", {}), ("schedule",)]
+    assert told == [("step_starts", requests), ("schedule",)]
     told.clear()
     scheduler.update_draft_token_ids("drafts")
-    assert told == [("drafts_arrived", "drafts", {}), ("update_draft_token_ids",)]
+    assert told == [("drafts_arrived", "drafts", requests), ("update_draft_token_ids",)]
     told.clear()
     scheduler.make_spec_decoding_stats(None, num_draft_tokens=2, num_accepted_tokens=1, request_id="r")
     scheduler.make_spec_decoding_stats(None, num_draft_tokens=0, num_accepted_tokens=0, request_id="r")
     assert told == [("verified", 2, 1, "r"), *[("make_spec_decoding_stats",)] * 2]
     told.clear()
     scheduler.update_from_output("step", SimpleNamespace(sampled_token_ids=[[7]]))
-    ends = [("update_from_output",), ("step_ends", "step", [[7]])]
-    assert told == ends + ([] if passes_drafts else [("drafts_arrived",)])
+    assert told == [("update_from_output",), ("step_ends", "step", [[7]])]
     scheduler._advisor = None  # no session, or no drafts
     told.clear()
+    scheduler.add_request(new)
     scheduler.schedule()
     scheduler.update_draft_token_ids("drafts")
     scheduler.make_spec_decoding_stats(None, num_draft_tokens=2)
     scheduler.update_from_output("step", None)
     assert [name for name, *_ in told] == [
-        "schedule", "update_draft_token_ids", "make_spec_decoding_stats", "update_from_output"
+        "add_request", "schedule", "update_draft_token_ids", "make_spec_decoding_stats", "update_from_output"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_where_steps_overlap_the_next_verdicts_are_on_the_version_that_is_live_now(
+    tmp_path: Path, overlapping: bool
+) -> None:
+    with session(World(), tmp_path) as (current, _):
+        advisor = SpeculationAdvisor(current, 2, overlapping=overlapping)
+        advisor._control.worker.live_version = 3
+        advisor.step_ends(SimpleNamespace(finished_req_ids=set()), [])
+        advisor.verified(2, 1, "r")
+        assert [row.version for row in advisor._control.scheduler.acceptance()] == [3 if overlapping else 0]
+
+
+def test_a_request_that_goes_on_keeps_its_salt_and_drafts_are_withdrawn_before_a_step(tmp_path: Path) -> None:
+    def request(name: str, salt: str | None, **asked: Any) -> SimpleNamespace:
+        params = SimpleNamespace(extra_args=None, **asked)
+        return SimpleNamespace(request_id=name, cache_salt=salt, sampling_params=params, spec_token_ids=[1])
+
+    with session(World(), tmp_path) as (current, _):
+        advisor = SpeculationAdvisor(current, 2)
+        salted, more, open_to_all = request("a", "mine"), request("a", None), request("b", None)
+        asking = request("c", None, logprob_token_ids=[5])
+        advisor.request_arrives(salted)
+        advisor.request_arrives(more, salted)
+        advisor.request_arrives(open_to_all)
+        assert [is_private(one.sampling_params) for one in (salted, more, open_to_all)] == [True, True, False]
+        advisor.step_starts({"b": open_to_all})
+        assert open_to_all.spec_token_ids == [1]
+        advisor.request_arrives(asking)
+        advisor.step_starts({"b": open_to_all, "c": asking})
+        assert open_to_all.spec_token_ids == []
