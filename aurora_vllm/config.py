@@ -38,7 +38,7 @@ class AuroraConfig(BaseModel):
     prompt_lookup_answers: int = Field(
         65_536,
         ge=0,
-        description="tokens of answers to other requests that are looked up, too; 0: only the request's own text",
+        description="tokens of answers to other requests that may be copied, too; 0: only the request's own text",
     )
     rollback_confidence: float = Field(
         0.95,
@@ -57,7 +57,7 @@ class AuroraConfig(BaseModel):
     )
 
     # --- capture ---
-    sample_rate: float = Field(1.0, ge=0, le=1, description="share of requests that are captured to be learned from")
+    sample_rate: float = Field(1.0, ge=0, le=1, description="share of requests that are captured for learning")
     ring_mb: int | None = Field(
         None,
         ge=1,
@@ -76,15 +76,15 @@ class AuroraConfig(BaseModel):
         0.02,
         gt=0,
         le=1,
-        description="what it may take while speculation saves no time; above that, at most a quarter of the time saved",
+        description="its share while speculation saves no time; above that, at most a quarter of the time saved",
     )
     learner_slowdown: float = Field(
-        0.0, ge=0, description="what learning may add to the time per output token before it yields; 0: no bound"
+        0.0, ge=0, description="share of the time per output token that learning may add before it yields; 0: no bound"
     )
     learner_nice: int = Field(19, ge=0, le=19, description="nice value of the learner process")
     learner_threads: int = Field(1, ge=1, description="threads of the learner")
     learner_sleep: bool = Field(
-        True, description="stop learning while it no longer helps, until acceptance or vocabulary coverage drops"
+        True, description="stop training when it no longer helps, until acceptance or vocabulary coverage drops"
     )
     replay_mb: int = Field(512, ge=1, description="byte budget of the replay buffer in MiB")
     learning_rate: float = Field(1e-3, gt=0, description="AdamW learning rate")
@@ -94,7 +94,7 @@ class AuroraConfig(BaseModel):
         lt=1,
         description="decay per optimizer step of the weights' moving average, which is judged and served; 0: none",
     )
-    batch_tokens: int = Field(512, ge=16, description="about how many positions one optimizer step trains on")
+    batch_tokens: int = Field(512, ge=16, description="approximate number of positions in an optimizer step")
     prompt_weight: float = Field(0.0, ge=0, le=1, description="weight of prompt positions in the loss; answers have 1")
     replay_passes: float = Field(
         8.0, gt=0, description="times each position is trained on; then the learner waits for traffic"
@@ -107,12 +107,12 @@ class AuroraConfig(BaseModel):
         "forward", description="divergence from the target on accepted positions"
     )
     discard_weight: float = Field(
-        0.0, ge=0, description="weight of the discard term (lambda), learned from rejected drafts; 0: without it"
+        0.0, ge=0, description="weight of the discard term (lambda), learned from rejected drafts; 0: off"
     )
     discard_top_k: int = Field(10, ge=0, description="tokens of the target in the discard term; 0: all")
-    max_trajectory_tokens: int = Field(2048, ge=32, description="longer requests are cut")
+    max_trajectory_tokens: int = Field(2048, ge=32, description="longer requests are cut into pieces of this length")
     vocabulary_coverage: float = Field(
-        0.97, ge=0, le=1, description="a draft vocabulary that covers less of the traffic is chosen anew; 0: never"
+        0.97, ge=0, le=1, description="share of the traffic below which the draft vocabulary is reselected; 0: never"
     )
     publish_margin: float = Field(0.02, ge=0, description="how much acceptance length a candidate must win by")
     publish_interval_s: float = Field(15.0, ge=0, description="shortest time between two publishes")
@@ -121,8 +121,8 @@ class AuroraConfig(BaseModel):
     )
     sync: Literal["evidence", "steps", "requests"] = Field(
         "evidence",
-        description="what publishes: evidence that a draft is better; or, unjudged as in Aurora's release, every "
-        "sync_interval optimizer steps or requests",
+        description="when a version is published: on evidence that it is better; or, unjudged as in Aurora's release, "
+        "every sync_interval optimizer steps or requests",
     )
     sync_interval: int = Field(50, ge=1, description="optimizer steps or requests between two publishes, see sync")
 

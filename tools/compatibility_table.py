@@ -16,16 +16,16 @@ Written by `python -m tools.compatibility_table` from `aurora_vllm/interop/`; ea
 
 ## Configuration
 
-`--aurora-config FILE` takes one of Aurora's own YAML files: it is known by its sections. Flags and environment
-override it, and what it leaves out keeps *our* default, not Aurora's. Each key is honoured or reported: two lines at
-the start, every key with `--aurora-plan`. A key nobody knows is an error. A null says nothing, as in Aurora.
-`semantics`, which has no key there, chooses the loss masks of Aurora's release.
+`--aurora-config FILE` also takes one of Aurora's own YAML files, which is recognised by its sections. Flags and
+environment override it. What it leaves out keeps *our* default, not Aurora's. Each key is honoured or reported: in two
+lines at start, and one by one with `--aurora-plan`. An unknown key is an error. A null counts as not given, as in
+Aurora. `semantics`, which has no key there, chooses the loss masks of Aurora's release.
 """
 ENDPOINTS_HEAD = """
 ## Endpoints
 
-With `--aurora-sglang-api`, on vLLM's own host and port. Where vLLM asks for an API key (`--api-key`, `VLLM_API_KEY`),
-all but the two health endpoints ask for it too; without it, 401.
+With `--aurora-sglang-api` they are answered on vLLM's own host and port. Where vLLM asks for an API key (`--api-key`,
+`VLLM_API_KEY`), all but the two health endpoints require it too, and answer 401 without it.
 
 | endpoint | of | answer | here |
 |---|---|---|---|
@@ -51,7 +51,8 @@ def here(key: Key) -> str:
     if key.setting or key.flag:
         return f"`{key.setting or key.flag}`{note}"
     if key.holds is not None:
-        return f"honoured where it says what is done{note}" + (f"; else: {key.otherwise}" if key.otherwise else "")
+        otherwise = f"; if not: {key.otherwise}" if key.otherwise else ""
+        return f"honoured if it matches what is done here{note}{otherwise}"
     return f"not honoured{note}"
 
 

@@ -48,14 +48,14 @@ def _is(wanted: Any) -> Callable[[Any], bool]:
 
 
 _NO_RAY = "no Ray: one engine and one learner process, on one machine"
-_NO_DATA_SET = "no data set: what is served is learned from, as token ids"
+_NO_DATA_SET = "no data set: the learner trains on the served requests, as token ids"
 _NO_END = "an online learner has no last step"
 _NO_GENERATION = "nothing is generated for training: each request brings its own sampling parameters"
 _REPORTING = "nothing is sent anywhere: GET /aurora/status, and aurora_* on vLLM's /metrics"
 _NO_DEBUGGING = "no such tool here"
 
 KEYS: tuple[Key, ...] = (
-    Key("model.target_model_path", "", "the model to serve, where the command line names none", flag="MODEL"),
+    Key("model.target_model_path", "", "the model to serve, if the command line names none", flag="MODEL"),
     Key("model.draft_pretrained_path", None, setting="draft", convert=str),
     Key("model.trust_remote_code", False, flag="--trust-remote-code"),
     *_no(
@@ -66,13 +66,13 @@ KEYS: tuple[Key, ...] = (
     Key(
         "model.embedding_key",
         "model.embed_tokens.weight",
-        "the target's embedding is what ends in embed_tokens.weight",
+        "the target's embedding is the tensor whose name ends in embed_tokens.weight",
         holds=lambda value: str(value).endswith("embed_tokens.weight"),
     ),
     Key(
         "model.lm_head_key",
         "lm_head.weight",
-        "the target's head is what ends in lm_head.weight",
+        "the target's head is the tensor whose name ends in lm_head.weight",
         holds=lambda value: str(value).endswith("lm_head.weight"),
     ),
     *_no("model", "vLLM serves the target", target_model_backend="sglang"),
@@ -89,7 +89,7 @@ KEYS: tuple[Key, ...] = (
     ),
     *_no(
         "dataset",
-        "no evaluation set: every answer tests the draft before it trains it",
+        "no evaluation set: the drafts are scored on every request before they are trained on it",
         eval_data_path=None,
         eval_interval=50,
         eval_micro_batch_size=None,
@@ -98,9 +98,9 @@ KEYS: tuple[Key, ...] = (
     Key("training.learning_rate", 1e-4, setting="learning_rate"),
     Key("training.ttt_length", 7, setting="ttt_length"),
     Key("training.max_seq_length", 8192, setting="max_trajectory_tokens"),
-    Key("training.num_epochs", 10, "times each sample is trained on", setting="replay_passes"),
+    Key("training.num_epochs", 10, "how often each sample is trained on", setting="replay_passes"),
     Key("training.seed", 0, setting="seed"),
-    Key("training.train_with_decode", False, "what is decoded for clients is trained on", holds=_is(True)),
+    Key("training.train_with_decode", False, "the learner trains on what is decoded for clients", holds=_is(True)),
     Key("training.colocate", False, "the learner shares the machine with serving", holds=_is(True)),
     Key(
         "training.lr_decay_style",
@@ -113,7 +113,7 @@ KEYS: tuple[Key, ...] = (
     Key("training.max_grad_norm", 0.5, "gradients are scaled down to norm 1", holds=_is(1)),
     *_no(
         "training",
-        "a step takes trajectories of about --aurora-batch-tokens positions, whatever their number",
+        "a step takes as many trajectories as make about --aurora-batch-tokens positions",
         micro_batch_size=2,
         draft_accumulation_steps=1,
     ),
@@ -140,7 +140,7 @@ KEYS: tuple[Key, ...] = (
     Key("training.load_path", None, "a checkpoint of ours, not of Aurora's trainer", setting="resume"),
     *_no(
         "training",
-        "a checkpoint is whole, and written every checkpoint_interval_s seconds; load_path names the one to resume",
+        "a complete checkpoint is written every checkpoint_interval_s seconds; load_path names the one to resume",
         ckpt_step=None,
         no_save_optim=False,
         save_interval=5000,
@@ -165,7 +165,7 @@ KEYS: tuple[Key, ...] = (
     ),
     *_no("inference.sglang", "vLLM counts differently: give its own --gpu-memory-utilization", mem_fraction_static=0.8),
     *_no("inference.sglang", _REPORTING, enable_metrics=False),
-    *_no("inference.sglang", "vLLM's --limit-mm-per-prompt", enable_multimodal=False),
+    *_no("inference.sglang", "use vLLM's --limit-mm-per-prompt", enable_multimodal=False),
     *_no("inference.sglang", _NO_RAY, dist_init_addr=None, dist_timeout=60, init_timeout=300),
     Key("inference.sglang.extra_args.*", {}, "SGLang's own: give vLLM's options instead"),
     Key(
@@ -180,13 +180,13 @@ KEYS: tuple[Key, ...] = (
     Key("decode.speculative_eagle_topk", None, "drafts are chains, not trees", holds=_is(1)),
     *_no(
         "decode",
-        "follows from speculative_num_steps: the drafts and the token before",
+        "follows from speculative_num_steps: the drafts and the token before them",
         speculative_num_draft_tokens=None,
     ),
     Key(
         "decode.weight_sync_enabled",
         False,
-        "true: published unjudged every weight_sync_interval steps, as Aurora does",
+        "true: a version is published unjudged every weight_sync_interval steps, as in Aurora",
         setting="sync",
         convert=_switch("steps", "evidence"),
     ),
@@ -207,7 +207,7 @@ KEYS: tuple[Key, ...] = (
         host="0.0.0.0",
         port=18080,
     ),
-    *_no("online_serving", "server and learner share memory, nothing is posted", sglang_url=None),
+    *_no("online_serving", "server and learner share memory; nothing is posted", sglang_url=None),
     *_no("online_serving", "states are captured in the dtype the target runs in", hidden_states_dtype="bfloat16"),
     Key("mooncake.*", {}, "no Mooncake: hidden states stay on the machine, in shared memory (--aurora-ring-mb)"),
     *_no(
