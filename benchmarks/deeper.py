@@ -1,10 +1,10 @@
 """A target with more layers that change nothing: it answers as before, token for token, and takes longer for it.
 
-What a draft is worth depends on how long its pass takes beside the target's step. On SmolLM2-135M that is much; on the
-models people serve it is little, and none of those runs on two cores. With layers that add zero to the residual stream
-the ratio can be had without such a model: text, hidden states and so drafts and copies stay what they are, and only
-the target's step grows. The layers go into the middle, where each of the three states that an EAGLE-3 draft reads (those
-that enter layers 2, half and the third-last, ``draft_config`` in ``learner/day0.py``) stays what it was.
+What a draft is worth depends on how long its pass takes beside the target's step. On SmolLM2-135M it takes long; on the
+models people serve it does not, and none of those runs on two cores. Layers that add zero to the residual stream give
+the ratio without such a model: text, hidden states and so drafts and copies stay what they are, only the target's step
+grows. The layers go into the middle, where each of the three states that an EAGLE-3 draft reads (those that enter
+layers 2, n / 2 and n - 3, ``draft_config`` in ``learner/day0.py``) stays what it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from aurora_vllm.learner.staging import appears_whole
 
 LAYER = "model.layers."
-WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # what a layer adds to the residual stream comes from them
+WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # what a layer adds to the residual stream is theirs
 
 
 def deepened(model: Path, more: int) -> Path:

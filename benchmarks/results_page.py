@@ -1,7 +1,7 @@
 """``docs/results.md``, generated: ``python -m benchmarks.results_page``.
 
-What ``adaptation.json`` and ``adaptation_deeper.json`` in ``benchmarks/results`` say, for people. Nothing in the page is
-written by hand; a test compares.
+What ``adaptation.json`` and ``adaptation_deeper.json`` in ``benchmarks/results`` say, for people. Nothing in the page
+is written by hand; a test compares.
 """
 
 from __future__ import annotations

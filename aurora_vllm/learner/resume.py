@@ -90,10 +90,9 @@ class Keeper:
                 return ""
             restore(learner, saved)
         except (AuroraError, ValueError, KeyError, TypeError) as error:
-            notice(
-                f"what the learner had learned is lost ({error}); training starts anew from the published draft", "WARNING"
-            )
-            return f"training starts anew from the published draft: {error}"
+            anew = "training starts anew from the published draft"
+            notice(f"what the learner had learned is lost ({error}); {anew}", "WARNING")
+            return f"{anew}: {error}"
         self._carried = saved.facts["statistics"]
         return f"goes on from {saved.directory.name}, step {learner.curriculum.trainer.steps}"
 

@@ -107,7 +107,8 @@ def _measure(
         fleet = Fleet(ENVIRONMENT, json.parent / "adaptation-logs")
         run = Run(
             slots, sizes, seed, {name: available[name] for name in names}, absent, fleet,
-            deepened(ensure_model(), deeper), ("--enforce-eager",) if eager else (), checkpoints, None if static_draft else exported, console, write,
+            deepened(ensure_model(), deeper), ("--enforce-eager",) if eager else (), checkpoints,
+            None if static_draft else exported, console, write,
         )  # fmt: skip
         try:
             with failure_told(console, "the benchmark", f"{json.parent}/adaptation-logs"):
