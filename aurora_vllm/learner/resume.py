@@ -63,7 +63,7 @@ class Keeper:
             block.checkpoint = f"not saved: {error}"
             block.checkpoint_failures += 1
             if not self._failing:  # once, and not every five minutes
-                notice(f"no checkpoint could be saved ({error}); learning goes on, and it is tried again")
+                notice(f"no checkpoint could be saved ({error}); learning goes on, and it is tried again", "WARNING")
             self._failing = True
             return
         self._saved, self._failing = state, False
@@ -90,8 +90,9 @@ class Keeper:
                 return ""
             restore(learner, saved)
         except (AuroraError, ValueError, KeyError, TypeError) as error:
-            notice(f"what the learner had learned is lost ({error}); training starts anew from the published draft")
-            return f"training starts anew from the published draft: {error}"
+            anew = "training starts anew from the published draft"
+            notice(f"what the learner had learned is lost ({error}); {anew}", "WARNING")
+            return f"{anew}: {error}"
         self._carried = saved.facts["statistics"]
         return f"goes on from {saved.directory.name}, step {learner.curriculum.trainer.steps}"
 

@@ -69,6 +69,11 @@ METRICS: tuple[Metric, ...] = (
         "1; the labels are the versions of aurora_vllm and vLLM, and vLLM's model runner",
         BUILD,
     ),
+    Metric(
+        "aurora_worker_attached",
+        "worker.attached",
+        "1 while the worker swaps and, with a learner, captures; 0 while it starts, and where it could not attach",
+    ),
     Metric("aurora_draft_version_live", "versions.live", "Version of the draft weights that run"),
     Metric("aurora_draft_version_published", "versions.published", "Newest version the learner published"),
     Metric(

@@ -26,6 +26,7 @@ from benchmarks.adaptation.plan import ARMS, SMOKE, WORKLOADS, Sizes, Slot, make
 from benchmarks.adaptation.plot import plot
 from benchmarks.adaptation.prompts import FILE, domains, from_file
 from benchmarks.adaptation.run import Run
+from benchmarks.deeper import deepened
 from benchmarks.report import write_report
 from demo.fleet import Fleet, failure_told
 from demo.model import ensure_model
@@ -55,6 +56,9 @@ def main(
         Sizes.plain_every
     ),
     seed: Annotated[int, typer.Option(help="of the order of the prompts, and of sampling")] = 0,
+    deeper: Annotated[
+        int, typer.Option(min=0, help="layers added to the target that change nothing but how long its step takes")
+    ] = 0,
     eager: Annotated[bool, typer.Option(help="no compilation, for all arms")] = False,
     smoke: Annotated[bool, typer.Option(help="plain vLLM and aurora, eager, everything tiny")] = False,
 ) -> None:
@@ -77,12 +81,12 @@ def main(
             raise AuroraError("nothing is left to measure", "choose more arms or workloads")
     except AuroraError as error:
         raise SystemExit(report(error)) from None
-    _measure(slots, sizes, names, absent, json, static_draft, eager, seed)
+    _measure(slots, sizes, names, absent, json, static_draft, deeper, eager, seed)
 
 
 def _measure(
     slots: list[Slot], sizes: Sizes, names: list[str], absent: dict[str, str], json: Path, static_draft: Path | None,
-    eager: bool, seed: int,
+    deeper: int, eager: bool, seed: int,
 ) -> None:  # fmt: skip
     console = Console()
     complete = False
@@ -91,7 +95,7 @@ def _measure(
     def write(windows: list[Window]) -> None:
         values, spread = figures(windows)
         extra: dict[str, Any] = {
-            "complete": complete, "absent": absent, "sizes": asdict(sizes), "eager": eager,
+            "complete": complete, "absent": absent, "sizes": asdict(sizes), "deeper": deeper, "eager": eager,
             "arms": {name: asdict(arm) for name, arm in described.items() if name in names},
             "table": table(windows), "windows": [asdict(window) for window in windows],
         }  # fmt: skip
@@ -102,8 +106,9 @@ def _measure(
         available = all_arms(checkpoints, static_draft or exported)
         fleet = Fleet(ENVIRONMENT, json.parent / "adaptation-logs")
         run = Run(
-            slots, sizes, seed, {name: available[name] for name in names}, absent, fleet, ensure_model(),
-            ("--enforce-eager",) if eager else (), checkpoints, None if static_draft else exported, console, write,
+            slots, sizes, seed, {name: available[name] for name in names}, absent, fleet,
+            deepened(ensure_model(), deeper), ("--enforce-eager",) if eager else (), checkpoints,
+            None if static_draft else exported, console, write,
         )  # fmt: skip
         try:
             with failure_told(console, "the benchmark", f"{json.parent}/adaptation-logs"):

@@ -33,6 +33,8 @@ def arms(checkpoints: Path, static_draft: Path | None) -> dict[str, Arm]:
         "plain": Arm("plain vLLM", ("--aurora-off",), optional=False),
         "ngram": Arm("n-gram", _vllm(method="ngram", prompt_lookup_min=2, prompt_lookup_max=4)),
         "suffix": Arm("suffix decoding", _vllm(method="suffix")),
+        # Everything but the learner on. The draft is the day-0 one, which seldom pays.
+        "copies": Arm("copies alone", ("--no-aurora-learn",), is_aurora=True),
         # With aurora's choice of K, which makes it the stronger one: a draft that does not pay is not used.
         "static": Arm("static draft", (*frozen, "--no-aurora-prompt-lookup"), is_aurora=True),
         # Everything but learning on: what remains of the difference to it is learned.

@@ -66,6 +66,7 @@ def figures(windows: Sequence[Window]) -> tuple[dict[str, float], dict[str, Any]
     for concurrency in (1, 4):
         measured = pairs(windows, "aurora", "plain", lambda w, c=concurrency: _measured(w, "day0", c))  # type: ignore[misc]
         add(f"day0_speedup_c{concurrency}", measured)
+    add("day0_learned", pairs(windows, "aurora", "copies", lambda w: _measured(w, "day0")))
     shifted = pairs(windows, "aurora", "static", lambda w: _measured(w, "shift"))
     add("shift_speedup", shifted)
     add("shift_learning", pairs(windows, "aurora", "frozen", lambda w: _measured(w, "shift")))

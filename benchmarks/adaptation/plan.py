@@ -16,7 +16,7 @@ from benchmarks.adaptation.prompts import CODING, FILE, FUNCTIONS, MATHEMATICS
 from demo.workload import Prompt, Workload
 
 WORKLOADS = ("day0", "shift", "mixed", "sampled", "crowd")
-ARMS = ("plain", "ngram", "suffix", "static", "frozen", "aurora", "k0")
+ARMS = ("plain", "ngram", "suffix", "copies", "static", "frozen", "aurora", "k0")
 LEARN, MEASURE = "learn", "measure"  # parts of a workload
 LEARN_CONCURRENCY = 4
 CROWD = 16
@@ -89,12 +89,14 @@ class _Planner:
 
     def day0(self) -> list[Slot]:
         """One domain: the learner's first requests, then problems nobody asked about before."""
-        # Suffix decoding learns, too: it copies from what it answered before.
-        everybody, between = ("plain", "k0", "suffix", "aurora"), ("suffix", "aurora")
+        # Suffix decoding and copies learn, too: they copy from what they answered before.
+        everybody, between = ("plain", "k0", "suffix", "copies", "aurora"), ("suffix", "copies", "aurora")
         slots = self._learning("day0", CODING, self._sizes.learn_windows, everybody, between)
         for concurrency in (1, LEARN_CONCURRENCY):
             for i in range(self._sizes.measure_windows):
-                arms = ("plain", "ngram", "suffix", "static", "aurora") if i == 0 else ("plain", "aurora")
+                arms = ("plain", "copies", "aurora")
+                if i == 0:
+                    arms = ("plain", "ngram", "suffix", "copies", "static", "aurora")
                 slots.append(self._slot("day0", MEASURE, CODING, self._unseen[CODING], concurrency, arms))
         return slots
 

@@ -11,7 +11,7 @@ from benchmarks.adaptation.plan import MEASURE
 
 COLOURS = {
     "plain": "#7f7f7f", "ngram": "#2ca02c", "suffix": "#9467bd", "static": "#ff7f0e", "aurora": "#1f77b4",
-    "frozen": "#8c564b", "k0": "#c7c7c7",
+    "frozen": "#8c564b", "k0": "#c7c7c7", "copies": "#17becf",
 }  # fmt: skip
 SWAP = "#d62728"
 Key = tuple[str, str, int, float]

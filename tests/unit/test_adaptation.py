@@ -19,7 +19,7 @@ from benchmarks.adaptation.prompts import (
     CODING,
     FUNCTIONS,
 )
-from benchmarks.results_page import PAGE, SOURCE, page
+from benchmarks.results_page import PAGE, SOURCE, committed_page, page
 
 MS = {"mean": 20.0, "p50": 20.0, "p99": 40.0}
 
@@ -175,14 +175,23 @@ def test_the_page_says_what_the_report_says() -> None:
     assert "`over_ngram` | aurora over n-gram, same windows | not run |" in text
     assert "suffix: not installed" in text and "cut short" in text
     assert "2 cores of a processor" in text and "- `k0`: off, `--a 'b c'`" in text
+    assert "takes longer" not in text
+
+
+def test_a_deeper_target_has_a_section_of_its_own_with_what_was_measured_alone() -> None:
+    plain = json.loads(json.dumps(report(WINDOWS)))
+    shown = page(plain, plain | {"deeper": 60})
+    assert shown.startswith(page(plain).rstrip("\n"))
+    section = shown.removeprefix(page(plain).rstrip("\n"))
+    assert "with 60 layers more" in section and "**1.562**" in section and "not run" not in section
 
 
 def test_the_committed_page_is_that_of_the_committed_report() -> None:
     if not SOURCE.is_file():
         assert not PAGE.exists(), "docs/results.md is generated from benchmarks/results/adaptation.json"
         return
+    assert PAGE.read_text(encoding="utf-8") == committed_page(), "run python -m benchmarks.results_page"
     committed = json.loads(SOURCE.read_text(encoding="utf-8"))
-    assert PAGE.read_text(encoding="utf-8") == page(committed), "run python -m benchmarks.results_page"
     assert committed["figures"] == pytest.approx(figures([Window(**one) for one in committed["windows"]])[0])
 
 

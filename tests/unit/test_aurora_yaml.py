@@ -168,7 +168,7 @@ def test_a_file_as_aurora_ships_it(tmp_path: Path) -> None:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(by_flag=st.booleans(), by_variable=st.booleans())
 def test_flags_override_environment_overrides_aurora_file(tmp_path: Path, by_flag: bool, by_variable: bool) -> None:
     argv = ["--aurora-learning-rate", "0.3"] if by_flag else []

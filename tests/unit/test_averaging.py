@@ -20,7 +20,7 @@ def weights(draft: Eagle3Draft) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in draft.parameters()])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(decay=st.floats(0.5, 0.999), steps=st.lists(st.floats(-3, 3), min_size=1, max_size=30))
 def test_it_is_the_weighted_sum_of_where_training_was(decay: float, steps: list[float]) -> None:
     draft, _ = day0_draft()

@@ -54,7 +54,7 @@ specs_strategy = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes=specs_strategy, seed=st.integers(0, 2**31))
 def test_what_is_published_is_read(shapes: list[tuple[tuple[int, ...], torch.dtype]], seed: int) -> None:
     specs = [TensorSpec(f"layer.{i}.weight", shape, dtype) for i, (shape, dtype) in enumerate(shapes)]
@@ -79,7 +79,7 @@ def test_what_is_published_is_read(shapes: list[tuple[tuple[int, ...], torch.dty
         assert publication.still_valid()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(adopts=st.lists(st.sampled_from(["take", "rollback", "ignore"]), min_size=1, max_size=20))
 def test_held_versions_are_never_overwritten(adopts: list[str]) -> None:
     """A worker that takes, ignores or takes back versions can always read the two it holds and the newest."""
@@ -189,7 +189,7 @@ def test_a_flipped_bit_is_found(segment: Segment, where: str) -> None:
         bank.read(2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(kill_at=st.integers(1, 220), held=st.booleans())
 def test_publish_killed_anywhere(kill_at: int, held: bool) -> None:
     with make() as segment:

@@ -39,7 +39,7 @@ def rows_of(layout: RowLayout, fill: RowFill, steps: list[StepTrace], opted_out:
     return sink.all()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rng=st.randoms(use_true_random=False), opted_out=st.integers(0, 15))
 def test_rows_are_those_of_torch(rng: random.Random, opted_out: int) -> None:
     layout = layout_of(rng)

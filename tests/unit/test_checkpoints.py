@@ -73,7 +73,7 @@ def test_only_the_owner_may_read(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(line=st.integers(1, 130))
 def test_killed_before_any_line_of_a_save(tmp_path_factory: pytest.TempPathFactory, line: int) -> None:
     directory = tmp_path_factory.mktemp("kept")

@@ -65,7 +65,7 @@ def test_each_key_is_a_flag_a_variable_and_a_yaml_key(name: str, tmp_path: Path)
     assert by_flag.model_dump() | {name: None} == AuroraConfig().model_dump() | {name: None}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(layers=st.lists(st.sets(st.sampled_from(["seed", "ring_mb", "batch_tokens"])), min_size=3, max_size=3))
 def test_flags_override_environment_overrides_file(tmp_path: Path, layers: list[set[str]]) -> None:
     file_keys, variable_keys, flag_keys = layers

@@ -36,7 +36,7 @@ VALUES: dict[type, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_every_field_keeps_its_own_value(data: st.DataObject) -> None:
     with Segment.create("control", control_bytes()) as segment:
@@ -138,7 +138,7 @@ def test_heartbeat(segment: Segment) -> None:
 Counts = tuple[int, int, list[int]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     records=st.lists(
         st.tuples(st.integers(1, 90), st.integers(0, 5), st.lists(st.integers(0, 4), max_size=9)), max_size=150
@@ -215,7 +215,7 @@ def test_a_text_written_between_any_two_lines_of_a_read(segment: Segment) -> Non
             assert message in texts[: writes + 1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(kill_at=st.integers(1, 80))
 def test_writer_of_a_text_killed_anywhere(kill_at: int) -> None:
     with Segment.create("control", control_bytes()) as segment:
@@ -227,7 +227,7 @@ def test_writer_of_a_text_killed_anywhere(kill_at: int) -> None:
         assert control.worker.message == "after"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(kill_at=st.integers(1, 300))
 def test_scheduler_killed_anywhere_in_a_record(kill_at: int) -> None:
     with Segment.create("control", control_bytes()) as segment:

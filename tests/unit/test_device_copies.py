@@ -39,7 +39,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(events=EVENTS)
 def test_proposes_what_dictionaries_would(events: list[Any]) -> None:
     """Whoever comes, emits, is preempted, ends, and comes into the place of another."""
@@ -67,7 +67,7 @@ def test_proposes_what_dictionaries_would(events: list[Any]) -> None:
             assert proposed[name] == expected(naive.propose(request)[0])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(texts=st.lists(st.lists(TOKENS, min_size=14, max_size=14), min_size=2, max_size=3), positions=st.integers(1, 8))
 def test_requests_side_by_side(texts: list[list[int]], positions: int) -> None:
     """In one batch, each with a copy as long as a proposal may be."""

@@ -65,7 +65,7 @@ class Side:
         return zlib.crc32(bytes(self.bytes[start:stop].tolist()), crc)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=1, max_size=40))
 def test_rows_are_whole_where_writes_are_only_enqueued(steps: list[tuple[bool, int]]) -> None:
     capacity = 5

@@ -139,4 +139,4 @@ class PairMachine(RuleBasedStateMachine):
 
 
 TestPair = PairMachine.TestCase
-TestPair.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+TestPair.settings = settings(max_examples=50, stateful_step_count=20)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_vllm.control.earnings import EVERY_S, MEMORY_S, SPENT, Earnings
@@ -26,7 +26,6 @@ def after(steps: list[tuple[float, float]], share: float = 0.1, least: float = 0
     return earnings
 
 
-@settings(deadline=None)
 @given(st.floats(-0.5, 3.0), st.floats(0.01, 1.0), st.floats(0.001, 1.0))
 def test_it_takes_a_part_of_what_is_saved_within_its_bounds(saved: float, share: float, least: float) -> None:
     taken = after([(0.05, 0.05 * saved)], share, least).factor * share

@@ -73,7 +73,7 @@ def as_trajectory(batch: Batch, prompt_length: int) -> Trajectory:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 12),
     prompt=st.integers(0, 14),

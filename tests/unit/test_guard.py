@@ -76,7 +76,7 @@ def test_one_that_sleeps_gets_its_share_back() -> None:
     assert one.share == 1.0 and "hardly works" in one.reason
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.01, 0.2), st.floats(0, 5), st.floats(0, 5), st.floats(0.02, 1), st.integers(0, 99))
 def test_the_share_stays_within_its_bounds(limit: float, typical: float, tail: float, duty: float, seed: int) -> None:
     one = LearnerGuard(limit)

@@ -43,7 +43,7 @@ def by_svd(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
     return np.linalg.svd(of_x.T @ of_y, compute_uv=False)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 99), st.lists(st.floats(0.3, 0.95), min_size=2, max_size=4))
 def test_canonical_pairs_are_those_of_a_dense_solution(seed: int, planted: list[float]) -> None:
     x, y = correlated(800, planted, seed)

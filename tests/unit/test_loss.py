@@ -54,13 +54,13 @@ def assert_same_as_naive(
         assert difference <= 5e-4 + 2e-3 * float(gradient.abs().max()), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes(), st.integers(0, 1000), st.sampled_from(["default", "aurora-release"]))
 def test_equals_the_naive_objective(case: Sizes, seed: int, semantics: Semantics) -> None:
     assert_same_as_naive(case, seed, semantics)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(sizes(), st.integers(0, 1000), st.sampled_from([0.1, 1.0]))
 def test_prompt_rows_can_have_a_weight(case: Sizes, seed: int, prompt_weight: float) -> None:
     assert_same_as_naive(case, seed, "default", prompt_weight)

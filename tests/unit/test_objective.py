@@ -34,7 +34,7 @@ DIRECTIONS = get_args(Direction)
 # --- one row ---
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 999), st.integers(1, 6), st.integers(1, 12), st.integers(0, 14), st.sampled_from([0.1, 1, 8]))
 def test_the_references_gradients_are_derivatives(seed: int, rows: int, width: int, k: int, scale: float) -> None:
     rng = np.random.default_rng(seed)
@@ -52,7 +52,7 @@ def test_the_references_gradients_are_derivatives(seed: int, rows: int, width: i
             assert gradient[:, v] == pytest.approx(slope, abs=1e-7 * (1 + scale**2))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 999),
     rows=st.integers(1, 9),
@@ -151,7 +151,7 @@ def slope(case: Case, sizes: Sizes, objective: Objective, direction: dict[str, t
     return (totals[0] - totals[1]) / 2e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     case=cases(),
     direction=st.sampled_from(DIRECTIONS),

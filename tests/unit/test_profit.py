@@ -105,7 +105,7 @@ def test_fixed_modes(mode: str, expected: set[int]) -> None:
     assert set(chosen) == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(0.0, 0.95), st.floats(0.03, 0.6), st.sampled_from([1, 4]), st.integers(0, 1000))
 def test_never_much_slower_than_plain_and_near_the_best_k(chance: float, cost: float, batch: int, seed: int) -> None:
     controller = DraftLengthController(3)

@@ -41,7 +41,7 @@ def by_token(draft: Eagle3Draft, rows: torch.Tensor) -> dict[int, torch.Tensor]:
     return dict(zip(draft.target_ids.tolist(), rows.detach().clone(), strict=True))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(VOCABULARIES)
 def test_rows_and_moments_follow_their_token(ids: torch.Tensor) -> None:
     trainer, head = trained()

@@ -39,7 +39,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     budget=st.integers(1, 40), operations=OPERATIONS, recent=st.sampled_from([0.0, 0.5, 1.0]), seed=st.integers(0, 9)
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_vllm.learner import ridge
@@ -15,7 +15,6 @@ from aurora_vllm.learner.ridge import Ridge, add_gram
 HIDDEN, WIDTH = 5, 12
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 30), st.floats(0.01, 1.0), st.integers(0, 99))
 def test_weights_minimise_what_ridge_regression_minimises(rows: int, inputs: int, strength: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +36,6 @@ def test_a_gram_matrix_in_blocks_is_the_whole_one_below_the_diagonal(rows: int, 
     torch.testing.assert_close(total.tril(), (x.T @ x).tril())
 
 
-@settings(deadline=None)
 @given(
     first=st.lists(st.integers(1, 6), min_size=1, max_size=3),
     later=st.lists(st.integers(1, 6), max_size=3),

@@ -18,7 +18,7 @@ from aurora_vllm.transport.segment import Segment
 from tests.unit import transport_children as children
 
 ROW = 192
-processes = settings(max_examples=12, deadline=None)
+processes = settings(max_examples=12)
 
 
 def make(capacity: int, row_bytes: int = ROW) -> Segment:
@@ -93,7 +93,7 @@ class RingMachine(RuleBasedStateMachine):
 
 
 TestRing = RingMachine.TestCase
-TestRing.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRing.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @processes

@@ -90,7 +90,7 @@ def test_little_known_of_the_older_version_convicts_nobody() -> None:
     assert trial(0.345, 0.2, 0, count=8).decision == "keep"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=500),
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=500),

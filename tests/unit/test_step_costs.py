@@ -28,7 +28,7 @@ def test_nothing_is_known_before_plain_decoding_was_seen() -> None:
         costs.predict(1)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.floats(0.0, 0.2), st.floats(0.0, 0.1), st.floats(0.0, 0.3), st.integers(0, 100))
 def test_prices_are_found(verify: float, token: float, draft: float, seed: int) -> None:
     """Verified numbers vary by themselves; at times nothing is drafted. Bursts of another process hit some steps."""

@@ -87,7 +87,7 @@ def steps(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], list[bool],
     return lengths, drafts, accepted, emits, captured
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(steps())
 def test_rows_say_what_the_step_was(case: tuple[list[int], list[int], list[int], list[bool], list[bool]]) -> None:
     lengths, drafts, accepted, emits, captured = case

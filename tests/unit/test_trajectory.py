@@ -40,7 +40,7 @@ def feed_in_slices(assembler: Assembler, rows: list[Row], rng: random.Random) ->
     return [one for a, b in pairwise(cuts) for one in assembler.feed(pack(rows[a:b]))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 6), steps=st.integers(1, 60))
 def test_any_history_gives_its_truth(seed: int, count: int, steps: int) -> None:
     rng = random.Random(seed)
@@ -69,7 +69,7 @@ def test_any_history_gives_its_truth(seed: int, count: int, steps: int) -> None:
     assert assembler.open_bytes == held * LAYOUT.row_bytes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), skipped=st.integers(1, 60))
 @example(seed=21632, skipped=46)
 def test_a_learner_that_starts_in_the_middle_never_makes_up_a_path(seed: int, skipped: int) -> None:
@@ -85,7 +85,7 @@ def test_a_learner_that_starts_in_the_middle_never_makes_up_a_path(seed: int, sk
         check(trajectory, truth, trajectory.start, trajectory.start + len(trajectory.token_ids), True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), max_tokens=st.integers(MIN_ROWS, 20))
 def test_long_requests_are_cut_into_pieces(seed: int, max_tokens: int) -> None:
     rng = random.Random(seed)

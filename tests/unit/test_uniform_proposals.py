@@ -61,7 +61,7 @@ def uniform_gain(controller: DraftLengthController, drafted: int, proposed: int)
     return tokens * controller.costs.predict(4) / controller.costs.predict(4, drafted, proposed * 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.floats(0, 1),
     st.floats(0, 0.95),
