@@ -1,4 +1,4 @@
-"""docs/aurora_compatibility.md, from the tables in aurora_vllm/interop: ``python -m tools.compatibility_table``."""
+"""Writes docs/aurora_compatibility.md from tables in aurora_vllm/interop: ``python -m tools.compatibility_table``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ With `--aurora-sglang-api` they are answered on vLLM's own host and port. Where 
 
 
 def document() -> str:
-    """The whole file."""
+    """The page's text."""
     parts = [HEAD]
     for section in (*SECTIONS, ""):
         keys = [key for key in KEYS if (key.name.partition(".")[0] if "." in key.name else "") == section]
@@ -46,7 +46,7 @@ def document() -> str:
 
 
 def here(key: Key) -> str:
-    """What becomes of a key."""
+    """The cell that says how a key is honoured."""
     note = f": {key.note}" if key.note else ""
     if key.setting or key.flag:
         return f"`{key.setting or key.flag}`{note}"

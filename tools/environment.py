@@ -1,10 +1,10 @@
-"""The project's virtual environment: made once from a lock file, then recognised by a stamp.
+"""The project's virtual environment: made from a lock file, and then recognised by a stamp.
 
-    python3 tools/environment.py ensure VENV [LOCK]     make it what the lock says; no work when the stamp fits
-    python3 tools/environment.py freeze VENV            print a lock made from it
+    python3 tools/environment.py ensure VENV [LOCK]     install the lock's packages; nothing to do if the stamp matches
+    python3 tools/environment.py freeze VENV            print a lock with the environment's packages
 
-Runs on a bare Python (standard library only), since it is what installs everything else. An install that was
-interrupted goes on where it stopped: packages that were being unpacked are taken back first.
+Needs only the standard library, because it installs everything else. An interrupted installation is resumed: packages
+that were half unpacked are removed first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # "+cpu" builds of tor
 
 
 def ensure(venv: Path, lock: Path) -> None:
-    """Make ``venv`` hold exactly the lock's packages and this checkout, editable."""
+    """Install the lock's packages and, as editable, this checkout into ``venv``; make it first if needed."""
     wanted = hashlib.sha256(lock.read_bytes() + sys.version.encode()).hexdigest()
     stamp, started, checkout = venv / ".stamp", venv / ".started", venv / ".checkout"
     if _text(stamp) != wanted:
@@ -41,7 +41,7 @@ def ensure(venv: Path, lock: Path) -> None:
 
 
 def freeze(venv: Path) -> str:
-    """A lock made from what ``venv`` holds."""
+    """A lock with the packages of ``venv``."""
     command = [str(venv / "bin" / "python"), "-m", "pip", "freeze", "--all", "--exclude-editable"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     header = [line for line in DEFAULT_LOCK.read_text().splitlines() if line.startswith("#")]
@@ -56,21 +56,20 @@ def freeze(venv: Path) -> str:
 
 def _create(venv: Path) -> None:
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").exists():
-        sys.exit(f"{venv} exists and is no virtual environment: move it away, or choose another with VENV=")
-    if sys.version_info < (3, 11):  # noqa: UP036 (this file is run by whatever Python there is)
-        sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: name one with PYTHON=")
+        sys.exit(f"{venv} exists and is not a virtual environment: move it away, or choose another with VENV=")
+    if sys.version_info < (3, 11):  # noqa: UP036 (any Python may run this file)
+        sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: give another with PYTHON=")
     print(f"making {venv}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
 
 
 def _install(venv: Path, lock: Path) -> None:
-    arguments = ["install", "--no-deps", "-r", str(lock)]
     torch = [line for line in lock.read_text().splitlines() if line.startswith("torch==")]
-    # torch first: what pip is already configured with (a mirror, a disk), then PyTorch's own index.
+    # torch first: from where pip is configured to look (a mirror, a folder), else from PyTorch's own index.
     if torch and not _pip(venv, "install", "--no-deps", *torch, check=False):
-        print(f"not where pip looks: taking {torch[0]} from {TORCH_CPU_INDEX}", flush=True)
+        print(f"pip did not find {torch[0]}: installing it from {TORCH_CPU_INDEX}", flush=True)
         _pip(venv, "install", "--no-deps", "--extra-index-url", TORCH_CPU_INDEX, *torch)
-    _pip(venv, *arguments)
+    _pip(venv, "install", "--no-deps", "-r", str(lock))
 
 
 def _pip(venv: Path, *arguments: str, check: bool = True) -> bool:
@@ -78,12 +77,12 @@ def _pip(venv: Path, *arguments: str, check: bool = True) -> bool:
     command = [str(venv / "bin" / "python"), "-m", "pip", *arguments, *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
     if check and done.returncode:
-        sys.exit(f"pip failed ({done.returncode}); the next `make setup` goes on from here: {' '.join(command)}")
+        sys.exit(f"pip failed ({done.returncode}); the next `make setup` resumes here: {' '.join(command)}")
     return done.returncode == 0
 
 
 def _take_back_half_installed(venv: Path) -> None:
-    """pip writes a package's RECORD, complete, as its last act; without that it would still take it for installed."""
+    """Remove packages without a complete RECORD, which pip writes last: it would take them for installed."""
     for site in venv.glob("lib/python*/site-packages"):
         for info in site.glob("*.dist-info"):
             if "INSTALLER" not in _text(info / "RECORD"):
@@ -115,7 +114,7 @@ def main() -> None:
         return
     venv.parent.mkdir(parents=True, exist_ok=True)
     with (venv.parent / f".{venv.name.lstrip('.')}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # two `make` at once: the second waits and finds the work done
+        fcntl.flock(handle, fcntl.LOCK_EX)  # of two `make` at once, the second waits
         ensure(venv, arguments.lock)
 
 

@@ -1,11 +1,11 @@
-"""Another vLLM on a CPU: its Python sources with the installed vLLM's compiled CPU kernels.
+"""Runs another vLLM on a CPU: its Python sources with the installed vLLM's compiled CPU kernels.
 
     python -m tools.other_vllm 0.33.0 build/vllm-0.33.0 --with orjson
     PYTHONPATH=build/vllm-0.33.0 python -m pytest tests/integration        both: make compat VLLM=0.33.0 NEEDS=orjson
 
-A new vLLM is on PyPI as a wheel for CUDA alone; what Aurora wraps is Python, and kernels change slower than it. So the
-integration tests run on it before there is a wheel for CPUs, or without one. It shows what the wrapped code does. It
-shows nothing of the new kernels, and where these are called otherwise than before, vLLM itself ends.
+A new vLLM is on PyPI only as a wheel for CUDA. Aurora wraps only Python code, and kernels change more slowly than that.
+So the integration tests can run on a new vLLM before, or without, a wheel for CPUs. They test the wrapped code, but not
+the new kernels. Where the new code calls a kernel with another signature, vLLM itself fails.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from aurora_vllm.spec_decode.vllm_sources import VllmSources
 
 
 def lay_out(wheel: Path, kernels: Path, out: Path) -> str:
-    """Unpack a wheel of vllm without what is compiled in it, and link the CPU kernels of an installed one into it.
+    """Unpack a wheel of vllm without its compiled files, and link an installed vllm's CPU kernels into it.
 
     Args:
-        wheel: of any platform.
+        wheel: for any platform.
         kernels: directory of the installed vllm.
         out: directory to make.
 
     Returns:
-        Its version, as vLLM will say it: ending in +cpu, which tells vLLM its platform.
+        The version that vLLM will report. It ends in +cpu, by which vLLM recognises its platform.
 
     Raises:
-        AuroraError: ``out`` is there, ``wheel`` is no wheel of vllm, or there are no kernels.
+        AuroraError: ``out`` exists, ``wheel`` is not a wheel of vllm, or there are no kernels.
     """
     if out.exists():
         raise AuroraError(f"{out} exists", "remove it, or name another directory")
@@ -47,7 +47,7 @@ def lay_out(wheel: Path, kernels: Path, out: Path) -> str:
         archive = zipfile.ZipFile(wheel)
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     except (OSError, zipfile.BadZipFile, StopIteration):
-        raise AuroraError(f"{wheel} is no wheel", "give one of vllm") from None
+        raise AuroraError(f"{wheel} is not a wheel", "give one of vllm") from None
     with archive:
         text = archive.read(metadata).decode()
         names = [name for name in archive.namelist() if name.startswith("vllm/") and not name.endswith(".so")]
@@ -62,13 +62,13 @@ def lay_out(wheel: Path, kernels: Path, out: Path) -> str:
 
 
 def main(
-    version: Annotated[str, typer.Argument(help="of vllm on PyPI, or a wheel")],
+    version: Annotated[str, typer.Argument(help="version of vllm on PyPI, or a wheel's file")],
     out: Annotated[Path, typer.Argument(help="directory to make")],
     more: Annotated[
-        list[str] | None, typer.Option("--with", help="a package that it needs and the installed vLLM does not")
+        list[str] | None, typer.Option("--with", help="package that it needs and the installed vLLM does not")
     ] = None,
 ) -> None:
-    """Put another vLLM's Python sources and the installed CPU kernels together."""
+    """Combine another vLLM's Python sources with the installed CPU kernels."""
     try:
         kernels = VllmSources.installed().where / "vllm"
         with tempfile.TemporaryDirectory() as scratch:
@@ -91,7 +91,7 @@ def _pip(command: str, *arguments: str) -> None:
     pip = [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *arguments]
     done = subprocess.run(pip, check=False, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it says nothing"]
+        said = done.stderr.strip().splitlines() or ["no message"]
         raise AuroraError(f"pip {command}: {said[-1].removeprefix('ERROR: ')}", f"see {shlex.join(pip)}")
 
 

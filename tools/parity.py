@@ -1,10 +1,10 @@
-"""Compare this learner's objective with recorded numbers of Aurora's release.
+"""Compares this learner's objective with recorded results of Aurora's release.
 
     python -m tools.parity CASE.json
 
 A case is ``CASE.json`` (sizes, losses) with ``CASE.safetensors`` beside it: inputs ``in.*``, frozen
 ``target.lm_head``, weights ``draft.*`` and gradients ``grad.*`` under Hugging Face EAGLE-3 names. Prints the
-differences as JSON. Exit code 0 within tolerance, 1 above it, 2 when the case cannot be read.
+differences as JSON. Exit code: 0 within tolerance, 1 above it, 2 if the case cannot be read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GRADIENT_TOLERANCE = 1e-3  # relative, of each gradient tensor
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded case, ready to run."""
+    """A recorded case, loaded."""
 
     draft: Eagle3Draft
     head: TargetHead
@@ -85,7 +85,7 @@ def load_case(path: Path) -> Case:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Run the objective with the release's semantics and report the differences."""
+    """Run the objective with the release's semantics, and return the differences."""
     output = ttt_loss(case.draft, case.head, case.batch, case.ttt_length, semantics="aurora-release")
     output.total.backward()
     found = {name: parameter.grad for name, parameter in case.draft.named_parameters()}
@@ -159,7 +159,7 @@ def _check(case: Case, path: Path) -> None:
         found[f"grad.{name}"] = (list(gradient.shape), trained.get(name, []))
     for name, (shape, wanted) in found.items():
         if shape != wanted:
-            raise AuroraError(f"the case {path} has {name} of shape {shape}, its sizes say {wanted}")
+            raise AuroraError(f"the case {path} has {name} of shape {shape}; its sizes require {wanted}")
     if missing := sorted(trained.keys() - case.gradients.keys()):
         raise AuroraError(f"the case {path} has no tensor grad.{missing[0]}")
     if int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
@@ -167,7 +167,7 @@ def _check(case: Case, path: Path) -> None:
 
 
 def _relative(found: torch.Tensor | None, wanted: torch.Tensor) -> float:
-    """Largest absolute difference over the largest absolute value, or the same of the 2-norms: whichever is worse."""
+    """Relative difference: by the largest absolute values or by the 2-norms, whichever is greater."""
     difference = (found if found is not None else torch.zeros_like(wanted)) - wanted
     by_element = float(difference.abs().max()) / max(float(wanted.abs().max()), 1e-30)
     by_norm = float(difference.norm()) / max(float(wanted.norm()), 1e-30)

@@ -1,4 +1,4 @@
-"""docs/settings.md, its table from AuroraConfig: ``python -m tools.settings_table`` brings it up to date."""
+"""Updates the table in docs/settings.md from AuroraConfig: ``python -m tools.settings_table``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BEGIN, END = "<!-- settings: python -m tools.settings_table -->\n", "<!-- end of
 
 
 def table() -> str:
-    """Every field of AuroraConfig as a row."""
+    """The table, with a row for every field of AuroraConfig."""
     rows = ["| key | default | what |", "|---|---|---|"]
     for name, field in AuroraConfig.model_fields.items():
         rows.append(f"| `{name}` | {_default(field.default)} | {field.description} |")
@@ -20,7 +20,7 @@ def table() -> str:
 
 
 def with_table(document: str) -> str:
-    """The document's text with the table of now."""
+    """The document's text with the current table."""
     before, _, rest = document.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + table() + END + after

@@ -67,7 +67,7 @@ def test_an_interrupted_install_goes_on(
 
 def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("x")
-    with pytest.raises(SystemExit, match="no virtual environment"):
+    with pytest.raises(SystemExit, match="not a virtual environment"):
         environment._create(tmp_path)
     assert (tmp_path / "precious.txt").exists()
 

