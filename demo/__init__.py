@@ -1,1 +1,1 @@
-"""The demo: a small pretrained model, real prompts, and the loop seen from outside."""
+"""The demo: a small pretrained model, real prompts, and a view of the loop from outside the server."""

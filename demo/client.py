@@ -1,4 +1,4 @@
-"""Sends prompts to a server, a fixed number at a time, as a block that is timed as a whole."""
+"""Sends a block of prompts to a server, a fixed number at a time, and times the block as a whole."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Answer:
 
     prompt: Prompt
     at: float  # seconds since its block began
-    tokens: int  # generated
+    tokens: int  # generated ones
     text: str
 
 
 @dataclass
 class Block:
-    """Requests that were sent to one server without a pause."""
+    """Requests that were sent to one server without a pause between them."""
 
     arm: str
     concurrency: int
@@ -56,8 +56,8 @@ async def drive(
     """Send the prompts, ``concurrency`` at a time.
 
     Args:
-        finished: called for each answer.
-        until: ``time.monotonic()`` after which nothing new is sent.
+        finished: called with each answer.
+        until: value of ``time.monotonic()`` after which no further prompt is sent.
 
     Raises:
         httpx.HTTPError: a request failed.

@@ -1,4 +1,4 @@
-"""From blocks and samples to the demo's figures. Pure functions."""
+"""Computes the demo's figures from blocks and samples. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from demo.client import Block
 from demo.watch import Sample
 
-LIVE_DRAFTS = 100  # verifications below which live acceptance says too little
+LIVE_DRAFTS = 100  # verifications needed for a live acceptance length
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The same prompts through both servers, one after the other."""
+    """The same prompts, sent to both servers one after the other."""
 
     plain: Block
     aurora: Block
@@ -34,21 +34,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """An acceptance length (bonus token included) and where it was taken from."""
+    """An acceptance length (bonus token included) and its source."""
 
     length: float
     source: str  # "live": vLLM's verdicts at the full K; "shadow": the learner's simulation on the same traffic
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"length": self.length, "source": self.source}
-
 
 def acceptance(samples: Sequence[Sample], first: float, last: float, max_draft_length: int) -> Acceptance | None:
-    """Acceptance length of a part of the run: [first, last] of the requests, as shares of all.
+    """Acceptance length in a part of the run: the requests from ``first`` to ``last``, as shares of all.
 
-    Live where the server drafted the full K nearly all the time of that part and copied nothing (copies count in what
-    is accepted, and may be longer than K); else the mean of the learner's simulation of the version in use, which is
-    always at the full K. None without either.
+    It is live if the server drafted the full K in nearly all verifications of that part and copied nothing: accepted
+    tokens include copies, which may be longer than K. Else it is the mean of the learner's simulation, which is always
+    at the full K. None if there is neither.
     """
     if not samples:
         return None
@@ -66,7 +63,7 @@ def acceptance(samples: Sequence[Sample], first: float, last: float, max_draft_l
 
 
 def rate_figures(name: str, pairs: Sequence[Pair]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Median ratio under ``name`` and both rates; the spread holds every block."""
+    """Medians of the ratio, under ``name``, and of both rates; the spread holds every block's value."""
     if not pairs:
         return {}, {}
     series = {
@@ -80,6 +77,6 @@ def rate_figures(name: str, pairs: Sequence[Pair]) -> tuple[dict[str, float], di
 
 
 def overall_ratio(pairs: Sequence[Pair]) -> float:
-    """All tokens over all seconds, one arm over the other."""
+    """Aurora's overall rate (all tokens over all seconds) over plain vLLM's."""
     plain = sum(p.plain.tokens for p in pairs) / sum(p.plain.seconds for p in pairs)
     return sum(p.aurora.tokens for p in pairs) / sum(p.aurora.seconds for p in pairs) / plain

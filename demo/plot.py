@@ -14,7 +14,7 @@ PLAIN, AURORA, MARK = "#7f7f7f", "#1f77b4", "#d62728"
 def plot(
     path: Path, samples: Sequence[Sample], points: Sequence[Point], figures: Mapping[str, float], day0_requests: int
 ) -> None:
-    """Write the picture. ``samples`` and ``points`` are those of the learning phase."""
+    """Write the plot. ``samples`` and ``points`` are those of the learning phase."""
     import matplotlib
 
     matplotlib.use("Agg")

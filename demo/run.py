@@ -1,8 +1,8 @@
-"""``make demo``: a server that starts with no draft and learns one from what it serves, beside plain vLLM.
+"""``make demo``: a server that starts without a draft and learns one from its traffic, compared with plain vLLM.
 
-Both servers run with the same flags. They take turns, so that neither disturbs the other: while plain vLLM is asked,
-the learner of the other one is stopped (SIGSTOP); while Aurora is asked, its learner runs, under its own budget, and is
-part of what is measured.
+Both servers run with the same flags. They take turns, so that neither disturbs the other. During plain vLLM's turns
+Aurora's learner is stopped (SIGSTOP). During Aurora's turns the learner runs within its budget, so its cost is included
+in what is measured.
 """
 
 from __future__ import annotations
@@ -34,46 +34,46 @@ from demo.watch import Progress, Watcher
 from demo.workload import Kind, Prompt, Workload, load
 
 FLAGS = flags(max_num_seqs=8)
-MAX_DRAFT_LENGTH = 3  # aurora's default K, which nothing here changes
+MAX_DRAFT_LENGTH = 3  # aurora's default, which is used here
 LEARN_CONCURRENCY = 4
-# Twice the default, and not bounded by what speculation earns: minutes have to show what else comes in an hour or two.
+# Twice the default, and not bounded by what speculation gains: shows in minutes what otherwise takes an hour or two.
 LEARNER = ("--aurora-learner-cpu-share", "0.1", "--aurora-learner-least-share", "0.1")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """The size of a run."""
 
     minutes: float = 14.0
     max_tokens: int = 96
     day0_blocks: int = 5
-    day0_prompts: int = 10  # in a block
+    day0_prompts: int = 10  # per block
     pairs: int = 4  # of measured blocks, at each concurrency
-    prompts_c1: int = 3
+    prompts_c1: int = 3  # per measured block
     prompts_c4: int = 8
-    measure_s: float = 270.0  # kept free for measuring
+    measure_s: float = 270.0  # reserved for measuring
 
     @classmethod
     def quick(cls, minutes: float) -> Plan:
-        """Everything once and short: shows that it works, not how well."""
+        """A short run, which shows that everything works, not how well."""
         return cls(minutes, 64, 2, 4, 2, 1, 4, 60.0)
 
 
 class Demo:
-    """One run, from starting the servers to the measured blocks."""
+    """One run, from the start of the servers to the measured blocks."""
 
     def __init__(self, plan: Plan, workload: Workload, console: Console, out: Path) -> None:
         self.plan, self._workload, self._console = plan, workload, console
         self.progress = Progress()
         self.day0: list[Pair] = []
         self.measured: dict[int, list[Pair]] = {1: [], 4: []}
-        self.learned = 0  # requests of the learning phase
-        self.learning_samples = 0  # of progress.samples, how many belong to it
+        self.learned = 0  # requests that Aurora served until the end of the learning phase
+        self.learning_samples = 0  # progress.samples until then
         self._fleet = Fleet(ENVIRONMENT, out)
         self._deadline = time.monotonic() + plan.minutes * 60
 
     def run(self, model: Path) -> None:
-        """Everything; the servers are gone when it returns or raises.
+        """Run everything; no server is left when this returns or raises.
 
         Raises:
             ServerFailed, httpx.HTTPError: a server ended or refused a request.
@@ -103,12 +103,12 @@ class Demo:
         self.progress.detail = ""
 
     def _day0(self) -> None:
-        """The first requests, through both servers in turn: what does it cost to start without a draft?"""
+        """The first requests, sent to both servers in turn: what does it cost to start without a draft?"""
         self._stream = itertools.cycle(self._workload.learn)
         self.progress.phase = "day 0"
         for i in range(self.plan.day0_blocks):
             if i and time.monotonic() > self._deadline - 0.5 * self.plan.minutes * 60:
-                break  # a machine this slow gets fewer, not a longer demo
+                break  # on a slow machine there are fewer blocks, so the demo takes no longer
             self.progress.detail = f"block {i + 1} of {self.plan.day0_blocks}, both servers, same prompts"
             self.day0.append(
                 self._pair(list(itertools.islice(self._stream, self.plan.day0_prompts)), LEARN_CONCURRENCY, i)
@@ -121,7 +121,7 @@ class Demo:
         self.learning_samples = len(self.progress.samples)
 
     def _measure(self) -> None:
-        """Prompts nobody served before; both servers in turn, both concurrencies in turn."""
+        """Unseen prompts; both servers in turn, both concurrencies in turn."""
         self.progress.phase = "measuring"
         unseen = iter(self._workload.unseen)
         sizes = {1: self.plan.prompts_c1, 4: self.plan.prompts_c4}
@@ -134,7 +134,7 @@ class Demo:
                 break
 
     def _pair(self, prompts: list[Prompt], concurrency: int, turn: int) -> Pair:
-        """The same prompts through both; who goes first alternates."""
+        """Send the same prompts to both servers; the one that goes first alternates."""
         order = ("plain", "aurora") if turn % 2 == 0 else ("aurora", "plain")
         return Pair(**{arm: self._block(arm, prompts, concurrency) for arm in order})
 
@@ -155,7 +155,7 @@ class Demo:
             )
 
     def results(self) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
-        """Figures, their spread, and what else belongs into the report."""
+        """Figures, their spread, and further entries of the report."""
         values: dict[str, float] = {}
         spread: dict[str, Any] = {}
         extra: dict[str, Any] = {}
@@ -191,7 +191,7 @@ class Demo:
 
 def summary(values: dict[str, float], extra: dict[str, Any]) -> Table:
     """The closing table."""
-    table = Table("figure", "value", "what it says", title="aurora_vllm demo")
+    table = Table("figure", "value", "meaning", title="aurora_vllm demo")
     source = {name: extra.get(f"acceptance_length_{name}_source", "unknown") for name in ("first", "last")}
     rows = {
         "acceptance_length_first": f"first quarter of the learning phase, K=3 ({source['first']})",
@@ -200,8 +200,8 @@ def summary(values: dict[str, float], extra: dict[str, Any]) -> Table:
         "speedup_c1": "unseen prompts over plain vLLM, concurrency 1, learner running",
         "speedup_c4": "the same at concurrency 4",
         "speedup_c1_changed_answers": "greedy answers that differ from plain vLLM's, concurrency 1",
-        "swaps": "new draft weights taken over while serving",
-        "requests_learned_from": "requests of the learning phase",
+        "swaps": "swaps of draft weights while serving",
+        "requests_learned_from": "requests until the end of the learning phase",
     }
     for name, meaning in rows.items():
         shown_value = (
@@ -212,15 +212,15 @@ def summary(values: dict[str, float], extra: dict[str, Any]) -> Table:
 
 
 def main(
-    minutes: Annotated[float | None, typer.Option(help="how long it may take [default: 14, with --quick 5]")] = None,
-    json: Annotated[Path, typer.Option(help="where the figures go; the plot lies beside them")] = Path(
+    minutes: Annotated[float | None, typer.Option(help="longest duration [default: 14, with --quick 5]")] = None,
+    json: Annotated[Path, typer.Option(help="file for the report; the plot is written beside it")] = Path(
         "build/demo/result.json"
     ),
-    seed: Annotated[int, typer.Option(help="order of the prompts")] = 0,
+    seed: Annotated[int, typer.Option(help="of the order of the prompts")] = 0,
     workload: Annotated[str, typer.Option(help="humaneval, gsm8k or mixed")] = "humaneval",
-    quick: Annotated[bool, typer.Option(help="everything once and short: shows that it works, not how well")] = False,
+    quick: Annotated[bool, typer.Option(help="a short run, which shows that everything works, not how well")] = False,
 ) -> None:
-    """Serve, learn, swap, measure: one server with Aurora and no draft, one without, the same prompts."""
+    """Serve, learn, swap, measure: a server with Aurora and no draft against plain vLLM, on the same prompts."""
     end_on_signals()
     console = Console()
     plan = Plan.quick(minutes or 5.0) if quick else Plan(minutes or 14.0)

@@ -1,4 +1,4 @@
-"""Servers as child processes: started on free ports, asked over HTTP, ended whatever happens."""
+"""Servers as child processes: started on free ports, queried over HTTP, ended whatever happens."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ STOP_S = 20.0  # from SIGINT to SIGKILL
 
 
 class ServerFailed(Exception):
-    """A server ended, or never came up; the message holds the end of its log."""
+    """A server ended or did not come up; the message has the end of its log."""
 
 
 class Server:
-    """One ``python -m aurora_vllm.entrypoint``, its log in a file."""
+    """One ``python -m aurora_vllm.entrypoint``, with its log in a file."""
 
     def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         """
         Args:
-            name: what the demo calls it.
-            arguments: after ``python -m aurora_vllm.entrypoint``; host and port are added.
-            log: gets stdout and stderr.
-            environment: added to this process's.
+            name: for messages.
+            arguments: of ``python -m aurora_vllm.entrypoint``; host and port are added.
+            log: file for stdout and stderr.
+            environment: variables in addition to this process's.
         """
         self.name, self.log = name, log
         self.url = f"http://127.0.0.1:{_free_port()}"
@@ -44,7 +44,7 @@ class Server:
         self.shared_memory_before = leftovers.names()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
-            # A session of its own: Ctrl-C in the terminal is for the demo, which then ends the servers.
+            # In a session of its own, so that Ctrl-C in the terminal reaches only this process, which ends the servers.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -59,7 +59,7 @@ class Server:
         return self._process.pid
 
     def is_up(self) -> bool:
-        """Whether it answers.
+        """Whether it answers requests.
 
         Raises:
             ServerFailed: it has ended.
@@ -72,7 +72,7 @@ class Server:
             return False
 
     def status(self) -> dict[str, Any]:
-        """``GET /aurora/status``; empty where it does not answer in time."""
+        """``GET /aurora/status``; empty if it does not answer in time."""
         try:
             response = httpx.get(f"{self.url}/aurora/status", timeout=5)
             return response.json() if response.status_code == 200 else {}
@@ -84,15 +84,15 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End it and all it started; idempotent."""
+        """End it with all processes that it started; idempotent."""
         end_trees([self])
 
 
 def wait_up(servers: Sequence[Server], timeout_s: float, tick: Callable[[float], None]) -> None:
-    """Wait until all answer; ``tick`` is called about once a second with the seconds waited.
+    """Wait until all answer. ``tick`` is called about once a second with the seconds waited.
 
     Raises:
-        ServerFailed: one ended or is not up in time.
+        ServerFailed: one ended or was not up in time.
     """
     started = time.monotonic()
     waiting = list(servers)
@@ -105,14 +105,14 @@ def wait_up(servers: Sequence[Server], timeout_s: float, tick: Callable[[float],
 
 
 def end_trees(servers: Sequence[Server]) -> None:
-    """Ctrl-C to the servers, SIGKILL to whatever of theirs is left, then shared memory that was left behind.
+    """End servers by SIGINT, kill processes of theirs that remain, and remove shared memory that was left behind.
 
-    SIGINT to the whole process group, as a terminal sends it: while the engine starts, vLLM's server process waits for
-    it and hears no signal of its own.
+    SIGINT goes to the whole process group, as from a terminal: while the engine starts, vLLM's server process waits for
+    it and does not react to a signal of its own.
     """
     family = {process for server in servers for process in _tree(server.pid)}
     for process in family:
-        _signal(process, signal.SIGCONT)  # a stopped process would hear it only later
+        _signal(process, signal.SIGCONT)  # a stopped process would not handle SIGINT
     for server in servers:
         if server._process.poll() is None:
             os.killpg(server.pid, signal.SIGINT)
@@ -137,8 +137,8 @@ def end_trees(servers: Sequence[Server]) -> None:
 
 @contextmanager
 def paused(pid: int) -> Iterator[None]:
-    """Stop a process (0: none) while a block of code runs. Used on the learner, so that it does not slow down the
-    baseline that is being measured; its supervisor only sees that it lives."""
+    """Stop a process (0: none) while a block of code runs. Used for the learner, so that it does not slow down the
+    baseline. Its supervisor does not notice: the process is alive."""
     process = psutil.Process(pid) if pid and psutil.pid_exists(pid) else None
     try:
         if process is not None:

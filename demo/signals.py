@@ -1,4 +1,4 @@
-"""Ctrl-C, a closed terminal and SIGTERM: one way out, which cleaning up is not thrown out of."""
+"""Ctrl-C, a closed terminal and SIGTERM end the program in the same way, and do not interrupt the clean-up."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end_on_signals() -> None:
-    """From here on every ending signal raises SystemExit in the main thread, with the shell's exit code for it."""
+    """From now on, every ending signal raises SystemExit in the main thread, with the shell's exit code for it."""
     for number in ENDINGS:
         signal.signal(number, _end)
 
 
 @contextmanager
 def held() -> Iterator[list[int]]:
-    """Keep ending signals back while the block runs; yields the list of those that came. They are not sent again."""
+    """Hold ending signals back while the block runs. Yields the list of those that arrive; they are not sent again."""
     came: list[int] = []
     previous = {number: signal.signal(number, lambda n, _: came.append(n)) for number in ENDINGS}
     try:

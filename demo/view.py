@@ -22,7 +22,7 @@ VERSIONS_SHOWN = 6
 
 @contextmanager
 def shown(progress: Progress, console: Console, deadline: float) -> Iterator[None]:
-    """Show the progress while the block runs. ``deadline``: of ``time.monotonic()``, when the demo wants to be done."""
+    """Show the progress while the block runs. deadline: value of ``time.monotonic()`` at which the demo should end."""
     if console.is_terminal:
         with Live(
             get_renderable=lambda: panel(progress, deadline), console=console, refresh_per_second=4, transient=True
@@ -38,7 +38,7 @@ def shown(progress: Progress, console: Console, deadline: float) -> Iterator[Non
 
 
 class _Lines(threading.Thread):
-    """A line at every change of phase or version, and every 20 s."""
+    """Prints a line at every change of phase or version, and every 20 s."""
 
     def __init__(self, progress: Progress, console: Console, deadline: float) -> None:
         super().__init__(name="lines", daemon=True)
@@ -115,7 +115,7 @@ def _versions(status: dict[str, Any]) -> Table:
 
 
 def _state(progress: Progress) -> str:
-    # The baseline is measured with the learner stopped, which the server can only report as silence.
+    # While the baseline is measured, the learner is stopped; its server cannot tell that.
     return "paused for the baseline" if progress.arm == "plain" else str(progress.status["learner"]["state"])
 
 

@@ -1,4 +1,4 @@
-"""What the demo knows while it runs: samples of ``/aurora/status``, and the answers as they come in."""
+"""The demo's state while it runs: samples of ``/aurora/status``, and the answers as they arrive."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from demo.client import Answer
 from demo.servers import Server
 
 RATE_WINDOW = 12  # answers
+EVERY_S = 1.0  # between two samples
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The status at one moment, as far as figures and the plot need it."""
+    """The parts of a status that figures and the plot need."""
 
-    requests: int  # answered by the learning server until then
+    requests: int  # that the learning server has answered
     live_version: int
     draft_length: int
     swaps: int
-    shadow_length: (
-        float | None
-    )  # the learner's simulated acceptance length of the version it evaluates; None without evidence
-    drafts: int  # verifications so far, all versions and copies
+    # The acceptance length that the learner simulates for the version it evaluates; None without evidence.
+    shadow_length: float | None
+    drafts: int  # verifications so far, of all versions and of copies
     draft_tokens: int
     accepted: int
-    copied_drafts: int = 0  # those of tokens copied from the request
+    copied_drafts: int = 0  # verifications of copies
     copied_accepted: int = 0
 
     @classmethod
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass
 class Point:
-    """An answer of the learning phase: the x of the plot, and the rate around it."""
+    """A point of the plot: the requests answered until then, and the rate of the latest answers."""
 
     requests: int
     tokens_per_s: float
@@ -61,27 +61,27 @@ class Point:
 
 @dataclass
 class Progress:
-    """Shared by the run, the watcher and the view. One writer a field; readers take what is there."""
+    """Shared by the run, the watcher and the view. Each field has one writer, so there is no lock."""
 
     phase: str = "starting"
     detail: str = ""
-    arm: str = ""  # who is being asked right now
+    arm: str = ""  # which server gets requests now
     requests: dict[str, int] = field(default_factory=lambda: {"plain": 0, "aurora": 0})
     rates: dict[str, float] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     _recent: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
-    _busy: dict[str, float] = field(default_factory=dict)  # seconds of earlier blocks: pauses do not count as slowness
+    _busy: dict[str, float] = field(default_factory=dict)  # seconds in earlier blocks; pauses do not count
     _last: dict[str, float] = field(default_factory=dict)
 
     def block_begins(self, arm: str) -> None:
-        """Only the time inside blocks counts for rates."""
+        """The arm's next block begins. Only the time in blocks counts for rates."""
         self.arm = arm
         self._busy[arm] = self._last.get(arm, 0.0)
 
     def answered(self, arm: str, answer: Answer) -> None:
-        """Count an answer and bring the arm's rate up to date."""
+        """Count an answer and update the arm's rate."""
         self.requests[arm] += 1
         now = self._busy.get(arm, 0.0) + answer.at
         self._last[arm] = now
@@ -94,27 +94,27 @@ class Progress:
             self.points.append(Point(self.requests[arm], self.rates.get(arm, 0.0)))
 
     def seen(self, status: dict[str, Any]) -> None:
-        """A status of the learning server."""
+        """Take a status of the learning server."""
         self.samples.append(Sample.of(status, self.requests["aurora"]))
         self.status = status
 
 
 class Watcher(threading.Thread):
-    """Asks a server for its status once a second."""
+    """Queries a server's status once a second."""
 
-    def __init__(self, server: Server, seen: Callable[[dict[str, Any]], None], every_s: float = 1.0) -> None:
+    def __init__(self, server: Server, seen: Callable[[dict[str, Any]], None]) -> None:
         """
         Args:
-            seen: called for each status, from this thread.
+            seen: called with each status, in this thread.
         """
         super().__init__(name="watcher", daemon=True)
-        self._server, self._seen, self._every_s = server, seen, every_s
+        self._server, self._seen = server, seen
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        while not self._stopping.wait(self._every_s):
+        while not self._stopping.wait(EVERY_S):
             status = self._server.status()
-            if "versions" in status:  # nothing where the server does not answer
+            if "versions" in status:  # the server answered
                 self._seen(status)
 
     def stop(self) -> None:

