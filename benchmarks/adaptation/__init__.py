@@ -1,1 +1,1 @@
-"""``python -m benchmarks.adaptation``: a server that learns against others, in one run, with the same prompts."""
+"""``python -m benchmarks.adaptation``: compares a server that learns with others, in one run, on the same prompts."""

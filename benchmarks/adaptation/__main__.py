@@ -1,11 +1,11 @@
-"""Does it pay? A server that learns, against plain vLLM, n-gram, suffix decoding and a draft that does not learn on.
+"""Does it pay? A server that learns, against plain vLLM, n-gram, suffix decoding and a draft that stopped learning.
 
     python -m benchmarks.adaptation --json benchmarks/results/adaptation.json
     python -m benchmarks.results_page                                            # docs/results.md from it
 
-About 55 minutes on 2 cores. Every arm is a server; vLLM's own benchmark client asks them in turn, the same prompts with
-the same seed, window after window. The JSON is written after every window, so a run that was cut short keeps what it
-measured. ``--smoke`` shows in a minute that it works, not how well.
+Takes about 55 minutes on 2 cores. Every arm is a server. vLLM's own benchmark client sends them the same prompts with
+the same seed, one arm after the other, window after window. The JSON is written after every window, so an interrupted
+run keeps its results. ``--smoke`` takes a minute and shows only that everything works.
 """
 
 from __future__ import annotations
@@ -35,32 +35,41 @@ from demo.signals import end_on_signals
 
 
 def main(
-    json: Annotated[Path, typer.Option(help="where the figures go; plots and the servers' logs lie beside it")] = Path(
+    json: Annotated[Path, typer.Option(help="file for the report; plots and logs are written beside it")] = Path(
         "build/bench/adaptation.json"
     ),
-    workloads: Annotated[str, typer.Option(help="some of them, separated by commas")] = ",".join(WORKLOADS),
-    arms: Annotated[str, typer.Option(help="some of them, separated by commas")] = ",".join(ARMS),
+    workloads: Annotated[str, typer.Option(help="workloads to run, separated by commas")] = ",".join(WORKLOADS),
+    arms: Annotated[str, typer.Option(help="arms to run, separated by commas")] = ",".join(ARMS),
     prompts: Annotated[
-        Path | None, typer.Option(help='these instead: {"prompt": ...} or {"turns": [...]}, one a line')
+        Path | None,
+        typer.Option(help='file of prompts to use instead, one {"prompt": ...} or {"turns": [...]} per line'),
     ] = None,
     static_draft: Annotated[
         Path | None, typer.Option(help="EAGLE-3 draft of the static arm [default: what aurora learned]")
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="requests of a window")] = Sizes.window,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = Sizes.answer_tokens,
-    learn_windows: Annotated[int, typer.Option(min=0, help="of day 0, before measuring")] = Sizes.learn_windows,
-    measure_windows: Annotated[int, typer.Option(min=0, help="of day 0, at each concurrency")] = Sizes.measure_windows,
-    domain_windows: Annotated[int, typer.Option(min=1, help="of each domain after a shift")] = Sizes.domain_windows,
-    other_windows: Annotated[int, typer.Option(min=0, help="of mixed, sampled and crowd")] = Sizes.other_windows,
-    plain_every: Annotated[int, typer.Option(min=1, help="learning windows that plain vLLM gets too")] = (
+    window: Annotated[int, typer.Option(min=1, help="requests per window")] = Sizes.window,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="longest answer, in tokens")] = Sizes.answer_tokens,
+    learn_windows: Annotated[int, typer.Option(min=0, help="windows of day0 before it is measured")] = (
+        Sizes.learn_windows
+    ),
+    measure_windows: Annotated[int, typer.Option(min=0, help="measured windows of day0 at each concurrency")] = (
+        Sizes.measure_windows
+    ),
+    domain_windows: Annotated[int, typer.Option(min=1, help="windows of each domain after a shift")] = (
+        Sizes.domain_windows
+    ),
+    other_windows: Annotated[
+        int, typer.Option(min=0, help="windows of mixed and of sampled; crowd gets twice as many")
+    ] = Sizes.other_windows,
+    plain_every: Annotated[int, typer.Option(min=1, help="plain vLLM gets every so many learning windows")] = (
         Sizes.plain_every
     ),
     seed: Annotated[int, typer.Option(help="of the order of the prompts, and of sampling")] = 0,
     deeper: Annotated[
-        int, typer.Option(min=0, help="layers added to the target that change nothing but how long its step takes")
+        int, typer.Option(min=0, help="layers to add to the target, which change only how long its step takes")
     ] = 0,
     eager: Annotated[bool, typer.Option(help="no compilation, for all arms")] = False,
-    smoke: Annotated[bool, typer.Option(help="plain vLLM and aurora, eager, everything tiny")] = False,
+    smoke: Annotated[bool, typer.Option(help="only plain vLLM and aurora, eager, with tiny windows")] = False,
 ) -> None:
     """Measure worst_window_ratio, day0_speedup_c1, day0_speedup_c4, shift_speedup, k0_ratio and over_suffix."""
     end_on_signals()
@@ -76,9 +85,9 @@ def main(
             absent, wanted = missing() | without, _names("workload", workloads, WORKLOADS)
         slots = make_plan(wanted, sizes, found, [name for name in names if name not in absent], seed)
         if static_draft is not None and not static_draft.is_dir():
-            raise AuroraError(f"--static-draft {static_draft} is no directory", "give an EAGLE-3 draft")
+            raise AuroraError(f"--static-draft {static_draft} is not a directory", "give an EAGLE-3 draft")
         if not slots:
-            raise AuroraError("nothing is left to measure", "choose more arms or workloads")
+            raise AuroraError("nothing to measure", "choose more arms or workloads")
     except AuroraError as error:
         raise SystemExit(report(error)) from None
     _measure(slots, sizes, names, absent, json, static_draft, deeper, eager, seed)

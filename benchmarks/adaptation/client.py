@@ -1,8 +1,8 @@
 """vLLM's own ``vllm bench serve``, called as a module.
 
-Its ``benchmark`` is called, not its command line: reading prompts from a file there needs pandas, which vLLM's CPU
-wheel does not bring, and a tokenizer for every window. What it measures is the same: streamed chat completions, first
-token, every gap between two pieces, and tokens as the server counts them.
+The function ``benchmark`` is called, not the command line: to read prompts from a file, the latter needs pandas, which
+vLLM's CPU wheel does not install, and a tokenizer for every window. The measurements are the same: streamed chat
+completions, time to the first token, every gap between two chunks, and tokens as counted by the server.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from demo.workload import Prompt
 
 
 def load() -> Any:
-    """The module ``vllm.benchmarks.serve``. The first call takes seconds of CPU, which belong into nobody's window."""
-    with contextlib.redirect_stdout(io.StringIO()):  # vLLM logs while it is imported, and from then on where it did
+    """The module ``vllm.benchmarks.serve``. The first call takes seconds of CPU, so it is made before any window."""
+    with contextlib.redirect_stdout(io.StringIO()):  # vLLM's logger keeps the stdout that it found at import
         from vllm.benchmarks import serve
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of a window that is cut short it reports open sessions
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # would report open sessions of an interrupted window
     return serve
 
 
 def bench(
     url: str, prompts: Sequence[Prompt], concurrency: int, answer_tokens: int, temperature: float, seed: int
 ) -> dict[str, Any]:
-    """Send the prompts, ``concurrency`` at a time, in order; the result of vLLM's ``benchmark``.
+    """Send the prompts in order, ``concurrency`` at a time. Returns the result of vLLM's ``benchmark``.
 
-    Lists hold a value a request: ``ttfts`` and ``latencies`` in seconds, ``output_lens`` in tokens (0: it failed).
+    Its lists hold one value per request: ``ttfts`` and ``latencies`` in seconds, ``output_lens`` in tokens (0: failed).
     """
     serve = load()
     requests = [
         serve.SampleRequest(prompt.text, 0, answer_tokens, request_id=str(i)) for i, prompt in enumerate(prompts)
     ]
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a report of its own
+    with contextlib.redirect_stdout(io.StringIO()):  # ``benchmark`` prints a report
         result: dict[str, Any] = asyncio.run(
             serve.benchmark(
                 task_type=serve.TaskType.GENERATION,
@@ -62,7 +62,7 @@ def bench(
                 lora_modules=None,
                 extra_headers=None,
                 extra_body={"temperature": temperature, "seed": seed},
-                ready_check_timeout_sec=0,  # the first prompt would be sent twice
+                ready_check_timeout_sec=0,  # no check: it would send the first prompt twice
             )
         )
     return result

@@ -1,7 +1,7 @@
-"""From windows to figures. Pure functions; a figure whose windows were not run is absent.
+"""Computes figures from windows. Pure functions; a figure whose windows were not run is absent.
 
-A ratio of two arms is always over slots that both ran, the same prompts one arm after the other: all tokens over all
-seconds of the one, over the same of the other. The spread of a figure holds the ratio of every single slot.
+A ratio of two arms covers the slots that both ran, where they got the same prompts one after the other. It is the
+quotient of their overall rates: all tokens over all seconds. The spread of a figure holds the ratio of each slot.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from typing import Any
 from benchmarks.adaptation.plan import MEASURE
 
 Pair = tuple["Window", "Window"]
-COPIES = "copies"  # stands in a row's place of the version
+COPIES = "copies"  # in place of a version
 
 
 @dataclass(frozen=True)
 class Window:
     """One arm's turn at a slot."""
 
-    slot: int  # running number; the arms of a slot share it
+    slot: int  # the slot's index in the plan, the same for all its arms
     workload: str
     part: str
     domain: str
     concurrency: int
     temperature: float
     arm: str
-    first_request: int  # requests the learning arm had been sent before this slot
+    first_request: int  # requests sent to the learning arm before this slot
     requests: int
     failed: int
     tokens: int  # generated
     seconds: float
     ttft_ms: dict[str, float]  # mean, p50, p99
-    tpot_ms: dict[str, float]  # of requests: time after the first token over the tokens after it
-    itl_ms: dict[str, float]  # of gaps between two pieces of an answer
+    tpot_ms: dict[str, float]  # over requests: time after the first token, divided by the tokens after it
+    itl_ms: dict[str, float]  # over gaps between two chunks of an answer
     acceptance_length: float | None = None  # bonus token included; None where nothing was drafted
     versions: list[dict[str, Any]] = field(default_factory=list)  # {"version", "drafts", "acceptance_length"}
-    copied: dict[str, Any] = field(default_factory=dict)  # {"drafts", "acceptance_length"} of copies; the draft's above
-    draft_lengths: list[list[float]] = field(default_factory=list)  # [seconds, K], where it changed
-    drafting_share: float | None = None  # of the engine's steps, how many verified a draft
+    copied: dict[str, Any] = field(default_factory=dict)  # {"drafts", "acceptance_length"}; versions have no copies
+    draft_lengths: list[list[float]] = field(default_factory=list)  # [seconds, K] at each change of K
+    drafting_share: float | None = None  # share of the engine's steps that verified drafts
     swaps: list[float] = field(default_factory=list)  # seconds
     learner: dict[str, Any] = field(default_factory=dict)  # {"cpu_share", "steps", "state", ...}
 
@@ -50,7 +50,7 @@ class Window:
 
 
 def figures(windows: Sequence[Window]) -> tuple[dict[str, float], dict[str, Any]]:
-    """All figures that these windows give, and the ratios behind each."""
+    """All figures of these windows, and the ratios of the slots behind each."""
     values: dict[str, float] = {}
     spread: dict[str, Any] = {}
 
@@ -81,7 +81,7 @@ def figures(windows: Sequence[Window]) -> tuple[dict[str, float], dict[str, Any]
 def pairs(
     windows: Iterable[Window], arm: str, base: str, where: Callable[[Window], bool] = lambda window: True
 ) -> list[Pair]:
-    """The two arms' windows of every slot in which both answered as many requests, in order."""
+    """The two arms' windows of every slot in which both answered equally many requests, in order."""
     by_slot: dict[int, dict[str, Window]] = {}
     for window in windows:
         if where(window):
@@ -91,21 +91,21 @@ def pairs(
 
 
 def ratio(pair: Pair) -> float:
-    """Tokens per second of one over the other."""
+    """Tokens per second of the first over the second."""
     return pair[0].rate / pair[1].rate
 
 
 def pooled(some: Sequence[Pair]) -> float:
-    """The ratio of the rates over all these slots together."""
+    """The ratio of the overall rates: all tokens over all seconds."""
     ours, theirs = ([pair[i] for pair in some] for i in (0, 1))
     rates = [sum(w.tokens for w in windows) / sum(w.seconds for w in windows) for windows in (ours, theirs)]
     return rates[0] / rates[1]
 
 
 def table(windows: Sequence[Window]) -> list[dict[str, Any]]:
-    """A row for each kind of window and arm: its rate, its latencies, and its speed over plain vLLM where that ran too.
+    """A row per kind of window and arm: rate, latencies, and, where plain vLLM ran too, the rate relative to it.
 
-    Latencies are means over the windows of each window's percentile.
+    A latency is the mean of the windows' percentiles.
     """
     kinds: dict[tuple[Any, ...], list[Window]] = {}
     for window in windows:
@@ -134,7 +134,7 @@ def table(windows: Sequence[Window]) -> list[dict[str, Any]]:
 
 
 def by_version(windows: Sequence[Window], arm: str) -> list[dict[str, Any]]:
-    """What was accepted of each draft version of an arm, and of copies, over the whole run: version, drafts,
+    """Acceptance of each draft version of an arm, and of copies, over the whole run. A row has version, drafts and
     acceptance_length."""
     drafts: dict[int | str, int] = {}
     tokens: dict[int | str, float] = {}

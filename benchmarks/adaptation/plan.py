@@ -1,7 +1,7 @@
-"""Which prompts are sent in which order, and who gets them. Pure: prompts in, slots out.
+"""Plans which prompts are sent in which order, and to which arms. Pure: prompts in, slots out.
 
-A slot is a window's worth of requests. Every arm of a slot gets the same prompts in the same order, one arm after the
-other. No prompt is in two slots, and those that are measured are about problems the coding domain did not learn from.
+A slot is one window of requests. Every arm of a slot gets the same prompts in the same order, one arm after the other.
+No prompt is in two slots, and ``day0`` and ``shift`` are measured on problems that no learning window had.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ CROWD = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything. Windows are counted, requests follow."""
+    """The size of a run."""
 
-    window: int = 50  # requests
+    window: int = 50  # requests per window
     answer_tokens: int = 56  # longest answer
-    learn_windows: int = 6  # of day 0, before anything is measured
-    measure_windows: int = 2  # of day 0, at each concurrency
-    domain_windows: int = 3  # of each domain after a shift; the last third is measured at concurrency 1
-    other_windows: int = 1  # of mixed and sampled; of crowd, which is quick, twice as many
-    plain_every: int = 2  # while the learner learns, plain vLLM gets every so many windows
+    learn_windows: int = 6  # windows of day0 before it is measured
+    measure_windows: int = 2  # measured windows of day0 at each concurrency
+    domain_windows: int = 3  # windows of each domain after a shift; the last third is measured, at concurrency 1
+    other_windows: int = 1  # windows of mixed and of sampled; twice as many of crowd, which is quick
+    plain_every: int = 2  # of the learning windows, plain vLLM gets every so many
 
 
 SMOKE = Sizes(window=4, answer_tokens=8, learn_windows=1, measure_windows=1)
@@ -40,10 +40,10 @@ SMOKE = Sizes(window=4, answer_tokens=8, learn_windows=1, measure_windows=1)
 
 @dataclass(frozen=True)
 class Slot:
-    """The same prompts for several arms, in turn."""
+    """The same prompts for several arms, one after the other."""
 
     workload: str
-    part: str  # LEARN: the learner's traffic; MEASURE: what the figures are about
+    part: str  # LEARN: traffic to learn from; MEASURE: what the figures are computed from
     domain: str
     prompts: tuple[Prompt, ...]
     concurrency: int
@@ -57,9 +57,9 @@ def make_plan(
     """The slots of a run, in order.
 
     Args:
-        workloads: of WORKLOADS, or FILE for the domain of that name.
-        domains: prompts by domain; a shift goes through those that are there.
-        arms: those that may take part.
+        workloads: some of WORKLOADS, or FILE for the domain of that name.
+        domains: prompts by domain; a shift goes through those that are available.
+        arms: the arms that may take part.
         seed: of the order of mixed prompts.
 
     Raises:
@@ -71,13 +71,13 @@ def make_plan(
         if workload in workloads:
             slots += getattr(planner, workload)()
     if "shift" in workloads and "day0" not in workloads:
-        raise AuroraError("workload shift shifts away from what day0 learned", "name both: --workloads day0,shift")
+        raise AuroraError("workload shift moves away from what day0 learned", "name both: --workloads day0,shift")
     chosen = [_only(slot, arms) for slot in slots]
     return [slot for slot in chosen if slot.arms]
 
 
 def order(arms: Sequence[str], turn: int) -> list[str]:
-    """Who goes first alternates."""
+    """The arms' order in a slot: the arm that goes first alternates."""
     return list(arms) if turn % 2 == 0 else list(reversed(arms))
 
 
@@ -88,35 +88,35 @@ class _Planner:
         self._unseen = {name: iter(workload.unseen) for name, workload in domains.items()}
 
     def day0(self) -> list[Slot]:
-        """One domain: the learner's first requests, then problems nobody asked about before."""
-        # Suffix decoding and copies learn, too: they copy from what they answered before.
-        everybody, between = ("plain", "k0", "suffix", "copies", "aurora"), ("suffix", "copies", "aurora")
-        slots = self._learning("day0", CODING, self._sizes.learn_windows, everybody, between)
+        """One domain: the learner's first requests, then unseen problems."""
+        # Suffix decoding and copies learn, too: they copy from earlier answers.
+        every_arm, between = ("plain", "k0", "suffix", "copies", "aurora"), ("suffix", "copies", "aurora")
+        slots = self._learning("day0", CODING, self._sizes.learn_windows, every_arm, between)
         for concurrency in (1, LEARN_CONCURRENCY):
             for i in range(self._sizes.measure_windows):
-                arms = ("plain", "copies", "aurora")
+                arms: tuple[str, ...] = ("plain", "copies", "aurora")
                 if i == 0:
                     arms = ("plain", "ngram", "suffix", "copies", "static", "aurora")
                 slots.append(self._slot("day0", MEASURE, CODING, self._unseen[CODING], concurrency, arms))
         return slots
 
     def shift(self) -> list[Slot]:
-        """Other domains, one after the other. The static draft is what was learned of the first."""
+        """Other domains, one after the other. The static draft is what was learned from the first domain."""
         slots = []
-        there = [domain for domain in (FUNCTIONS, MATHEMATICS) if domain in self._learn]
+        available = [domain for domain in (FUNCTIONS, MATHEMATICS) if domain in self._learn]
         measured = max(1, self._sizes.domain_windows // 3)
-        for domain in there:
+        for domain in available:
             unmeasured = self._sizes.domain_windows - measured
             slots += self._learning("shift", domain, unmeasured, ("plain", "frozen", "aurora"), ("frozen", "aurora"))
             for i in range(measured):
-                # Against the static draft; plain vLLM, the slowest, only where the run has learned longest.
-                last = domain == there[-1] and i == measured - 1
+                # Compared with the static draft. Plain vLLM is the slowest, so it gets only the last of these windows.
+                last = domain == available[-1] and i == measured - 1
                 arms = ("plain", "static", "frozen", "aurora") if last else ("static", "frozen", "aurora")
                 slots.append(self._slot("shift", MEASURE, domain, self._unseen[domain], 1, arms))
         return slots
 
     def mixed(self) -> list[Slot]:
-        """All domains at once, where there are several."""
+        """All domains mixed, if there are several."""
         if len(self._learn) == 1:
             return []
         arms = ("plain", "suffix", "static", "aurora")
@@ -129,11 +129,11 @@ class _Planner:
         ]
 
     def crowd(self) -> list[Slot]:
-        """Sixteen at a time, where a CPU has long been compute-bound."""
+        """Sixteen requests at a time; at far fewer, a CPU is already compute-bound."""
         return [self._mix("crowd", CROWD, ("plain", "aurora")) for _ in range(2 * self._sizes.other_windows)]
 
     def file(self) -> list[Slot]:
-        """The user's prompts: two thirds to learn from, the rest measured at concurrency 1, all in the file's order."""
+        """The user's prompts, in the file's order: two thirds to learn from, the rest measured at concurrency 1."""
         prompts = list(self._learn[FILE])
         size = min(self._sizes.window, max(1, len(prompts) // 2))
         windows = [tuple(prompts[i : i + size]) for i in range(0, len(prompts) - size + 1, size)]
@@ -150,7 +150,7 @@ class _Planner:
     def _learning(
         self, workload: str, domain: str, windows: int, arms: tuple[str, ...], between: tuple[str, ...]
     ) -> list[Slot]:
-        """Windows of the learner's traffic; ``between`` two that all ``arms`` get, these."""
+        """Learning windows. Every ``plain_every``-th goes to ``arms``, the others to the arms in ``between``."""
         return [
             self._slot(
                 workload, LEARN, domain, self._learn[domain], LEARN_CONCURRENCY,
@@ -174,7 +174,7 @@ class _Planner:
 def _take(source: Iterator[Prompt], count: int, domain: str) -> tuple[Prompt, ...]:
     taken = tuple(itertools.islice(source, count))
     if len(taken) < count:
-        raise AuroraError(f"the domain {domain} has too few prompts for windows this many and large", "ask for fewer")
+        raise AuroraError(f"the domain {domain} has too few prompts for so many and so large windows", "ask for fewer")
     return taken
 
 

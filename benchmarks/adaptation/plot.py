@@ -1,4 +1,4 @@
-"""Two pictures: tokens/s over the requests with swaps and shifts marked, and how much faster than plain vLLM."""
+"""Two plots: tokens/s over the requests with swaps and shifts marked, and the speed relative to plain vLLM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def plot(windows: Sequence[Window], labels: Mapping[str, str], json: Path) -> No
     """Write ``NAME.png`` and ``NAME_speedups.png`` beside the JSON.
 
     Args:
-        labels: of the arms, by name.
+        labels: the arms' labels, by name.
     """
     import matplotlib
 
@@ -32,7 +32,7 @@ def plot(windows: Sequence[Window], labels: Mapping[str, str], json: Path) -> No
 
 
 def _over_requests(windows: Sequence[Window], labels: Mapping[str, str], path: Path) -> None:
-    """A horizontal stroke a window and arm, over the requests of its slot."""
+    """A horizontal line per window and arm, over the requests of its slot."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(13, 5), layout="constrained")
@@ -69,7 +69,7 @@ def _over_requests(windows: Sequence[Window], labels: Mapping[str, str], path: P
 
 
 def _speedups(windows: Sequence[Window], labels: Mapping[str, str], path: Path) -> None:
-    """Bars of every arm over plain vLLM, a group for each kind of measured window."""
+    """A bar per arm, relative to plain vLLM, in a group per kind of measured window."""
     from matplotlib import pyplot
 
     groups: dict[str, dict[str, float]] = {}
@@ -99,7 +99,7 @@ def _speedups(windows: Sequence[Window], labels: Mapping[str, str], path: Path) 
 
 
 def _positions(windows: Sequence[Window]) -> dict[int, int]:
-    """Where a slot begins on the axis: requests of all slots before it, whoever took them."""
+    """Where each slot begins on the axis: the number of requests in all slots before it."""
     sizes = {window.slot: window.requests for window in windows}
     starts, at = {}, 0
     for slot in sorted(sizes):
@@ -109,7 +109,7 @@ def _positions(windows: Sequence[Window]) -> dict[int, int]:
 
 
 def _stretches(windows: Sequence[Window], positions: Mapping[int, int]) -> list[tuple[Key, int, int]]:
-    """Neighbouring slots of one kind: what they are, where they begin and end."""
+    """Neighbouring slots of the same kind: the kind, and where they begin and end."""
     slots = {window.slot: window for window in windows}
     found: list[tuple[Key, int, int]] = []
     for slot in sorted(slots):

@@ -1,8 +1,8 @@
-"""What is asked: coding, function calling, mathematics, or a file of prompts. Prompts only: the target answers.
+"""The prompts: coding, function calling, mathematics, or a file. Only prompts are used; the target answers them.
 
-Coding is HumanEval (OpenAI, MIT) in the demo's three wordings and two more: so many prompts are needed that none is
-sent twice. Function calling is the Berkeley Function Calling Leaderboard (Apache-2.0, package ``bfcl-eval``), its
-functions as JSON in the prompt. Mathematics is GSM8K (OpenAI, MIT) where the file lies beside the project.
+Coding is HumanEval (OpenAI, MIT) in the demo's three wordings and two more, so that no prompt has to be sent twice.
+Function calling is the Berkeley Function Calling Leaderboard (Apache-2.0, package ``bfcl-eval``), with its functions as
+JSON in the prompt. Mathematics is GSM8K (OpenAI, MIT) if its file is in the shared folder beside the project.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ WORDINGS = (
 )
 BFCL_FILES = ("BFCL_v4_simple_python.json", "BFCL_v4_multiple.json")
 BFCL_TASK = "You can call these functions:\n\n{functions}\n\n{question}\n\nAnswer with the function call as JSON."
-LONGEST = 2000  # characters of a function-calling prompt: about 600 tokens, which the servers' context holds
-UNSEEN_SHARE = 1 / 3  # of the problems, kept for the windows that are measured
+LONGEST = 2000  # characters of a function-calling prompt: about 600 tokens, which fit into the servers' context
+UNSEEN_SHARE = 1 / 3  # share of the problems that is kept for measured windows
 
 
 def domains(seed: int) -> tuple[dict[str, Workload], dict[str, str]]:
-    """The domains whose prompts are here, and by name what that leaves out and why."""
+    """The domains whose prompts are available; and by name, which domains and workloads are left out, and why."""
     found = {CODING: split(humaneval(WORDINGS), seed, UNSEEN_SHARE)}
     absent = {}
     if (bfcl := bfcl_data()) is not None:
@@ -47,14 +47,14 @@ def domains(seed: int) -> tuple[dict[str, Workload], dict[str, str]]:
 
 
 def bfcl_data() -> Path | None:
-    """The directory of BFCL's data, without importing the package, which wants many others."""
+    """The directory of BFCL's data; found without importing the package, which needs many others."""
     spec = importlib.util.find_spec("bfcl_eval")
     places = [Path(place) / "data" for place in (spec.submodule_search_locations or ())] if spec else []
     return next((place for place in places if all((place / name).is_file() for name in BFCL_FILES)), None)
 
 
 def function_calling(data: Path) -> list[list[Prompt]]:
-    """BFCL's single-turn questions with their functions, as far as they are short enough."""
+    """BFCL's single-turn questions with their functions; long ones are left out."""
     problems = []
     for name in BFCL_FILES:
         for line in (data / name).read_text(encoding="utf-8").splitlines():
@@ -67,11 +67,11 @@ def function_calling(data: Path) -> list[list[Prompt]]:
 
 
 def from_file(path: Path) -> Workload:
-    """A file of prompts, one JSON object a line: ``{"prompt": TEXT}``, or Spec-Bench's ``{"turns": [TEXT, ...]}``, of
-    which the first turn is asked. In the file's order; nothing is kept back as unseen, for nothing is sent twice.
+    """A file of prompts, one JSON object per line: ``{"prompt": TEXT}``, or Spec-Bench's ``{"turns": [TEXT, ...]}``, of
+    which only the first turn is sent. The order is kept, and none is set apart as unseen: none is sent twice.
 
     Raises:
-        AuroraError: it cannot be read, or names the line that is not of this shape.
+        AuroraError: the file cannot be read, is empty, or has a line of another form; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -83,7 +83,7 @@ def from_file(path: Path) -> Workload:
         if line.strip():
             prompts.append(Prompt(f"{path.name}:{number}", _prompt(line, f"--prompts {path}, line {number}")))
     if not prompts:
-        raise AuroraError(f"--prompts {path}: no prompts in it", 'one {"prompt": "..."} a line')
+        raise AuroraError(f"--prompts {path}: no prompts in it", 'one {"prompt": "..."} per line')
     return Workload(tuple(prompts), ())
 
 
@@ -91,11 +91,11 @@ def _prompt(line: str, where: str) -> str:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
-        raise AuroraError(f"{where}: no JSON ({error})", 'one {"prompt": "..."} a line') from None
+        raise AuroraError(f"{where}: not JSON ({error})", 'one {"prompt": "..."} per line') from None
     text = None
     if isinstance(row, Mapping):
         turns = row.get("turns")
         text = row.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
     if not isinstance(text, str) or not text.strip():
-        raise AuroraError(f"{where}: neither a prompt nor turns with text in it", 'one {"prompt": "..."} a line')
+        raise AuroraError(f"{where}: neither a prompt nor turns with text in it", 'one {"prompt": "..."} per line')
     return text

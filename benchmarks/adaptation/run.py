@@ -1,7 +1,7 @@
-"""The run: servers started when they are first needed, asked in turn, ended when nothing is left for them.
+"""The run: servers are started when first needed, get their windows in turn, and are ended after their last one.
 
-One arm at a time has the machine. While another one is asked, or starts, aurora's learner is stopped (SIGSTOP): it
-cannot use what the others leave. During aurora's own turns it runs, so that everything measured of aurora is net.
+One arm at a time has the machine. While another arm is measured, or a server starts, aurora's learner is stopped
+(SIGSTOP), so it cannot use CPU time that others leave. During aurora's own turns it runs, so aurora's figures are net.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ from demo.servers import ServerFailed
 from demo.serving import START_S, flags
 
 LEARNING = "aurora"
-EXPORTED = ("static", "frozen")  # arms that serve what the learning one had learned when the first of them starts
+EXPORTED = ("static", "frozen")  # arms that serve aurora's draft as it is when the first of them starts
 LEARNER_START_S = 120.0
-SAVE_S = 5.0  # longest to wait for a checkpoint: the learner has the machine to itself meanwhile
+SAVE_S = 5.0  # longest wait for a checkpoint, as the learner has the machine to itself meanwhile
 
 
 class Run:
     """All turns of a plan.
 
     Args:
-        arms: by name; ``absent`` takes the reasons of those that turn out not to run.
+        arms: by name.
+        absent: arms that do not run, with reasons; those that fail during the run are added.
         model: the target's directory.
-        kept: the learning arm's checkpoints.
-        exported: where the static draft is exported to from them; None where one was given.
-        written: called after every window, with all there are.
+        more_flags: of all servers, in addition.
+        kept: the learning arm's checkpoint directory.
+        exported: where the static draft is exported to; None if one was given.
+        written: called after every window with all windows so far.
     """
 
     def __init__(
@@ -56,14 +58,14 @@ class Run:
         self._asked = 0  # requests sent to the learning arm
 
     def run(self) -> None:
-        """Everything; the servers are gone when it returns or raises.
+        """Run the whole plan; no server is left when this returns or raises.
 
         Raises:
-            ServerFailed, httpx.HTTPError: a server that cannot be done without ended or refused its requests.
+            ServerFailed, httpx.HTTPError: a server that is not optional ended or refused its requests.
         """
         turns = sum(len(slot.arms) for slot in self._slots)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        # Its own redirection would put the client's output on the screen.
+        # With Progress's own redirection, the client's output would appear on the screen.
         shown = Progress(*columns, console=self._console, redirect_stdout=False, redirect_stderr=False)
         try:
             with shown as progress:
@@ -97,7 +99,7 @@ class Run:
             self._fleet.stop(done)
 
     def _start(self, names: Sequence[str], say: Callable[..., None]) -> None:
-        """Start what is needed now; an optional arm that does not come up is left out from here on."""
+        """Start these arms; an optional arm that does not come up is left out from now on."""
         if set(names) & set(EXPORTED) and not self._is_exported:
             self._is_exported = self._export(say)
             names = [name for name in names if self._is_exported or name not in EXPORTED]
@@ -118,7 +120,7 @@ class Run:
             self._await_learner(say)
 
     def _await_learner(self, say: Callable[..., None]) -> None:
-        """Its start takes seconds of CPU, which belong into nobody's window."""
+        """Wait until the learner has started: that takes seconds of CPU, which no window should include."""
         deadline = time.monotonic() + LEARNER_START_S
         while not (status := self._fleet[LEARNING].status()) or not status["learner"]["alive"]:
             if time.monotonic() > deadline:
@@ -127,16 +129,16 @@ class Run:
             time.sleep(0.5)
 
     def _export(self, say: Callable[..., None]) -> bool:
-        """What is served now, as the static arm's draft: an older one would be too easy to be faster than."""
+        """Export the draft that is served now for the static arms; an older one would be too weak a baseline."""
         if self._exported is None:
             return True
         if LEARNING in self._fleet:
             say("exporting the static draft")
             with self._fleet.learner_paused(LEARNING):
-                time.sleep(CHECKPOINT_EVERY_S)  # by the clock one is due now, with nothing learned meanwhile
+                time.sleep(CHECKPOINT_EVERY_S)  # a checkpoint becomes due while nothing is learned
             before, deadline = checkpoints.newest(self._checkpoints), time.monotonic() + SAVE_S
             while checkpoints.newest(self._checkpoints) == before and time.monotonic() < deadline:
-                time.sleep(0.05)  # none comes where nothing was learned since the last
+                time.sleep(0.05)  # none is written if nothing was learned since the last
         try:
             export(self._checkpoints, self._exported, "eagle3")
         except AuroraError as error:
@@ -151,7 +153,7 @@ class Run:
 
 
 def reason(text: str) -> str:
-    """The line of a failed server's last words that says what happened."""
+    """The line of a failed server's log that names the error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1])
 
@@ -164,7 +166,7 @@ def describe(slot: Slot) -> str:
 
 
 def line(number: int, slot: Slot, taken: Mapping[str, Window]) -> str:
-    """What came out of a slot, in one line."""
+    """A slot's results, in one line."""
     parts = [f"{number + 1:>2} {describe(slot)}"]
     for arm, window in taken.items():
         part = f"{arm} {window.rate:.1f} tok/s"

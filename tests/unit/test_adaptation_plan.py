@@ -129,9 +129,9 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path) -> None:
         ({"prompts": Path("p.jsonl")}, "line 1: "),
         ({"arms": "plain,aurorra"}, "the nearest is aurora"),
         ({"workloads": "shift"}, "name both"),
-        ({"static_draft": Path("none")}, "no directory"),
+        ({"static_draft": Path("none")}, "not a directory"),
         ({"learn_windows": 99}, "too few prompts"),
-        ({"arms": "k0", "workloads": "crowd"}, "nothing is left to measure"),
+        ({"arms": "k0", "workloads": "crowd"}, "nothing to measure"),
     ],
 )
 def test_bad_input_is_one_line_and_2(
