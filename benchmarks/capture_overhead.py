@@ -1,11 +1,11 @@
-"""What logging costs: decode tokens/s with capture on over capture off, in one engine, alternating.
+"""What capture costs: decode tokens/s with capture on over capture off, alternating in one engine.
 
     python -m benchmarks.capture_overhead --json benchmarks/results/capture_overhead.json
 
-Capture is switched every few decode steps, so that what disturbs the machine disturbs both sides: with the same tokens
-a step, the ratio of tokens/s is the ratio of step times. (Whole blocks in turn had quartiles 4 % off.)
-The learner is stopped: rows are taken out of the ring between two blocks, outside the measured time. Plain decoding
-(K=0) and speculation (K=3) are measured, at concurrency 1 and 4; the figure is the smallest of the four ratios.
+Capture is switched every few decode steps, so that disturbances of the machine affect both sides alike. Both sides
+have the same tokens per step, so the ratio of tokens/s is the ratio of step times. (Alternating whole blocks had
+quartiles 4 % off.) No learner runs: the ring is emptied between blocks, outside the measured time. Plain decoding (K=0)
+and speculation (K=3) are measured at concurrency 1 and 4; the figure is the smallest of the four ratios.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ console = Console()
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
-    rounds: Annotated[int, typer.Option(help="blocks of requests for each setting")] = 12,
+    json: Annotated[Path | None, typer.Option(help="file for the report; a plot is written beside it")] = None,
+    rounds: Annotated[int, typer.Option(help="blocks of requests for each mode and concurrency")] = 12,
     eager: Annotated[bool, typer.Option(help="vLLM's eager mode instead of its compiled one")] = False,
     seed: int = 0,
 ) -> None:
@@ -60,7 +60,7 @@ def main(
 
 
 def _ratios(engine: Engine, prompts: list[str], mode: str, concurrency: int, rounds: int) -> list[float]:
-    """Median step time without capture over that with it, a ratio for each block of requests."""
+    """Median step time without capture over the median with it, for each block of requests."""
     ratios = []
     with engine.draft_length(mode):
         engine.generate(prompts[:concurrency], max_tokens=TOKENS)
@@ -71,7 +71,9 @@ def _ratios(engine: Engine, prompts: list[str], mode: str, concurrency: int, rou
 
 
 def _step_seconds(engine: Engine, batch: list[str], first: bool) -> dict[bool, list[float]]:
-    """Seconds of the decode steps of a block in which all requests run; capture on and off in turn.
+    """Decode a block of requests, with capture alternating. Returns step times by whether capture was on.
+
+    Only decode steps in which all requests run are counted.
 
     Args:
         first: whether capture is on in the first steps.
@@ -86,7 +88,7 @@ def _step_seconds(engine: Engine, batch: list[str], first: bool) -> dict[bool, l
     step, running = 0, len(batch)
     while running:
         capture = first == (step // SWITCH_EVERY % 2 == 0)
-        # Off is off: with the breaker open the hook builds nothing. An opted-out request would still pay for that.
+        # With the breaker open, capture does nothing at all. For an opted-out request it would still do some work.
         with nullcontext() if capture else _breaker_open(engine):
             started = time.perf_counter()
             outputs = core.step()

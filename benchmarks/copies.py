@@ -1,4 +1,4 @@
-"""What a server proposes, replayed on recorded answers: the draft's tokens, or copies where those are better."""
+"""Speculation as in a server, simulated on recorded answers: the draft's tokens, or copies where those are better."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from aurora_vllm.spec_decode.prompt_lookup import KINDS, EarlierAnswers, PromptL
 def simulate_with_copies(
     draft: Eagle3Draft, head: TargetHead, before: Iterable[Trajectory], trajectories: Iterable[Trajectory], length: int
 ) -> tuple[Score, Score]:
-    """Greedy speculation with K proposals over answers, one after the other, as ``spec_decode/copying.py`` makes them.
+    """Simulate greedy speculation on answers, one after the other; ``spec_decode/copying.py`` does it in a server.
 
     Args:
-        before: answered earlier; may be copied from.
-        length: K.
+        before: earlier answers, which may be copied from.
+        trajectories: the answers to simulate; each may be copied from afterwards.
+        length: K, tokens of a proposal.
 
     Returns:
-        The score of the better of both by kind of copy, and that of copies alone.
+        Two scores: with draft or copy, whichever is better for that kind of copy; and with copies alone.
     """
     answers = EarlierAnswers(AuroraConfig().prompt_lookup_answers)
     for one in before:
@@ -39,15 +40,26 @@ def simulate_with_copies(
 
 
 class Walk:
-    """One way to propose. always: copies wherever there are any, and no drafts."""
+    """One way to propose, applied to answers.
+
+    Args:
+        length: K, tokens of a proposal.
+        answers: other requests' answers, which may be copied from.
+        always: propose a copy wherever there is one, and never the draft's tokens.
+    """
 
     def __init__(self, length: int, answers: EarlierAnswers, always: bool) -> None:
         self.score = Score(0, (0,) * length)
         self._copies, self._answers, self._always, self._length = Copies(length, KINDS.count), answers, always, length
 
     def answer(self, tokens: Sequence[int], first: int, drafted: Sequence[int]) -> None:
-        """first: of the tokens proposed by the first verification; drafted[i]: how many of the draft's would be right
-        i tokens later."""
+        """Walk through one answer.
+
+        Args:
+            tokens: the prompt's and the answer's.
+            first: index of the first token that is proposed.
+            drafted: drafted[i] is how many of the draft's tokens are right in a verification that begins i tokens on.
+        """
         copies, length = self._copies, self._length
         lookup, steps, position, accepted = PromptLookup(), 0, 0, [0] * length
         while position < len(drafted):
@@ -70,6 +82,6 @@ class Walk:
 
 
 def count_right(proposed: Sequence[int], truth: Sequence[int]) -> int:
-    """How many of the proposed tokens come true."""
+    """Length of the prefix of ``proposed`` that agrees with ``truth``."""
     pairs = zip(proposed, truth, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(proposed), len(truth)))

@@ -1,10 +1,10 @@
-"""A target with more layers that change nothing: it answers as before, token for token, and takes longer for it.
+"""A target with additional layers that change nothing: the same answers, token for token, but slower steps.
 
-What a draft is worth depends on how long its pass takes beside the target's step. On SmolLM2-135M it takes long; on the
-models people serve it does not, and none of those runs on two cores. Layers that add zero to the residual stream give
-the ratio without such a model: text, hidden states and so drafts and copies stay what they are, only the target's step
-grows. The layers go into the middle, where each of the three states that an EAGLE-3 draft reads (those that enter
-layers 2, n / 2 and n - 3, ``draft_config`` in ``learner/day0.py``) stays what it was.
+How much a draft gains depends on the cost of its pass relative to the target's step. For SmolLM2-135M this ratio is
+high. For the models that people serve it is low, but none of those runs on two cores. Layers that add zero to the
+residual stream give the low ratio without such a model: text and hidden states, and so drafts and copies, do not
+change, only the target's step takes longer. The layers are inserted in the middle, so that the three states that an
+EAGLE-3 draft reads (the inputs of layers 2, n / 2 and n - 3, ``draft_config`` in ``learner/day0.py``) do not change.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from aurora_vllm.learner.staging import appears_whole
 
 LAYER = "model.layers."
-WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # what a layer adds to the residual stream is theirs
+WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # only these write to the residual stream
 
 
 def deepened(model: Path, more: int) -> Path:
-    """The model with ``more`` layers that change nothing, beside it; made where it is not there yet.
+    """The model with ``more`` layers that change nothing, in a directory beside it; made if it does not exist.
 
     Args:
-        model: directory of a Llama checkpoint in one file; returned as it is for 0 layers.
-        more: layers to add.
+        model: directory of a Llama checkpoint whose weights are one file.
+        more: layers to add; for 0, ``model`` itself is returned.
     """
     if not more:
         return model
@@ -47,7 +47,7 @@ def deepened(model: Path, more: int) -> Path:
 
 
 def _with_layers(weights: dict[str, torch.Tensor], at: int, more: int) -> dict[str, torch.Tensor]:
-    """``more`` layers before layer ``at``, which read as that layer does and write nothing."""
+    """Insert ``more`` copies of layer ``at`` before it, with zeros for the weights in WRITERS."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         if not name.startswith(LAYER):

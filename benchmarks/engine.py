@@ -1,7 +1,7 @@
-"""A real vLLM engine with aurora attached and nobody learning: for benchmarks and integration tests.
+"""A real vLLM engine with aurora attached but no learner, for benchmarks and integration tests.
 
-Whoever holds it stands where the learner would be: reads the ring, publishes into the bank. Engine core, scheduler and
-worker run in the caller's own process, so that they can be looked into.
+The caller takes the learner's place: it reads the ring and publishes into the bank. Engine core, scheduler and worker
+run in the caller's process, where they can be inspected.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from aurora_vllm.transport.segment import Segment
 
 AUX_LAYERS = (2, 15, 27)
 RING_ROWS = 20_000
-# For benchmarks: a server of usual proportions. What Engine.start sets by itself is small on purpose, for tests.
+# For benchmarks: sizes as of a server. The defaults of Engine.start are small on purpose, for tests.
 SERVER: dict[str, Any] = {"max_model_len": 1024, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 256 << 20}
 
 
 def small_arguments(target: Path, draft: Path) -> dict[str, Any]:
-    """Of vllm.LLM, for tests: a small engine that speculates with three drafts. Nothing of aurora in them."""
+    """vllm.LLM's arguments for tests: a small engine with three draft tokens. None of them is aurora's."""
     return {
         "model": str(target),
         "dtype": "float32",
@@ -54,14 +54,14 @@ def small_arguments(target: Path, draft: Path) -> dict[str, Any]:
             "method": "eagle3",
             "model": str(draft),
             "num_speculative_tokens": 3,
-            KEEP_LAST_BLOCK: True,  # as a server has it
+            KEEP_LAST_BLOCK: True,  # as in a server
         },
     }
 
 
 @contextmanager
 def humaneval_engine(eager: bool) -> Iterator[tuple[Engine, list[str]]]:
-    """The demo's model in an engine of usual proportions, and one prompt for each HumanEval problem."""
+    """The demo's model in an engine of a server's sizes, and one prompt for each HumanEval problem."""
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from demo.model import ensure_model
@@ -103,8 +103,8 @@ class Engine:
             directory: scratch space for the draft.
             speculate: as in AuroraConfig.
             draft_vocab_size: of the day-0 draft.
-            speculative: of vLLM's speculative_config, over what is set here.
-            vllm_arguments: of vllm.LLM, over the small ones set here.
+            speculative: entries of vLLM's speculative_config that override those set here.
+            vllm_arguments: arguments of vllm.LLM that override ``small_arguments``.
         """
         draft = make_day0_draft(target, directory / "draft", draft_vocab_size)
         hidden_size = json.loads((target / "config.json").read_text())["hidden_size"]
@@ -117,7 +117,7 @@ class Engine:
         RingProducer.create(ring_segment, layout.row_bytes, RING_ROWS)
         bank = WeightBank.create(bank_segment, specs)
         session = Session(
-            config=AuroraConfig(speculate=speculate, prompt_lookup=False),  # what is measured is the draft
+            config=AuroraConfig(speculate=speculate, prompt_lookup=False),  # the draft is measured
             target=target,
             draft=draft,
             hidden_size=hidden_size,
@@ -128,9 +128,9 @@ class Engine:
             control=control_segment.name,
         )
         session.export()
-        # vLLM 0.32 saves ahead-of-time artefacts on a CPU that it cannot load again; its older compile cache works.
+        # On a CPU vLLM 0.32 saves ahead-of-time artefacts that it cannot load again; its older compile cache works.
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine core, scheduler included, in the test's own process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine core and scheduler in this process
 
         from vllm import LLM
 
@@ -151,11 +151,11 @@ class Engine:
         )
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """function(engine, ...), in the engine's process."""
+        """Call function(engine, ...) in the engine's process: here the caller's, in some tests another one."""
         return function(self, *args, **kwargs)
 
     def generate(self, prompts: Sequence[Any], **sampling: Any) -> list[Any]:
-        """Token ids or texts in, vLLM's RequestOutput out, in order. Greedy unless told otherwise."""
+        """vLLM's RequestOutputs for token ids or texts, in order. Greedy, unless ``sampling`` says otherwise."""
         from vllm import SamplingParams
 
         params = SamplingParams(**({"temperature": 0.0, "max_tokens": 32, "ignore_eos": True} | sampling))
@@ -163,11 +163,11 @@ class Engine:
         return self.llm.generate(given, params, use_tqdm=False)
 
     def let_requests_end(self) -> None:
-        """One token for nobody: only the step after it shows the worker that a request has ended."""
+        """Generate one token of an extra request: only the next step tells the worker which requests have ended."""
         self.generate([[1]], max_tokens=1, extra_args={"aurora_learn": False})
 
     def call(self, method: str, *args: Any) -> Any:
-        """An RPC of InspectableWorker."""
+        """Call a method of the worker; in the tests that is an InspectableWorker."""
         return self.llm.collective_rpc(method, args=args)[0]
 
     @property
@@ -182,13 +182,13 @@ class Engine:
 
     @property
     def attachment(self) -> Attachment:
-        """What aurora hung onto the worker."""
+        """What aurora attached to the worker."""
         found: Attachment = self.worker._aurora
         return found
 
     @contextmanager
     def draft_length(self, mode: str) -> Iterator[None]:
-        """Fix K for a while: "never" (0), "always" (3)."""
+        """Fix K for a block of code: "never" is 0, "always" is 3."""
         before = self.run(Engine.choose_draft_length, mode)
         try:
             yield
@@ -197,7 +197,7 @@ class Engine:
 
     @contextmanager
     def copying(self) -> Iterator[DraftCopier]:
-        """Replace drafts by copies for a while, as a server does; the tests look at the draft itself otherwise."""
+        """Replace drafts by copies for a block of code, as a server does. Otherwise only the draft proposes."""
         proposals = self.scheduler._advisor._proposals
         proposals._copier = copier = DraftCopier(self.scheduler.num_spec_tokens)
         try:
@@ -206,17 +206,17 @@ class Engine:
             proposals._copier = None
 
     def choose_draft_length(self, mode: str) -> str:
-        """As ``draft_length``, for good; the mode before."""
+        """As ``draft_length``, but permanently. Returns the mode before."""
         controller = self.scheduler._advisor._controller
         before, controller.mode = controller.mode, mode
         return str(before)
 
     def drain(self) -> torch.Tensor:
-        """All rows that lie in the ring now. uint8 [n, row_bytes]"""
+        """All rows that are in the ring now. uint8 [n, row_bytes]"""
         return self.ring.read(RING_ROWS)
 
     def spec_decode_counters(self) -> dict[str, Any]:
-        """vllm:spec_decode_* as vLLM counts them, without the common prefix."""
+        """vLLM's counters vllm:spec_decode_num_*, by name without this prefix."""
         prefix = "vllm:spec_decode_num_"
         found = {}
         for metric in self.llm.get_metrics():
@@ -226,10 +226,10 @@ class Engine:
         return found
 
     def wait_for(self, condition: Any, seconds: float = 10.0) -> None:
-        """Poll until the condition holds; vLLM's engine must not be idle-stepped for worker threads to run."""
+        """Poll until the condition holds, while the engine makes no steps; the worker's threads run all the same."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, "condition did not come true in time"
+            assert time.monotonic() < deadline, "the condition did not hold in time"
             time.sleep(0.02)
 
     def close(self) -> None:

@@ -1,18 +1,22 @@
-"""Our EAGLE-3 training step beside speculators' on the same batch, weights, unroll length and threads.
+"""Our EAGLE-3 training step against speculators' on the same batch, weights, unroll length and threads.
 
     python -m benchmarks.learner_step --json benchmarks/results/learner_step.json
 
-A day-0 draft of SmolLM2-135M is trained by both, steps in turn (ours, theirs, ours, ...), on real tokens with random
-states of a residual stream's size: one trajectory, two, and eight side by side, a quarter of each a prompt. A step is
-forward, backward, gradient clipping and AdamW; making the batch is not timed. ``learner_step_ratio`` is our rows per
-second over theirs, the median of the rounds, on batches as the learner takes them (``batch_tokens``: two trajectories),
-in the case where it is smallest; ``..._ratio_smallest`` is the smallest of all, and every case has a figure of its own.
-``..._head_frozen`` is the same against theirs with ``lm_head`` frozen, which is how speculators trains EAGLE-3: ours
-still trains it. Of the ways to run their step on this CPU (attention, autocast's dtype, torch.compile if asked) the
-fastest is taken, by a trial for each shape. What else differs is in speculators_step.py. Side by side, theirs attends
-over all rows of all sequences under a mask, so on a CPU it learns faster from one sequence a step than from eight.
+Both train a day-0 draft of SmolLM2-135M, in alternating steps, on real tokens with random states as large as a residual
+stream's. Batches are one, two and eight trajectories; a quarter of each trajectory is a prompt. A step is forward,
+backward, gradient clipping and AdamW; making the batch is not timed. Figures:
 
-``loss_...``: both in float32, the first steps from the same weights; ours less the target's entropy is theirs.
+    learner_step_ratio            our rows/s over theirs (median of the rounds) on batches of the learner's size
+                                  (``batch_tokens``: two trajectories), in the case where it is smallest
+    learner_step_ratio_smallest   the smallest of all cases; each case also has a figure of its own
+    ..._head_frozen               the same against their step with ``lm_head`` frozen, which is how speculators trains
+                                  EAGLE-3; ours still trains it
+    loss_...                      both in float32, first steps from the same weights; ours minus the target's entropy
+                                  should be theirs
+
+Their step runs in the fastest way on this CPU (attention, autocast's dtype, torch.compile if asked for), found by a
+trial for each shape. speculators_step.py lists the other differences. Theirs attends over all rows of all sequences
+under a mask, so on a CPU it learns faster from one sequence per step than from eight.
 """
 
 from __future__ import annotations
@@ -39,11 +43,11 @@ console = Console()
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
-    rounds: Annotated[int, typer.Option(help="steps of each, on one trajectory")] = 9,
-    vocabulary: Annotated[list[int], typer.Option(help="draft vocabularies")] = [4608, 8192],  # noqa: B006
-    threads: Annotated[list[int], typer.Option(help="threads of both")] = [1, 2],  # noqa: B006
-    compiled: Annotated[bool, typer.Option(help="try torch.compile on their step as well")] = False,
+    json: Annotated[Path | None, typer.Option(help="file for the report; a plot is written beside it")] = None,
+    rounds: Annotated[int, typer.Option(help="steps of each side with one trajectory; with more, fewer")] = 9,
+    vocabulary: Annotated[list[int], typer.Option(help="sizes of the draft vocabulary")] = [4608, 8192],  # noqa: B006
+    threads: Annotated[list[int], typer.Option(help="numbers of threads, the same for both")] = [1, 2],  # noqa: B006
+    compiled: Annotated[bool, typer.Option(help="also try torch.compile on their step")] = False,
     seed: int = 0,
 ) -> None:
     """Measure learner_step_ratio."""
@@ -66,7 +70,7 @@ def main(
             for sequences in SEQUENCES:
                 batch = contest.batch(sequences)
                 if sequences not in chosen:
-                    progress.update(bar, description=f"{sequences} x {ROWS}: which of their variants")
+                    progress.update(bar, description=f"{sequences} x {ROWS}: choosing their variant")
                     chosen[sequences], trials[f"{sequences}x{ROWS}"] = contest.choose(batch, compiled)
                 for count in threads:
                     progress.update(bar, description=f"{sequences} x {ROWS}, vocabulary {size}, {count} threads")
@@ -103,7 +107,7 @@ def main(
 
 
 def rounds_of(sequences: int, rounds: int) -> int:
-    """Fewer of a long step, but three where as many are asked for."""
+    """Rounds of a case: fewer for more sequences, but at least three unless fewer are asked for."""
     return min(rounds, max(3, rounds // sequences))
 
 
@@ -111,8 +115,8 @@ def case_figures(seconds: dict[str, list[float]], rows: int) -> dict[str, Any]:
     """Medians and spreads of a case.
 
     Args:
-        seconds: of each side's steps, in the order they were taken.
-        rows: in a step.
+        seconds: times of each side's steps, in order.
+        rows: of a step.
     """
     result: dict[str, Any] = {}
     for name, ours_over in (("ratio", "theirs"), ("ratio_head_frozen", "theirs_head_frozen")):
@@ -125,7 +129,7 @@ def case_figures(seconds: dict[str, list[float]], rows: int) -> dict[str, Any]:
 
 
 def summary(cases: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """The report's figures: each case's ratios, the smallest of all, and of the learner's own batch, plainly named."""
+    """Figures and spread: each case's ratios, the smallest of all, and the smallest with the learner's batch size."""
     figures: dict[str, float] = {}
     spread: dict[str, list[float]] = {}
     own = [case for case in cases if case["rows"] == AuroraConfig().batch_tokens]

@@ -1,11 +1,11 @@
-"""How fast the draft learns: one recorded capture, replayed through learners that differ in one thing each.
+"""How fast the draft learns: recorded traffic, replayed through learners that differ in one respect each.
 
     python -m benchmarks.learning --json benchmarks/results/learning.json
 
-A trajectory is scored before anything trains on it (prequential acceptance length: K=3, a chain, response tokens only),
-then the learner does what it would do with it. ``ours`` is the learner of the server, ``release`` has the settings of
-Aurora's release (random draft, AdamW at 1e-4, batches of eight, every sample once, five unroll steps, its loss masks);
-the others are ours without one ingredient. Tokens are rows of trajectories, prompts included, for all alike.
+Each trajectory is scored before anything trains on it (prequential acceptance length: K=3, a chain, response tokens
+only). Then it is given to the learner. ``ours`` is the server's learner. ``release`` has the settings of Aurora's
+release: random draft, AdamW at 1e-4, batches of eight, every sample once, five unroll steps, its loss masks. The other
+arms are ours with one ingredient removed or changed. In all arms, tokens are rows of trajectories, prompts included.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from demo.model import ensure_model
 
 DRAFT_LENGTH = 3
 GOAL = 1.5
-WINDOW = 12  # trajectories of the running mean that has to reach the goal
+WINDOW = 12  # trajectories in the running mean that has to reach the goal
 RELEASE: dict[str, Any] = {
     "semantics": "aurora-release", "learning_rate": 1e-4, "replay_passes": 1.0, "ttt_length": 5,
     "vocabulary_coverage": 0.0, "prompt_weight": 0.0, "weight_average": 0.0,
 }  # fmt: skip
-RELEASE_BATCH = 8  # sequences of a step
+RELEASE_BATCH = 8  # sequences per step
 console = Console()
 
 
@@ -60,7 +60,7 @@ class Arm:
     lessons: bool = True
     induction: bool = True
     refining: bool = True
-    batch_sequences: int = 0  # 0: as batch_tokens says
+    batch_sequences: int = 0  # sequences per step; 0: as many as batch_tokens allows
 
 
 ARMS = {
@@ -76,7 +76,7 @@ ARMS = {
     "half_replay": Arm("half the passes", {"replay_passes": 4.0}),
     "small_batch": Arm("a quarter of the batch", {"batch_tokens": 128}),
 }
-# The paper's discard term: lambda and how many of the target's tokens it is filtered to.
+# The paper's discard term, by its weight λ and by k: p is restricted to the target's k most probable tokens.
 DISCARD = {
     f"discard_{weight:g}_{top_k}": Arm(
         f"discard term, λ={weight:g}, k={top_k}", {"discard_weight": weight, "discard_top_k": top_k}
@@ -88,15 +88,15 @@ DISCARD = {
 
 @dataclass
 class Run:
-    """What one learner did. A value a trajectory, in order."""
+    """What one learner achieved. Lists hold one value per trajectory, in order."""
 
     tokens: list[int] = field(default_factory=list)  # seen before this trajectory
-    seconds: list[float] = field(default_factory=list)  # CPU the learner had used, scoring not counted
+    seconds: list[float] = field(default_factory=list)  # CPU time of the learner before it, without scoring
     steps: list[int] = field(default_factory=list)  # verifications
     accepted: list[int] = field(default_factory=list)  # drafts accepted in them
     unseen: float = 0.0  # acceptance length on unseen prompts at the end
-    served: float = 0.0  # the same with drafts replaced by copies where those are better, as a server does
-    copied: float = 0.0  # the same of copies alone: from the request, or from what was answered before
+    served: float = 0.0  # the same, with drafts replaced by copies where those are better, as in a server
+    copied: float = 0.0  # the same for copies alone, from the request or from earlier answers
 
     def running(self) -> list[float]:
         """Acceptance length over the last WINDOW trajectories."""
@@ -113,15 +113,15 @@ class Run:
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
+    json: Annotated[Path | None, typer.Option(help="file for the report; a plot is written beside it")] = None,
     tokens: Annotated[int, typer.Option(help="rows to learn from, prompts included")] = 40_000,
     seeds: Annotated[int, typer.Option(help="runs of each arm")] = 3,
-    arms: Annotated[str, typer.Option(help="arms, separated by commas; 'discard' adds the discard term's")] = "",
-    processes: Annotated[int, typer.Option(help="learners at a time, one thread each")] = 2,
-    unseen: Annotated[int, typer.Option(help="requests to measure on that nobody learned from")] = 128,
-    answer_tokens: Annotated[int, typer.Option(help="longest answer")] = 128,
+    arms: Annotated[str, typer.Option(help="arms, separated by commas; 'discard' adds those with a discard term")] = "",
+    processes: Annotated[int, typer.Option(help="learners at the same time, one thread each")] = 2,
+    unseen: Annotated[int, typer.Option(help="requests to measure on, which are not learned from")] = 128,
+    answer_tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 128,
     capture: Annotated[
-        Path | None, typer.Option(help="recorded traffic: read where it is there, else recorded and written")
+        Path | None, typer.Option(help="file of recorded traffic: read if it exists, else recorded and written")
     ] = None,
 ) -> None:
     """Measure tokens_to_1_5_ratio and acceptance_length_unseen."""
@@ -143,7 +143,7 @@ def main(
             for done, (name, run) in enumerate(pool.imap(_run, jobs), 1):
                 runs[name].append(run)
                 progress.update(bar, advance=1, description=f"{name}: {run.unseen:.2f} unseen")
-                if json is not None:  # after every run: one that is cut short keeps what it measured
+                if json is not None:  # after every run, so that an interrupted benchmark keeps its results
                     _write(json, runs, rows, about | {"complete": done == len(jobs)})
     console.print(summary(runs, rows)[0])
 
@@ -157,7 +157,7 @@ def _write(json: Path, runs: dict[str, list[Run]], rows: int, about: dict[str, A
 
 
 def summary(runs: dict[str, list[Run]], rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures by name, medians over the seeds. An arm that never reached the goal counts with the run's length."""
+    """Medians over the seeds and their spread, by name. A run that never reached the goal counts with all its rows."""
     figures: dict[str, Any] = {}
     spread: dict[str, Any] = {}
     for name, some in runs.items():
@@ -183,7 +183,7 @@ def learn(
     arm: Arm, seed: int, trajectories: Sequence[Trajectory], unseen: Sequence[Trajectory], draft: Eagle3Draft,
     head: TargetHead, target: Path, clock: Callable[[], float] = time.process_time,
 ) -> Run:  # fmt: skip
-    """Replay a capture through one learner. The draft is not changed."""
+    """Replay recorded trajectories through one learner. It trains a copy of the draft."""
     torch.manual_seed(seed)
     draft = copy.deepcopy(draft)
     if arm.random_start:
@@ -209,7 +209,7 @@ def learn(
         began = clock()
         curriculum.add(one)
         waiting += 1
-        if waiting >= arm.batch_sequences:  # a batch of so many new ones is complete
+        if waiting >= arm.batch_sequences:  # so many new trajectories make a batch
             waiting = 0
             while curriculum.next():
                 curriculum.work()
@@ -228,12 +228,12 @@ def _names(arms: str) -> list[str]:
     names += list(DISCARD) if "discard" in names else []
     unknown = sorted(set(names) - (ARMS | DISCARD).keys() - {"discard"})
     if unknown:
-        raise typer.BadParameter(f"no arm {', '.join(unknown)}; there are {', '.join([*ARMS, *DISCARD])}")
+        raise typer.BadParameter(f"no arm {', '.join(unknown)}; known arms: {', '.join([*ARMS, *DISCARD])}")
     return names
 
 
 def _forget(draft: Eagle3Draft) -> None:
-    """Weights as Aurora's release begins with where no draft is given: normal of 0.02, norms one."""
+    """Initialise as Aurora's release does without a given draft: matrices normal with deviation 0.02, norms one."""
     with torch.no_grad():
         for parameter in draft.parameters():
             if parameter.dim() > 1:

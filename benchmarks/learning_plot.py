@@ -1,4 +1,4 @@
-"""The plot of ``benchmarks.learning``: acceptance length against tokens seen, and against the learner's CPU seconds."""
+"""The plot of ``benchmarks.learning``: acceptance length over tokens seen, and over the learner's CPU seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RunLike(Protocol):
 
 
 def plot(runs: Mapping[str, Sequence[RunLike]], goal: float, path: Path) -> None:
-    """One line an arm, the median over its seeds; the first arm is drawn thick. Written as PNG."""
+    """Write a PNG with one line per arm, the median over its seeds; the first arm is drawn thick."""
     import matplotlib
 
     matplotlib.use("Agg")

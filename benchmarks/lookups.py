@@ -1,13 +1,12 @@
-"""What copies alone would gain: the scheduler's lookup and the device's, replayed on answers of a real model.
+"""What copies alone would gain: the scheduler's lookup and the device's, simulated on answers of a real model.
 
     python -m benchmarks.lookups --json benchmarks/results/lookups.json
 
-The demo's model answers HumanEval prompts, greedily and without speculation. Then each answer is gone through as a
-server would that proposes copies wherever there are any and verifies all of them: a step gains what is right of them,
-and one token. The scheduler's lookup (``spec_decode/prompt_lookup.py``, V1 runner) goes on behind the longest earlier
-match; the device's (``spec_decode/device_copies.py``, V2 runner; through Triton's interpreter where there is no GPU)
-asks for one token after the other what followed its context last. Both know the request's own text and the answers
-before it. Nothing is timed.
+The demo's model answers HumanEval prompts, greedily and without speculation. Then a server is simulated that proposes
+copies wherever there are any: a step gains the copied tokens that are right, and one more. The scheduler's lookup
+(``spec_decode/prompt_lookup.py``, V1 runner) copies what followed the longest earlier match. The device's lookup
+(``spec_decode/device_copies.py``, V2 runner) looks up token by token what followed the context most recently; without a
+GPU it runs in Triton's interpreter. Both know the request's own text and the answers before it. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ console = Console()
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
-    requests: Annotated[int, typer.Option(help="answers gone through")] = 96,
-    tokens: Annotated[int, typer.Option(help="longest answer")] = 160,
+    json: Annotated[Path | None, typer.Option(help="file for the report; a plot is written beside it")] = None,
+    requests: Annotated[int, typer.Option(help="requests to answer and simulate")] = 96,
+    tokens: Annotated[int, typer.Option(help="longest answer, in tokens")] = 160,
     seed: int = 0,
 ) -> None:
-    """Acceptance length of copies, by either lookup."""
+    """Measure the acceptance length of copies, for both lookups."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
@@ -65,14 +64,14 @@ def main(
 
 
 class Scheduler:
-    """As the V1 runner's scheduler copies, with a memory of the answers gone through."""
+    """Copies as in the V1 runner's scheduler, from the request and from the answers before it."""
 
     def __init__(self, length: int) -> None:
         self._answers = EarlierAnswers(AuroraConfig().prompt_lookup_answers)
         self._length = length
 
     def answer(self, tokens: Sequence[int], prompt: int) -> Score:
-        """One request of so many prompt tokens, gone through to its end."""
+        """Simulate one request. prompt: how many of its tokens are the prompt's."""
         walk = Walk(self._length, self._answers, always=True)
         walk.answer(tokens, prompt + 1, [0] * (len(tokens) - prompt - 1))
         self._answers.add(tokens[prompt:])
@@ -80,7 +79,7 @@ class Scheduler:
 
 
 class OnDevice:
-    """The same as the V2 runner's worker copies."""
+    """Copies as in the V2 runner's worker, from the same texts."""
 
     def __init__(self, length: int, device: torch.device) -> None:
         from aurora_vllm.spec_decode.device_copies import DeviceCopies
@@ -93,7 +92,7 @@ class OnDevice:
         self._length, self._device, self._requests = length, device, 0
 
     def answer(self, tokens: Sequence[int], prompt: int) -> Score:
-        """One request of so many prompt tokens, gone through to its end."""
+        """Simulate one request. prompt: how many of its tokens are the prompt's."""
         self._requests += 1
         name = str(self._requests)
         self._copies.begin(name, SimpleNamespace(extra_args=None, temperature=0.0))
@@ -108,7 +107,7 @@ class OnDevice:
                 accepted[i] += 1
             steps, known = steps + 1, known + gained
         self._total.fill_(len(tokens))
-        self._propose(name, prompt, len(tokens), gained)  # vLLM's worker learns of an end after its last step
+        self._propose(name, prompt, len(tokens), gained)  # vLLM's worker hears of an end only after the last step
         self._copies.end(name)
         return Score(steps, tuple(accepted))
 
@@ -128,7 +127,7 @@ class OnDevice:
 
 
 def _record(requests: int, tokens: int, seed: int) -> list[tuple[list[int], int]]:
-    """Token ids of prompts and their answers, and how many are the prompt's."""
+    """For each request its tokens (prompt, then answer), and how many of them are the prompt's."""
     from benchmarks.engine import SERVER, Engine
     from demo.model import ensure_model
     from demo.workload import humaneval
@@ -163,7 +162,7 @@ def _sum(scores: Sequence[Score]) -> Score:
 
 
 def _spread(scores: Sequence[Score], seed: int) -> list[float]:
-    """Of bootstrapped sets of requests."""
+    """Spread of the acceptance length over bootstrapped sets of requests."""
     rng = random.Random(seed)
     drawn = (_sum(rng.choices(scores, k=len(scores))) for _ in range(RESAMPLES))
     return median_and_spread([one.acceptance_length for one in drawn])[1]

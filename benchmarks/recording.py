@@ -1,4 +1,4 @@
-"""Traffic recorded from a real server's hook: trajectories, as the learner would have got them."""
+"""Traffic recorded from a real engine's capture: trajectories as the learner would have received them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ CONCURRENCY = 8
 
 
 def record(rows: int, unseen: int, tokens: int, seed: int, console: Console) -> tuple[list[Trajectory], str]:
-    """Serve real prompts greedily, and assemble what the hook wrote.
+    """Serve real prompts greedily, and assemble the captured rows into trajectories.
 
     The draft gets its lessons as in a server and proposes from the first one on, so that there are rejected branches to
-    learn from. What is answered does not depend on it.
+    learn from. The answers do not depend on it.
 
     Args:
-        rows: rows to record, prompts included, for learning.
-        unseen: requests to record on top, for measuring on what nobody learned from.
+        rows: rows to record for learning, prompts included.
+        unseen: requests to record in addition, for measuring on prompts that were not learned from.
         tokens: longest answer.
-        seed: order of the prompts.
+        seed: of the order of the prompts.
 
     Returns:
-        Trajectories in the order they ended, the last ``unseen`` of them for measuring, and the domain's name.
+        Trajectories in the order they ended, of which the last ``unseen`` are for measuring, and the domain's name.
     """
     domain, problems = ("GSM8K", gsm8k()) if GSM8K.is_file() else ("HumanEval", humaneval())
     prompts = [wordings[0].text for wordings in problems]
@@ -75,7 +75,7 @@ def record(rows: int, unseen: int, tokens: int, seed: int, console: Console) -> 
 
 
 def _teach(engine: Engine, lessons: Curriculum) -> None:
-    """Lessons that are due, one after the other, into the engine's draft."""
+    """Give the lessons that are due, one after the other, and publish the draft after each that changed it."""
     while lessons.next() in ("first lesson", "lesson"):
         if lessons.work():
             version = max(engine.bank.published(), CHECKPOINT_VERSION) + 1
@@ -85,13 +85,13 @@ def _teach(engine: Engine, lessons: Curriculum) -> None:
 
 
 def save_recording(path: Path, trajectories: list[Trajectory], domain: str, unseen: int) -> None:
-    """As one file. It holds token ids and hidden states of the benchmark's own prompts."""
+    """Write one file with token ids and hidden states. They are of the benchmark's own prompts only."""
     rows = [vars(one) | {"branches": [vars(branch) for branch in one.branches]} for one in trajectories]
     torch.save({"trajectories": rows, "domain": domain, "unseen": unseen}, path)
 
 
 def load_recording(path: Path) -> tuple[list[Trajectory], str, int]:
-    """Trajectories, the domain's name, and how many of the last ones are for measuring."""
+    """Trajectories, the domain's name, and how many of the last trajectories are for measuring."""
     stored = torch.load(path, weights_only=True)
     trajectories = [
         Trajectory(**(one | {"branches": [Branch(**branch) for branch in one["branches"]]}))

@@ -1,7 +1,7 @@
-"""The shape of every benchmark's JSON, and the median that a figure is.
+"""The format of every benchmark's JSON, and the statistics of a figure.
 
-``write_report`` writes ``{"figures", "spread", "machine", "versions", "command", "seed", ...}``: what was measured,
-how far the samples lay apart, and what somebody else needs to measure it again.
+``write_report`` writes ``{"figures", "spread", "machine", "versions", "command", "seed", ...}``: the measured figures,
+the spread of their samples, and what is needed to reproduce them.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def median_and_spread(samples: Sequence[float]) -> tuple[float, list[float]]:
 def write_report(
     path: Path, figures: Mapping[str, Any], spread: Mapping[str, Any], seed: int, extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a benchmark's result; directories are made.
+    """Write a benchmark's result; missing directories are created.
 
     Args:
         path: the JSON file.
         figures: name to number.
-        spread: by the figures' names, as ``median_and_spread`` gives it.
+        spread: by the same names, usually from ``median_and_spread``.
         seed: of prompts and weights.
-        extra: anything else; it must not use the names above.
+        extra: further entries; those with a name that is already used are left out.
     """
     report = {
         "figures": dict(figures),
@@ -60,12 +60,12 @@ def write_report(
     report |= {name: value for name, value in (extra or {}).items() if name not in report}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, default=str)
-    text = text.replace(f'"{Path.home()}/', '"~/')  # where somebody's home is, is nobody's business
+    text = text.replace(f'"{Path.home()}/', '"~/')  # a home directory's path is private
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and system; no names."""
+    """Processor, cores, memory and system; no host or user name."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -76,12 +76,12 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of the packages that matter where they are installed, and the commit."""
+    """The commit, and the versions of Python and of the relevant packages that are installed."""
     return {"commit": _commit(), **installed.versions((*installed.PACKAGES, "numpy"))}
 
 
 def command() -> str:
-    """The command line, as one would type it again from the project's root."""
+    """The command line, as it would be typed in the project's root."""
     program = Path(sys.argv[0])
     if program.is_absolute() and program.is_relative_to(ROOT):
         module = ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
@@ -98,7 +98,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """The commit, with "-dirty" where code differs from it; results of other runs are no code."""
+    """The commit, with "-dirty" if tracked files differ from it; results and docs are not compared."""
     try:
         commit = _git("describe", "--always")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")

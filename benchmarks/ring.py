@@ -1,16 +1,16 @@
-"""The trace ring's speed beside memcpy's.
+"""The trace ring's throughput compared with memcpy's.
 
     python -m benchmarks.ring --json benchmarks/results/ring.json
 
-Two processes: a producer that writes rows (metadata, three aux states, last hidden state; SmolLM2's, 9,280 bytes) and a
-consumer that takes private copies of them. A row is counted once, when it has come out.
+One process produces rows (metadata, three aux states, last hidden state; SmolLM2's, 9,280 bytes). Another consumes them
+by taking private copies. A row is counted once, when it has been consumed.
 
 ``ring_over_memcpy`` is bytes/s of rows through the ring over bytes/s of one thread's memcpy between two buffers of the
-ring's size. This is the stricter reading: a row through the ring is copied twice, by two processes that share the
-memory's bandwidth, and each commit publishes no more than one step's rows (``--step-rows``: 16 is four requests with
-three drafts each). ``ring_copies_over_two_memcpys`` is the like-for-like one: bytes copied, in and out, over those two
-processes copy when both do nothing but memcpy. Every round measures all of them, one after the other; a figure is the
-median of the rounds' ratios. Other sizes of a commit are in ``by_rows_per_commit`` and in the plot.
+ring's size. This is the stricter ratio: a row through the ring is copied twice, by two processes that share the memory
+bandwidth, and a commit publishes only one step's rows (``--step-rows``: 16 is four requests with three drafts each).
+``ring_copies_over_two_memcpys`` compares like with like: bytes copied, in and out, over the bytes that two processes
+copy when both do nothing but memcpy. Every round measures all of them, one after the other; a figure is the median of
+the rounds' ratios. Other commit sizes are in ``by_rows_per_commit`` and in the plot.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ console = Console()
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
-    rounds: Annotated[int, typer.Option(help="measurements of each")] = 9,
-    rows: Annotated[int, typer.Option(help="rows a measurement")] = 60_000,
-    step_rows: Annotated[int, typer.Option(help="rows per commit of ring_over_memcpy")] = 16,
+    json: Annotated[Path | None, typer.Option(help="file for the report; a plot is written beside it")] = None,
+    rounds: Annotated[int, typer.Option(help="how often everything is measured")] = 9,
+    rows: Annotated[int, typer.Option(help="rows per measurement")] = 60_000,
+    step_rows: Annotated[int, typer.Option(help="rows per commit for ring_over_memcpy")] = 16,
     seed: int = 0,
 ) -> None:
     """Measure ring_over_memcpy."""
@@ -61,7 +61,7 @@ def main(
         buffers = _buffers()
         for measured in track(range(-1, rounds), "memcpy, two memcpys, ring", console=console):
             sample = _round(producer, partner, buffers, commits, rows)
-            if measured >= 0:  # the first one warms up
+            if measured >= 0:  # the first round is warm-up
                 for name, rate in sample.items():
                     rates[name].append(rate)
         partner.send(None)
@@ -83,7 +83,7 @@ def main(
 def _round(
     producer: RingProducer, partner: Connection, buffers: tuple[Any, Any], commits: list[int], rows: int
 ) -> dict[str, float]:
-    """One sample of everything, in bytes/s."""
+    """One sample of every rate, in bytes/s."""
     rates = {"memcpy": memcpy_rate(buffers, rows)}
     partner.send(("memcpy", rows))
     partner.recv()  # both start now
@@ -94,20 +94,20 @@ def _round(
         partner.recv()
         started = time.perf_counter()
         write_rows(producer, count, n)
-        partner.recv()  # the last row is out
+        partner.recv()  # the last row has been consumed
         rates[f"ring_{n}"] = count * LAYOUT.row_bytes / (time.perf_counter() - started)
     return rates
 
 
 def write_rows(producer: RingProducer, count: int, n: int) -> None:
-    """Publish `count` rows, n at a time; they are made once, the ring is what is measured."""
+    """Publish `count` rows, n at a time. The same n rows are written again and again, so only the ring is measured."""
     rows = torch.zeros(n, LAYOUT.row_bytes, dtype=torch.uint8)
     LAYOUT.meta(rows).random_(0, 1000)
     LAYOUT.aux(rows).normal_()
     LAYOUT.last(rows).normal_()
     for _ in range(count // n):
         while (views := producer.reserve(n)) is None:
-            time.sleep(0)  # a benchmark of throughput waits; the worker never does, it drops
+            time.sleep(0)  # wait for room; a server's worker never waits, it drops the rows
         done = 0
         for view in views:
             view.copy_(rows[done : done + len(view)])
@@ -126,7 +126,7 @@ def memcpy_rate(buffers: tuple[Any, Any], rows: int) -> float:
 
 
 def serve_partner(name: str, commands: Connection) -> None:
-    """The other process: consumes from the ring, or copies for itself, as it is told; ends at None."""
+    """The other process: on each command it consumes from the ring or runs memcpy; at None it ends."""
     torch.set_num_threads(1)
     ring = RingConsumer.attach(Segment.attach(name))
     buffers = _buffers()
@@ -145,7 +145,7 @@ def serve_partner(name: str, commands: Connection) -> None:
 
 
 def _buffers() -> tuple[Any, Any]:
-    """Two buffers of the ring's size, every page of them touched. uint8 [CAPACITY, row_bytes]"""
+    """Two buffers of the ring's size with every page touched. uint8 [CAPACITY, row_bytes]"""
     shape = (CAPACITY, LAYOUT.row_bytes)
     return np.full(shape, 1, dtype=np.uint8), np.full(shape, 2, dtype=np.uint8)
 
@@ -153,7 +153,7 @@ def _buffers() -> tuple[Any, Any]:
 def _summary(
     rates: dict[str, list[float]], step_rows: int, commits: list[int]
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[int, dict[str, float]]]:
-    """Figures, their spread, and the medians for every size of a commit."""
+    """Figures, their spread, and the medians for every commit size."""
     ring = rates[f"ring_{step_rows}"]
     samples = {
         "ring_over_memcpy": _ratios(ring, rates["memcpy"]),

@@ -1,17 +1,17 @@
-"""The training step of speculators, on a draft and a batch of ours.
+"""The training step of speculators, on our draft and our batch.
 
-What their trainer does with a batch (speculators/train/trainer.py, 0.9.0): forward under autocast, backward, clip to
-norm 1, AdamW. Their data loader is left out, as ours is; so is the padding it would add. Where theirs and ours differ:
+It is what their trainer does with a batch (speculators/train/trainer.py, 0.9.0): forward under autocast, backward, clip
+to norm 1, AdamW. Their data loader is left out, as is ours, and with it the padding it would add. Differences:
 
-    loss       theirs KL(p || q), ours -sum p log q: KL + H(p), the same gradient. Temperature 1 in both.
-    rows       theirs counts what its mask says; ours leaves out rows whose first choice the draft cannot propose.
-               Theirs gets that smaller mask here, so both average over the same rows.
-    decay      theirs 1.0 unless told otherwise; 0.8 here, as ours.
-    lm_head    theirs is frozen at the target's, ours is trained. Here both are trained unless ``head_frozen``.
-    target     theirs reads the states before the target's final norm and norms them, ours gets them normed.
-    optimizer  theirs is AdamW with weight decay 0.01 and betas (0.9, 0.999), not fused; here both have ours, fused.
-    loss code  theirs is a Triton kernel, which no CPU runs: its eager one is taken.
-    attention  theirs is flex_attention, which has no backward on a CPU (torch 2.13): sdpa or eager is taken.
+    loss       Theirs is KL(p || q), ours -sum p log q = KL + H(p): the same gradient. Temperature 1 in both.
+    rows       Theirs counts the rows of its mask; ours leaves out rows whose first choice the draft cannot propose.
+               Here theirs gets that smaller mask, so both average over the same rows.
+    decay      Theirs is 1.0 by default; here 0.8, as ours.
+    lm_head    Theirs is frozen at the target's, ours is trained. Here both are trained unless ``head_frozen``.
+    target     Theirs reads the states before the target's final norm and applies it; ours gets them normalised.
+    optimizer  Theirs is AdamW with weight decay 0.01 and betas (0.9, 0.999), not fused; here both use ours, fused.
+    loss code  Theirs is a Triton kernel, which does not run on a CPU: here their eager one.
+    attention  Theirs is flex_attention, which has no backward on a CPU (torch 2.13): here sdpa or eager.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from aurora_vllm.learner.loss import STEP_DECAY
 from aurora_vllm.learner.target import TargetHead
 
 VERSION = "0.9.0"
-# What importing it needs and vLLM's environment has not; its own requirements would replace a CPU torch.
+# AdamW's settings and the clipping norm: the defaults of our ``Trainer``.
+BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.99), 0.0, 1.0
+# speculators, and what it imports that vLLM's environment lacks. Its declared requirements would replace a CPU torch.
 PACKAGES = f"speculators=={VERSION} hs-connectors=={VERSION} 'datasets<=5.1.0' pyarrow pandas multiprocess xxhash"
 
 
@@ -40,7 +42,7 @@ class Variant:
 
     attention: str  # sdpa or eager, their --draft-attn-impl
     dtype: torch.dtype  # of autocast
-    compiled: bool = False  # by torch.compile, which they leave out on a CPU
+    compiled: bool = False  # by torch.compile, which they do not use on a CPU
 
     @property
     def name(self) -> str:
@@ -48,10 +50,10 @@ class Variant:
 
 
 def require_speculators() -> str:
-    """The version that is installed.
+    """The installed version of speculators.
 
     Raises:
-        AuroraError: none is, or something it imports is not.
+        AuroraError: it, or something that it imports, is not installed.
     """
     try:
         import speculators.models.eagle3  # noqa: F401
@@ -63,7 +65,7 @@ def require_speculators() -> str:
 
 
 def their_tensors(draft: Eagle3Draft, head: TargetHead, final_norm: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Their model's whole ``state_dict`` for a draft of ours; copies.
+    """The complete ``state_dict`` of their model for our draft, as copies.
 
     Args:
         final_norm: [H], the weight of the target's final norm.
@@ -76,7 +78,7 @@ def their_tensors(draft: Eagle3Draft, head: TargetHead, final_norm: torch.Tensor
 
 
 def their_model(draft: Eagle3Draft, head: TargetHead, final_norm: torch.Tensor, attention: str) -> Any:
-    """Their ``Eagle3DraftModel`` with a draft's weights, float32. The draft's layer must be Llama's."""
+    """Their ``Eagle3DraftModel`` with our draft's weights, float32. The draft's layer must be Llama's."""
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
     from transformers import LlamaConfig
 
@@ -111,11 +113,11 @@ def their_model(draft: Eagle3Draft, head: TargetHead, final_norm: torch.Tensor, 
 
 
 def their_batch(batch: Batch, states: torch.Tensor, counts: torch.Tensor) -> dict[str, Any]:
-    """A batch of ours in their form: all sequences in one row [1, N], each shifted by one and so a row shorter.
+    """Our batch in their form: all sequences in one row [1, N], each shifted by one and so one row shorter.
 
     Args:
-        batch: what our side trains on.
-        states: float32 [B, T, H], the target's before its final norm.
+        batch: ours.
+        states: float32 [B, T, H], the target's states before its final norm.
         counts: bool [B, T], target rows that count.
     """
     real = batch.attention_mask[:, 1:]
@@ -136,8 +138,8 @@ class TheirTrainer:
     Args:
         model: from :func:`their_model`; trained in place.
         variant: how to run it.
-        learning_rate, ttt_length, betas, weight_decay, max_grad_norm: as of our ``Trainer``.
-        head_frozen: leave ``lm_head`` as it is, as they do.
+        learning_rate, ttt_length: as in our ``Trainer``.
+        head_frozen: do not train ``lm_head``, as they do.
     """
 
     def __init__(
@@ -146,20 +148,17 @@ class TheirTrainer:
         variant: Variant,
         learning_rate: float,
         ttt_length: int,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        max_grad_norm: float = 1.0,
         head_frozen: bool = False,
     ) -> None:
         from speculators.losses import resolve_loss_config
 
-        self.model, self.dtype, self.max_grad_norm = model, variant.dtype, max_grad_norm
+        self.model, self.dtype = model, variant.dtype
         model.lm_head.weight.requires_grad_(not head_frozen)
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             lr=learning_rate,
-            betas=betas,
-            weight_decay=weight_decay,
+            betas=BETAS,
+            weight_decay=WEIGHT_DECAY,
             fused=True,
         )
         self._forward = torch.compile(model) if variant.compiled else model
@@ -175,6 +174,6 @@ class TheirTrainer:
             _, loss, _ = self._forward(**batch, **self._options)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         return float(loss.detach())

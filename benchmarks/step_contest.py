@@ -1,4 +1,4 @@
-"""Two training steps on the same batch, in turn: ours and speculators' (benchmarks/learner_step.py)."""
+"""Our training step and speculators', alternating on the same batch (for benchmarks/learner_step.py)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from aurora_vllm.learner.trajectory import Trajectory
 from benchmarks.speculators_step import TheirTrainer, Variant, their_batch, their_model
 from demo.workload import humaneval
 
-ROWS, PROMPT = 256, 64  # of a trajectory
+ROWS, PROMPT = 256, 64  # rows of a trajectory, and how many are its prompt's
 SEQUENCES = (1, 2, 8)
 TTT_LENGTH, LEARNING_RATE = 3, 1e-3
 LOSS_STEPS = 3
-NEVER_FASTER = 1.2  # a variant is given up where its first step takes as many times the best's second
+NEVER_FASTER = 1.2  # a variant is dropped if its first step takes this many times the best variant's second step
 
 
 class Contest:
-    """A draft and its target, trained by both sides. Sides: ours, theirs, theirs with a frozen ``lm_head``."""
+    """A draft and its target, for three sides: ours, theirs, and theirs with a frozen ``lm_head``."""
 
     def __init__(self, target: Path, draft: Path, seed: int) -> None:
         self.draft: Eagle3Draft = load_draft(draft)
@@ -43,7 +43,7 @@ class Contest:
         self._seed = seed
 
     def batch(self, sequences: int) -> Shared:
-        """The same tokens and states for the same number of sequences."""
+        """A batch of so many sequences; the same tokens and states in every call."""
         generator = torch.Generator().manual_seed(self._seed)
         hidden = self.draft.config.hidden_size
         trajectories, states = [], []
@@ -55,20 +55,20 @@ class Contest:
         return Shared(collate(trajectories), torch.stack(states), self.draft)
 
     def ours(self, shared: Shared, dtype: torch.dtype | None = None) -> Callable[[], float]:
-        """Our step, on a draft of its own; it returns the loss before it."""
+        """Our step, on its own copy of the draft. The step returns the loss before it."""
         draft = copy.deepcopy(self.draft)
         trainer = Trainer(draft, self.head, LEARNING_RATE, TTT_LENGTH, matmul_dtype=dtype, warmup_steps=0)
         return lambda: float(trainer.step(shared.batch).total)
 
     def theirs(self, shared: Shared, variant: Variant, head_frozen: bool = False) -> Callable[[], float]:
-        """Their step, on a model of its own; it returns the loss before it."""
+        """Their step, on a model of its own. The step returns the loss before it."""
         model = their_model(self.draft, self.head, self.final_norm, variant.attention)
         trainer = TheirTrainer(model, variant, LEARNING_RATE, TTT_LENGTH, head_frozen=head_frozen)
         batch = their_batch(shared.batch, shared.states, shared.counts)
         return lambda: trainer.step(batch)
 
     def losses(self, shared: Shared) -> dict[str, list[float]]:
-        """Losses before each of the first optimizer steps, in float32; ours less the target's entropy."""
+        """Losses before each of the first optimizer steps, in float32; ours minus the target's entropy."""
         entropy = target_entropy(shared.batch, shared.counts, self.head.rows(self.draft.target_ids), TTT_LENGTH)
         ours, theirs = self.ours(shared, torch.float32), self.theirs(shared, Variant("sdpa", torch.float32))
         return {
@@ -78,7 +78,7 @@ class Contest:
         }
 
     def choose(self, shared: Shared, compiled: bool) -> tuple[Variant, dict[str, Any]]:
-        """Their fastest variant, by its second step, and the trial of each: seconds, or why it does not run."""
+        """Their fastest variant by its second step, and the trials: seconds, or why a variant does not run."""
         variants = [
             Variant(attention, dtype) for attention in ("sdpa", "eager") for dtype in (torch.bfloat16, torch.float32)
         ]
@@ -105,8 +105,8 @@ class Contest:
     def run(
         self, shared: Shared, variant: Variant, rounds: int
     ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-        """Seconds of each side's steps, taken in turn; and by how many MiB its first raised this process's memory at
-        most, AdamW's state included."""
+        """Seconds of each side's steps, taken in turn, and by how many MiB the first step of each raised this process's
+        peak memory, AdamW's state included."""
         sides = {
             "ours": self.ours(shared),
             "theirs": self.theirs(shared, variant),
@@ -121,7 +121,7 @@ class Contest:
 
 
 class Shared:
-    """What both sides train on."""
+    """A batch for all sides."""
 
     def __init__(self, batch: Batch, states: torch.Tensor, draft: Eagle3Draft) -> None:
         assert batch.target_argmax is not None
@@ -131,7 +131,7 @@ class Shared:
 
 
 def target_entropy(batch: Batch, counts: torch.Tensor, head: torch.Tensor, ttt_length: int) -> float:
-    """What our loss has more than KL: the target's entropy, averaged and weighted as the loss is, nats.
+    """By how much our loss exceeds the KL: the target's entropy, averaged and weighted as the loss. In nats.
 
     Args:
         counts: bool [B, T], target rows that count.
@@ -140,7 +140,7 @@ def target_entropy(batch: Batch, counts: torch.Tensor, head: torch.Tensor, ttt_l
     total = 0.0
     for step in range(ttt_length):
         rows = counts.clone()
-        rows[:, : step + 1] = False  # no row comes so far before them
+        rows[:, : step + 1] = False  # no chain starts that far before these rows
         log_p = torch.log_softmax(batch.last[rows] @ head.T, -1)
         total += STEP_DECAY**step * float(-(log_p.exp() * log_p).sum(-1).mean())
     return total
@@ -154,10 +154,10 @@ def timed(step: Callable[[], float]) -> float:
 
 
 def peak_mib(step: Callable[[], float]) -> float | None:
-    """MiB by which a step raises this process's memory at most; None where the system does not say (man 5 proc)."""
+    """MiB by which a step raises this process's peak memory; None if the system does not report it (man 5 proc)."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # else it finds what others have freed and glibc kept
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # else the step would reuse freed memory that glibc has kept
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _status_mib("VmRSS")
     except (AttributeError, OSError):
         step()
@@ -174,7 +174,7 @@ def _status_mib(name: str) -> float:
 
 
 def _tokens(target: Path, count: int, seed: int) -> torch.Tensor:
-    """Real text as the target reads it: HumanEval's prompts, one after the other. int64 [count]"""
+    """Tokens of real text: HumanEval's prompts, one after the other. int64 [count]"""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)

@@ -3,8 +3,9 @@
     python -m benchmarks.swap --json benchmarks/results/swap.json
 
 Four greedy requests decode at all times while another process publishes a new version, ``--swaps`` times. Every engine
-step is timed; the steps from a publish to its swap and the one after count as "around" it, which includes reading,
-checking and packing the weights in the background. Baseline: the same requests without speculation, in the same engine.
+step is timed. The steps from a publish to its swap, and the one after, count as "around" the swap: in that time the
+weights are read, checked and packed in the background. The answers are compared with those of the same requests
+without speculation, in the same engine.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ console = Console()
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
-    swaps: Annotated[int, typer.Option(help="how many versions to publish")] = 50,
+    json: Annotated[Path | None, typer.Option(help="file for the report; a plot is written beside it")] = None,
+    swaps: Annotated[int, typer.Option(help="how many versions are published")] = 50,
     eager: Annotated[bool, typer.Option(help="vLLM's eager mode instead of its compiled one")] = False,
     seed: int = 0,
 ) -> None:
@@ -59,7 +60,7 @@ def main(
     figures = {
         "swap_stall_ratio": max(run.around) / median,
         "swap_stall_ratio_median": statistics.median(run.around) / median,
-        "quiet_stall_ratio": max(quiet_windows) / median,  # the same statistic where nothing was swapped
+        "quiet_stall_ratio": max(quiet_windows) / median,  # the same statistic where no swap took place
         "swap_changed_outputs": changed,
         "swap_failed_requests": run.failed,
         "swaps": run.swaps,
@@ -78,7 +79,7 @@ def main(
 
 
 class Load:
-    """Keeps CONCURRENCY greedy requests decoding and times every engine step."""
+    """Keeps CONCURRENCY greedy requests decoding, and times every engine step."""
 
     def __init__(self, engine: Engine, prompts: list[str]) -> None:
         self._engine = engine
@@ -86,7 +87,7 @@ class Load:
         self._prompts = prompts
         self._next = 0
         self._running: set[str] = set()
-        self.quiet: list[float] = []  # seconds of decode steps with no publish under way
+        self.quiet: list[float] = []  # seconds of decode steps while no swap is pending
         self.around: list[float] = []  # seconds of decode steps from a publish to the step after its swap
         self.exchange_us: list[float] = []
         self.answers: dict[int, list[int]] = {}
@@ -144,7 +145,7 @@ class Load:
 
 
 def publish_on_request(bank_name: str, draft: str, seed: int, requests: Connection) -> None:
-    """The learner's part, in a process of its own: publish slightly different weights when told to."""
+    """The learner's part, in its own process: publish slightly different weights whenever a version is received."""
     from safetensors.torch import load_file
 
     from aurora_vllm.config import AuroraConfig
@@ -156,7 +157,7 @@ def publish_on_request(bank_name: str, draft: str, seed: int, requests: Connecti
     bank = WeightBank.attach(Segment.attach(bank_name))
     tensors = load_file(Path(draft) / "model.safetensors")
     generator = torch.Generator().manual_seed(seed)
-    # Made beforehand: what the learner does while it publishes is to be measured, not the making of random numbers.
+    # Made beforehand, so that the steps are measured beside the publishing, not beside the random generator.
     variants = [
         {
             spec.name: tensors[spec.name]

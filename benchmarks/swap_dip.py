@@ -1,16 +1,22 @@
-"""What a swap leaves behind: draft KV by the old weights, in running requests and in the prefix cache; and what K = 0
-leaves behind: none at all.
+"""How much acceptance length is lost after a swap, and after K = 0.
 
     python -m benchmarks.swap_dip --json benchmarks/results/swap_dip.json
 
-Greedy requests run several times, so that all runs draft behind the same tokens: wholly on the new weights (prefix
-cache emptied before); begun on the old ones, which are swapped for the new between two steps; begun on the new ones
-with the prompt's KV of the second run, by the old weights, in the prefix cache; the last two once more where the old
-draft KV is zeroed at the swap; and begun without drafts, which come when the others swap. Acceptance length is compared
-by tokens since then, at the same positions of the same answers. A verification counts where it begins; the one whose
-drafts were under way at the swap is the old weights' and counts for nobody. Before each run the draft's KV is zeroed,
-so that no block holds what another run left there. Old and new are two drafts learned from 50 and 100 requests (``--old
-day0``: the untrained one), none of them measured on.
+After a swap, draft KV computed with the old weights remains in running requests and in the prefix cache. After steps
+with K = 0, the draft has no KV for their tokens. Greedy requests are run several times, so that all runs draft after
+the same tokens:
+
+    whole            on the new weights throughout, prefix cache emptied before
+    swapped          begun on the old weights, which are swapped for the new ones between two steps
+    cached           on the new weights, with the prompt's KV that ``swapped`` left in the prefix cache
+    dropped          as ``swapped``, with the old draft KV zeroed at the swap
+    cached_dropped   as ``cached``, after ``dropped``
+    late             on the new weights, begun without drafts; drafting begins where the others swap
+
+Acceptance lengths are compared by tokens since the change, at the same positions of the same answers. A verification
+belongs to the position where it begins. The one whose drafts were already made at the swap is not counted. Before each
+run but the cached ones the draft's KV is zeroed, so that no block holds KV of earlier runs. The old and the new draft
+learned from 50 and 100 requests (``--old day0``: the old one is untrained); none of these is measured on.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from benchmarks.engine import Engine, humaneval_engine
 from benchmarks.openmp import restart_with_intel_openmp
 from benchmarks.report import write_report
 
-LEARN = (50, 100)  # requests that the old and the new draft learned from: enough for heads that look at other rows
+LEARN = (50, 100)  # requests that the old and the new draft learned from: enough for induction heads
 BATCH = 8
 BEFORE = 16  # answer tokens of every request when the weights are swapped
 AGES = (0, 16, 32, 48)  # tokens since the swap
@@ -48,7 +54,7 @@ console = Console()
 
 @dataclass
 class Answer:
-    """How long an answer was after each of its steps, the first of which is the prompt's."""
+    """The length of an answer after each of its steps; the first step is the prefill."""
 
     lengths: list[int] = field(default_factory=list)
 
@@ -59,31 +65,31 @@ class Answer:
 
 @dataclass
 class Runs:
-    """One request's answers, and how long some of them were when the first of the drafts that count were verified."""
+    """One request's answers by run (see the module's docstring)."""
 
-    whole: Answer  # on the new weights
-    swapped: Answer  # draft KV by the old weights is kept
-    cached: Answer  # behind a prompt cached by the old weights
-    dropped: Answer  # as swapped, where the swap drops it
+    whole: Answer
+    swapped: Answer
+    cached: Answer
+    dropped: Answer
     cached_dropped: Answer
-    late: Answer  # drafts only from some token on
-    first: dict[str, int]  # by run
+    late: Answer
+    first: dict[str, int]  # by run with a change: the answer's length when the first verification that counts begins
 
 
 def main(
-    json: Annotated[Path | None, typer.Option(help="where the report goes; a plot is put beside it")] = None,
-    requests: Annotated[int, typer.Option(help="requests measured, in batches of 8")] = 32,
-    old: Annotated[str, typer.Option(help="the weights before: lesson (learned) or day0 (not)")] = "lesson",
+    json: Annotated[Path | None, typer.Option(help="file for the report; a plot is written beside it")] = None,
+    requests: Annotated[int, typer.Option(help="requests to measure, in batches of 8")] = 32,
+    old: Annotated[str, typer.Option(help="the old weights: lesson (taught) or day0 (untrained)")] = "lesson",
     eager: Annotated[bool, typer.Option(help="vLLM's eager mode instead of its compiled one")] = True,
     seed: int = 0,
 ) -> None:
-    """Measure acceptance length just after a change, over that without one."""
+    """Measure acceptance length shortly after a change, relative to a run without one."""
     if old not in ("lesson", "day0"):
         raise typer.BadParameter(f"--old is lesson or day0, not {old}")
     restart_with_intel_openmp()
     with humaneval_engine(eager) as (engine, prompts):
         watch = engine.scheduler._advisor._rollback_watch
-        watch._rollout = Rollout(DRAFTS, 0.0)  # the old draft is rightly worse, and has to stay
+        watch._rollout = Rollout(DRAFTS, 0.0)  # never rolls back: the old draft is worse on purpose
         weights = _drafts(engine, prompts[: LEARN[1]], "day0" if old == "day0" else "lesson")
         measured = prompts[LEARN[1] : LEARN[1] + requests]
         runs: list[Runs] = []
@@ -98,7 +104,7 @@ def main(
 
 
 def summary(runs: Sequence[Runs], seed: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[float]]]:
-    """Figures, their spread (95 % of bootstrapped sets of requests), acceptance lengths by age."""
+    """Figures, their spread (quantiles of bootstrapped sets of requests), and acceptance lengths by age."""
 
     def dips(chosen: Sequence[Runs]) -> dict[str, float]:
         def dip(which: str, since: str) -> float:
@@ -134,8 +140,8 @@ def summary(runs: Sequence[Runs], seed: int) -> tuple[dict[str, Any], dict[str, 
 
 
 def _length(chosen: Sequence[Runs], which: str, since: str, after: int, before: int) -> float:
-    """Acceptance length of one run, ``after`` to ``before`` tokens since the change in another one, or since the answer
-    began."""
+    """Acceptance length of the run ``which``, from ``after`` to ``before`` tokens since the change in the run ``since``
+    ("": since the answer began)."""
     gained: list[int] = []
     for runs in chosen:
         gained += getattr(runs, which).verifications(runs.first.get(since, 1), after, before)
@@ -145,7 +151,7 @@ def _length(chosen: Sequence[Runs], which: str, since: str, after: int, before: 
 def _drafts(
     engine: Engine, prompts: list[str], old: Literal["lesson", "day0"]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The old and the new weights, learned from what the target answers to these prompts."""
+    """The old and the new weights, learned from the target's answers to these prompts."""
     engine.drain()
     assembler = Assembler(engine.session.row_layout)
     seen: list[Trajectory] = []
@@ -167,7 +173,7 @@ def _drafts(
 def _measure(
     engine: Engine, prompts: list[str], weights: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 ) -> list[Runs]:
-    """The runs of a batch."""
+    """All runs of a batch of requests."""
     old, new = weights
     total = BEFORE + 2 * (1 + DRAFTS) + AGES[-1] + 16
     _go_live(engine, new)
@@ -192,7 +198,7 @@ def _measure(
         _go_live(engine, new)
         if drops:
             _zero_draft_kv(engine)
-        running.step()  # verifies what the old weights had drafted
+        running.step()  # verifies drafts of the old weights
         first[swapped] = running.lengths()
         running.run()
         behind = _Batch(engine, prompts, BEFORE + 1 + DRAFTS)
@@ -206,7 +212,7 @@ def _measure(
 
 
 def _forget(engine: Engine) -> None:
-    """No prompt is cached, and the blocks that will be used hold no draft KV of anybody's."""
+    """Forget cached prompts, and zero the draft's KV, so that blocks hold nothing of earlier runs."""
     engine.llm.reset_prefix_cache()
     _zero_draft_kv(engine)
 
@@ -241,11 +247,11 @@ class _Batch:
                 self._running.discard(int(output.request_id))
 
     def lengths(self) -> list[int]:
-        """Of the answers so far."""
+        """Tokens of each answer so far."""
         return [answer.lengths[-1] if answer.lengths else 0 for answer in self.answers]
 
     def run(self, until: int | None = None) -> None:
-        """To the end, or until every answer has so many tokens."""
+        """Step to the end, or until every answer has ``until`` tokens."""
         while self._running and (until is None or min(self.lengths()) < until):
             self.step()
 
