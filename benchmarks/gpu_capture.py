@@ -1,4 +1,4 @@
-"""The self-check's capture: what TraceWriter.write costs a step, and that the host does not wait in it."""
+"""The self-check of capture: what TraceWriter.write costs per step, and whether the host waits in it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
 
 
 def capture_cost(device: str, hidden: int, batches: Sequence[int], steps: int = 50, drafts: int = 3) -> dict[str, Any]:
-    """What TraceWriter.write costs in a step that verifies three drafts a request, by requests in the batch.
+    """What TraceWriter.write costs in a step that verifies ``drafts`` tokens per request, by requests in the batch.
 
-    ``rows_by`` says who wrote the rows: one kernel or, where that failed its rehearsal, torch in a dozen launches.
+    ``rows_by`` says what wrote the rows: one kernel or, if that failed its rehearsal, torch in a dozen launches.
     """
     found = {}
     for batch in batches:
@@ -49,9 +49,10 @@ def capture_cost(device: str, hidden: int, batches: Sequence[int], steps: int = 
 
 
 def capture_waits(device: str, hidden: int, batch: int = 512, drafts: int = 3) -> dict[str, Any]:
-    """Whether the host waits in a large step with a request that is not captured, behind the end of another.
+    """Whether the host waits in a large step after the end of a request, with another request that is not captured.
 
-    As in a server, capture has been rehearsed and pinned memory is there. Two steps go before, one behind an end.
+    As in a server, capture has been rehearsed and pinned memory is allocated. Two steps are made before, one of them
+    after the end of a request.
     """
     rows = batch * (drafts + 1)
     writer, _, names = _writer(device, hidden, 3 * (rows + batch))
@@ -68,7 +69,7 @@ def capture_waits(device: str, hidden: int, batch: int = 512, drafts: int = 3) -
 
 
 def step_of(device: str, hidden: int, batch: int, drafts: int) -> StepTrace:
-    """A step of decoding, one draft accepted for each request."""
+    """A decode step in which one draft token is accepted for each request."""
     rows = batch * (drafts + 1)
     states = [torch.ones((rows, hidden), dtype=torch.bfloat16, device=device) for _ in range(4)]
     sampled = torch.ones((batch, drafts + 1), dtype=torch.int32, device=device)

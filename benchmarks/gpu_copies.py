@@ -1,6 +1,7 @@
-"""The self-check's copies: what DeviceCopies proposes on this GPU against a model of it, what it costs, if it waits.
+"""The self-check of copies: whether DeviceCopies proposes on this GPU what a model of it does, its cost, and whether
+the host waits.
 
-Needs Triton and numpy beside torch. Where Triton was told to interpret (``TRITON_INTERPRET``) "cpu" is a device, too.
+Needs Triton and numpy in addition to torch. With Triton's interpreter (``TRITON_INTERPRET``), "cpu" is also a device.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from aurora_vllm.transport.cuda import tensor_over
 from benchmarks.gpu_copies_model import Model
 from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
 
-ANSWERS = 50_000  # tokens of answers that are remembered for others
-WORDS, WORD_TOKENS, PHRASES, PHRASE_WORDS = 20, 3, 24, 5  # texts are phrases, and those share their words
-TOKENS = 150_000  # a vocabulary
-DRAFT = TOKENS  # the first of the tokens that the draft proposes; no text has them
-EACH_VERSION = 10  # steps that a version of the draft proposes for
-ALL = (1 << NUM_KINDS) - 1  # kinds of copies that are preferred to the draft
-WARM = 5  # steps that are not measured
+ANSWERS = 50_000  # tokens of answers that are kept for other requests
+WORDS, WORD_TOKENS, PHRASES, PHRASE_WORDS = 20, 3, 24, 5  # texts consist of phrases, which share words
+TOKENS = 150_000  # size of the vocabulary
+DRAFT = TOKENS  # the first token that the draft proposes; no text contains the draft's tokens
+EACH_VERSION = 10  # steps per version of the draft
+ALL = (1 << NUM_KINDS) - 1  # bit mask: copies of all kinds are preferred to the draft
+WARM = 5  # warm-up steps, not measured
 
 
 class Decoding:
-    """Requests that decode in vLLM's V2 runner, as far as copies see it; what they will say is known beforehand.
+    """Requests that decode in vLLM's V2 runner, as far as copies are concerned. Their texts are known beforehand.
 
     Args:
         device: "cpu", or a CUDA device.
-        requests: R of them; request i has vLLM's slot R - 1 - i.
+        requests: R, the number of requests; request i has vLLM's slot R - 1 - i.
         prompt: tokens of each prompt, at least as many as the longest context.
         positions: tokens of each proposal.
-        steps: that can be made.
-        arrives: in which step each prompt is through, ascending; before, a request is inside its prompt. [R]
-        pinned: texts lie in page-locked host memory, as in vLLM, else in the device's.
+        steps: number of steps that can be made.
+        arrives: [R], ascending, the step in which each prompt is completed; until then the request is in prefill.
+        pinned: whether texts are in page-locked host memory, as in vLLM, instead of the device's.
     """
 
     def __init__(
@@ -51,16 +52,16 @@ class Decoding:
         arrives: Sequence[int] | None = None,
         pinned: bool = False,
     ) -> None:
-        from aurora_vllm.spec_decode.device_copies import DeviceCopies  # a machine without Triton has other sections
+        from aurora_vllm.spec_decode.device_copies import DeviceCopies  # without Triton the other sections still run
 
         self.device, self.positions, self.prompt, self.now = device, positions, prompt, -1
-        self.counts: Sequence[int] | None = None  # as they were fetched last
+        self.counts: Sequence[int] | None = None  # as fetched last
         come, step = np.array(arrives or [0] * requests), np.arange(steps)[:, None]
         going_on = 1 + (step + np.arange(requests)) % (positions + 1)
         self.sampled = np.where(step > come, going_on, step == come)  # [steps, R]
         self.judged = step > come  # a proposal was verified
-        self.totals = prompt + np.cumsum(self.sampled, axis=0)  # tokens of each text behind a step
-        self.salts = 1 + np.arange(requests)  # as DeviceCopies hands them out
+        self.totals = prompt + np.cumsum(self.sampled, axis=0)  # tokens of each text after a step
+        self.salts = 1 + np.arange(requests)  # as DeviceCopies assigns them
         self.texts = _texts(requests, prompt + steps * (positions + 1))
 
         slots = np.arange(requests)[::-1].copy()
@@ -77,7 +78,7 @@ class Decoding:
             self.copies.begin(name, SimpleNamespace(extra_args=None, temperature=0.0))
         self.drafts = torch.zeros(requests, positions, dtype=torch.int64, device=device)
         self._drafted = torch.arange(DRAFT, DRAFT + positions, device=device).repeat(requests, 1)
-        # A tensor for each step, as in vLLM: Triton compiles once more for one that does not begin at 16 bytes.
+        # A tensor per step, as in vLLM: Triton compiles another kernel for one that is not aligned to 16 bytes.
         self._totals = _rows(self.totals[:, slots], device)
         self._sampled = _rows(self.sampled, device)
         self._rejected = _rows(np.where(self.judged, positions + 1 - self.sampled, 0), device)
@@ -95,31 +96,31 @@ class Decoding:
 
     @property
     def version(self) -> int:
-        """Of the draft, which is another one every few steps."""
+        """The draft's version, which changes every few steps."""
         return 1 + self.now // EACH_VERSION
 
     def advance(self) -> None:
-        """Into the next step, as far as the draft's proposals."""
+        """Begin the next step, until the draft has proposed."""
         self.now += 1
         self._total.copy_(self._totals[self.now])
         self.drafts.copy_(self._drafted)
 
     def copy(self) -> None:
-        """What copies add to a step."""
+        """Do what copies add to a step."""
         now = self.now
         judged = self._sampled[now], self._rejected[now]
         self.copies.replace(self._batches[now], *judged, self.drafts, self.positions, self.version, ALL)
         self.counts = self.copies.fetch() or self.counts
 
     def settle(self) -> None:
-        """See to it that a fetch under way is done, and take it."""
+        """Complete a fetch under way, and take its counts."""
         if self.device != "cpu":
             torch.cuda.synchronize()
             self.counts = self.copies.fetch() or self.counts
 
 
 def copies_agree(device: str, requests: int, prompt: int, positions: int, steps: int) -> dict[str, Any]:
-    """Whether each proposal is the model's, and what is counted what happened; no step may synchronise.
+    """Check that each proposal is the model's, that counts are right, and that no step synchronises.
 
     Args:
         steps: a multiple of FETCH_EVERY, so that the last fetch has all counts.
@@ -166,8 +167,8 @@ def copies_cost(
     """Microseconds that DeviceCopies.replace and fetch add to a step, by requests in it and tokens of a proposal.
 
     "first" is the step that learns the prompts. With ``pinned`` the GPU reads texts from host memory, where vLLM has
-    them unless it is told otherwise; the view of it is made by what makes tensors over IPC memory, not by vLLM's
-    ``get_accelerator_view_from_cpu_tensor``. A "cpu" has but one memory.
+    them by default. The view of that memory is made by the function for IPC memory, not by vLLM's
+    ``get_accelerator_view_from_cpu_tensor``. For "cpu", ``pinned`` changes nothing.
     """
     found: dict[str, Any] = {}
     for batch in batches:
@@ -191,9 +192,9 @@ def copies_cost(
 
 
 def copies_wait(device: str, batch: int = 32, positions: int = 8, prompt: int = 2000) -> dict[str, Any]:
-    """Whether the host waits in a few steps: a request comes in the first of them, and counts are fetched.
+    """Whether the host waits in a few steps: a request arrives in the first of them, and counts are fetched.
 
-    As many steps go before, with requests that come and a fetch: they load kernels and allocate pinned memory, for
+    As many steps are made before, with arriving requests and a fetch. They load kernels and allocate pinned memory, for
     which the host may wait.
     """
     from aurora_vllm.spec_decode.device_copies import FETCH_EVERY
@@ -216,7 +217,7 @@ def copies_wait(device: str, batch: int = 32, positions: int = 8, prompt: int = 
 
 
 def _texts(requests: int, length: int) -> np.ndarray:
-    """What follows a few tokens depends on more of them, and most was said before. int64 [R, length or more]"""
+    """Repetitive texts, in which the next token depends on more than a few tokens. int64 [R, length or more]"""
     random = np.random.default_rng(0)
     words = random.integers(TOKENS, size=(WORDS, WORD_TOKENS))
     phrases = words[random.integers(WORDS, size=(PHRASES, PHRASE_WORDS))].reshape(PHRASES, -1)
@@ -229,7 +230,7 @@ def _rows(array: np.ndarray, device: str) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _no_synchronisation(device: str) -> Iterator[None]:
-    """Torch raises where it would have the host wait for the device."""
+    """Makes torch raise an error where the host would wait for the device."""
     if device == "cpu":
         yield
         return

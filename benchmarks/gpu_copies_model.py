@@ -1,4 +1,4 @@
-"""What tables of copies may hold and what must be proposed from them, by dictionaries: what the self-check goes by."""
+"""A model of the tables of copies, with dictionaries: what they may hold, and what must be proposed from them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NOTHING = -1  # in place of a token
 
 
 class Model:
-    """The tables as dictionaries: what each entry may hold. Of several words that one launch writes, any may stay.
+    """The tables as dictionaries of what each entry may hold: of several words that one launch writes, any may remain.
 
     Args:
-        decoding: whose steps :meth:`learn` and :meth:`copy` follow.
-        answers: tokens of answers that are remembered for others.
+        decoding: the requests whose steps :meth:`learn` and :meth:`copy` follow.
+        answers: tokens of answers that are kept for other requests.
     """
 
     def __init__(self, decoding: Decoding, answers: int) -> None:
@@ -32,7 +32,7 @@ class Model:
         self._known = [0] * len(decoding.texts)
 
     def learn(self) -> None:
-        """What the step's tokens leave."""
+        """Enter the current step's tokens."""
         decoding, (own_mask, others_mask) = self._decoding, self._masks
         own: defaultdict[int, set[int]] = defaultdict(set)
         others: defaultdict[int, set[int]] = defaultdict(set)
@@ -48,7 +48,7 @@ class Model:
         self._others.update(others)
 
     def copy(self, row: int) -> tuple[list[int], bool]:
-        """What must be proposed first, and whether what comes behind it depends on which word of several stayed."""
+        """The tokens that must be proposed first, and whether the next depends on which of several words remained."""
         decoding, (own_mask, others_mask) = self._decoding, self._masks
         if not decoding.sampled[decoding.now, row]:
             return [], False
@@ -69,11 +69,11 @@ class Model:
         return copied, False
 
 
-# The kernels' hash (copy_kernels._mix, _entry) once more, for arrays: which contexts meet in an entry is up to it.
+# The kernels' hash (copy_kernels._mix, _entry) for arrays: it decides which contexts share an entry.
 
 
 def _contexts(text: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Hashes of the contexts before some places of a text. at: int64 [n] -> int64 [n, orders]"""
+    """Hashes of the contexts before some positions of a text. at: int64 [n] -> int64 [n, orders]"""
     back = np.arange(1, max(ORDERS) + 1)
     before = np.where(at[:, None] >= back, text[at[:, None] - back], 0)
     x = (before + (back << 32)) * 0x2545F4914F6CDD1D
@@ -82,7 +82,7 @@ def _contexts(text: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def _entry(contexts: np.ndarray, salt: int, mask: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where words of these contexts lie, and their checks. int64 [n] each"""
+    """The entries of these contexts, and the check bits of their words. int64 [n] each"""
     x = contexts ^ (np.array([salt]) * 0x1CE4E5B9BF58476D)
     x ^= x >> 32
     x *= 0x2545F4914F6CDD1D
@@ -99,7 +99,7 @@ def _note(
 
 
 def _look_up(table: dict[int, set[int]], place: np.ndarray, check: np.ndarray, before: set[int]) -> set[int]:
-    """The tokens that may be found here, or else before. place, check: int64 [1]"""
+    """The tokens that a lookup may find here, with those of ``before`` if it may find none. place, check: int64 [1]"""
     words = table.get(int(place[0]), {0})
     found = {word & 0x7FFFFFFF if word >> 32 == check[0] else NOTHING for word in words}
     return found if NOTHING not in found else before | (found - {NOTHING})

@@ -1,8 +1,8 @@
-"""The learner beside a decode load on one GPU: what it gets done, and what the load loses, with its budget and without.
+"""The learner beside a decode load on one GPU, with and without its budget: what it achieves, and what the load loses.
 
-The load is what decoding is to a GPU: every weight is read once a step and multiplies a few rows, replayed as a CUDA
-graph, and the host waits for each step as for its tokens. The learner is the product's training step, in a process of
-its own, which rests as the product's learner does.
+The load imitates decoding: in every step each weight is read once and multiplied with a few rows, as a replayed CUDA
+graph, and the host waits for the step as it waits for sampled tokens. The learner runs the product's training step in a
+process of its own, and rests as the product's learner does.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ QWEN3_8B = Eagle3Config(
 )  # fmt: skip
 SHARE = 0.05  # learner_cpu_share's default
 TTT_LENGTH, LEARNING_RATE = 3, 1e-3
-SEQUENCE = 256  # rows; a quarter of them a prompt
+SEQUENCE = 256  # rows; a quarter of them are the prompt's
 
 
 def learner_beside_a_load(
     device: str, config: Eagle3Config, rows: int, decode_step: Callable[[], None], seconds: float
 ) -> dict[str, Any]:
-    """Each of them alone, and both together.
+    """Measure each alone, and both together.
 
     Args:
-        rows: of a training step.
+        rows: rows of a training step.
         decode_step: one step of the load, from :func:`decode_load`.
-        seconds: of each measurement. The load alone is measured before and after the rest.
+        seconds: duration of each measurement. The load alone is measured before and after the others.
     """
     alone = [_decode(decode_step, seconds)]
     beside = {}
@@ -60,7 +60,7 @@ def learner_beside_a_load(
 
 
 def decode_load(device: str, hidden: int, matrices: int, rows: int = 8) -> Callable[[], None]:
-    """A step of the load. matrices: [hidden, hidden] each, in bfloat16."""
+    """A step of the load. matrices: how many, each [hidden, hidden] in bfloat16."""
     weights = [torch.randn(hidden, hidden, device=device).mul_(hidden**-0.5).bfloat16() for _ in range(matrices)]
     x = torch.randn(rows, hidden, device=device).bfloat16()
 
@@ -80,12 +80,12 @@ def decode_load(device: str, hidden: int, matrices: int, rows: int = 8) -> Calla
 
 
 def learn(device: str, config: Eagle3Config, rows: int, share: float, pipe: Connection) -> None:
-    """The learner: say that it is ready, wait for a word, train until the next; send what it did."""
+    """The learner's process: report that it is ready, wait for a message, train until the next one, and report."""
     where = torch.device(device)
     head = TargetHead(*2 * [_random(config.vocab_size, config.target_hidden_size).bfloat16().to(where)])
     trainer = Trainer(Eagle3Draft(config).to(where), head, LEARNING_RATE, TTT_LENGTH)
     batch = collate([_trajectory(config) for _ in range(max(rows // SEQUENCE, 1))], where)
-    # Every row counts in every step, whatever these random states say is the target's choice.
+    # With token 0 as the target's first choice everywhere, every row counts, despite the random states.
     batch = replace(batch, target_argmax=torch.zeros_like(batch.input_ids))
     settle = torch.cuda.synchronize if where.type == "cuda" else _nothing
     trainer.step(batch)

@@ -1,7 +1,7 @@
-"""The self-check's processes: one for each section, and those of its two sides; `device` "cpu" is the same over POSIX
-shared memory.
+"""The self-check's processes: one for each section, and those for a section's two sides. With `device` "cpu" they use
+POSIX shared memory.
 
-Nothing here imports vLLM. Rows say in each of their words which row they are, so a torn, lost or repeated one shows.
+Nothing here imports vLLM. Each word of a row encodes the row's number, so torn, lost and repeated rows are detected.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingProducer,
 from aurora_vllm.transport.segment import Segment
 from aurora_vllm.transport.waits import OwnerGone
 
-Names = tuple[str, str | None]  # of the segment, and of the device memory where there is some
+Names = tuple[str, str | None]  # of the segment, and of the device memory if there is any
 TIMEOUT_S = 120.0
-LEAVE_S = 10.0  # for a section that has said what it found to end by itself
-STRIDE = 1_000_003  # between the words of two rows
+LEAVE_S = 10.0  # for a section to end by itself after its result
+STRIDE = 1_000_003  # difference between the words of two consecutive rows
 
 
 def isolated(limit_s: float, work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """What a function returns in a process of its own, which may start others: a GPU's errors end with the process they
-    happened in. None of them is left afterwards. {"error": why} where it raises, dies, or takes longer.
+    """Run a function in a process of its own and return its result, because after a CUDA error the process is unusable.
+
+    The process may start others; none of them is left afterwards. Returns {"error": why} if the function raises, its
+    process dies, or ``limit_s`` is exceeded.
     """
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     ours, theirs = context.Pipe(duplex=False)
@@ -54,7 +56,7 @@ def isolated(limit_s: float, work: Callable[..., dict[str, Any]], *args: Any) ->
     finally:
         if not why:
             wait([process.sentinel], LEAVE_S)
-        with suppress(ProcessLookupError):  # before the join: until then its number is nobody else's
+        with suppress(ProcessLookupError):  # before the join: until then its pid is not reused
             assert process.pid is not None  # it was started; group 0 would be our own
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
@@ -64,7 +66,7 @@ def isolated(limit_s: float, work: Callable[..., dict[str, Any]], *args: Any) ->
 
 
 def _lead(parent: int, pipe: Connection, work: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
-    os.setpgrp()  # those that it starts are of its group
+    os.setpgrp()  # processes that it starts are in its group
     end_with_parent(parent)
     try:
         found = work(*args)
@@ -75,7 +77,7 @@ def _lead(parent: int, pipe: Connection, work: Callable[..., dict[str, Any]], ar
 
 
 def start(target: Callable[..., None], *args: Any) -> tuple[SpawnProcess, Connection]:
-    """Run a function here in another process, its last argument one end of a pipe; the other end."""
+    """Run a function in another process, with one end of a pipe as its last argument. Returns process and other end."""
     context = multiprocessing.get_context("spawn")  # a CUDA context does not survive a fork
     ours, theirs = context.Pipe()
     process = context.Process(target=_follow, args=(os.getpid(), target, *args, theirs), daemon=True)
@@ -85,12 +87,12 @@ def start(target: Callable[..., None], *args: Any) -> tuple[SpawnProcess, Connec
 
 
 def _follow(parent: int, target: Callable[..., None], *args: Any) -> None:
-    end_with_parent(parent)  # which may be killed
+    end_with_parent(parent)  # the parent may be killed
     target(*args)
 
 
 def receive(pipe: Connection, timeout_s: float = TIMEOUT_S) -> Any:
-    """What the other process says next. Raises TimeoutError where it says nothing, EOFError where it has ended."""
+    """The other process's next message. Raises TimeoutError if there is none in time, EOFError if the process ended."""
     if not pipe.poll(timeout_s):
         raise TimeoutError(f"the other process said nothing for {timeout_s:g} s")
     try:
@@ -100,12 +102,12 @@ def receive(pipe: Connection, timeout_s: float = TIMEOUT_S) -> Any:
 
 
 def captured(device: str, forward: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
-    """Functions that run the forward and give its last output: a replayed CUDA graph, or plain calls on a CPU."""
+    """Functions that run the forward, and that return its last output. A replayed CUDA graph; on a CPU, plain calls."""
     if device == "cpu":
         return (lambda: None), forward
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up in the first call, which must not be captured
+    with torch.cuda.stream(side):  # the first call initialises libraries, and must not be captured
         forward()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -138,7 +140,7 @@ def make_bank(device: str, specs: list[TensorSpec]) -> tuple[WeightBank, Names]:
 
 
 def remove(names: Names) -> None:
-    """Take the names away; also those of a process that was killed."""
+    """Unlink the segments; also those of a process that was killed."""
     for name in names:
         if name is not None:
             try:
@@ -148,14 +150,14 @@ def remove(names: Names) -> None:
 
 
 def words(rows: torch.Tensor, first: int) -> torch.Tensor:
-    """What rows first, first + 1, … hold. uint8 [n, row_bytes] -> int64 [n, row_bytes / 8]"""
+    """The words of rows first, first + 1, … uint8 [n, row_bytes] -> int64 [n, row_bytes / 8]"""
     count, row_bytes = rows.shape
     columns = torch.arange(row_bytes // 8, device=rows.device)
     return columns + ((torch.arange(count, device=rows.device) + first) * STRIDE).unsqueeze(1)
 
 
 def write_rows(producer: RingProducer, count: int) -> bool:
-    """Enqueue and publish the next rows; False where they do not fit now. Waits for no device."""
+    """Enqueue and publish the next rows; False if they do not fit now. Does not wait for the device."""
     views = producer.reserve(count)
     if views is None:
         return False
@@ -173,7 +175,7 @@ def wrong_rows(rows: torch.Tensor, first: int) -> int:
 
 
 def produce(device: str, row_bytes: int, capacity: int, batch: int, records: int, pipe: Connection) -> None:
-    """The worker: make a ring, send its names, write so many rows (0: for ever), and live until told to end."""
+    """The worker: make a ring, send its names, write ``records`` rows (0: without end), and end on a message."""
     producer, names = make_ring(device, row_bytes, capacity)
     if device != "cpu":
         torch.cuda.set_sync_debug_mode("error")  # no host synchronisation in what follows, or this process ends
@@ -185,7 +187,7 @@ def produce(device: str, row_bytes: int, capacity: int, batch: int, records: int
 
 
 def consume(names: Names, read: int, pipe: Connection) -> None:
-    """The learner: read for ever; send (first row, rows, wrong rows) after each read, and "gone" with the worker."""
+    """The learner: read without end; send (first row, rows, wrong rows) per read, and "gone" if the worker is dead."""
     ring = open_ring(names)
     try:
         while True:
@@ -198,13 +200,13 @@ def consume(names: Names, read: int, pipe: Connection) -> None:
 
 
 def read_lent(names: list[str], pipe: Connection) -> None:
-    """The learner: send the bytes of what was lent."""
+    """The learner: open these device memories, and send their bytes."""
     pipe.send([CudaMemory.open(name).bytes.tolist() for name in names])
 
 
 def join_and_read(segments: tuple[str, str, str], pipe: Connection) -> None:
-    """The learner, as it starts: send its device, the bank's tensors and the first number of each of the target's two
-    matrices, which are bfloat16; then rows and wrong rows of a read."""
+    """The learner at its start: send its device, the names of the bank's tensors and the first number of each of the
+    target's two bfloat16 matrices; then how many rows it read, and how many of them are wrong."""
     ring, bank, control = (Segment.attach(name) for name in segments)
     joined = join(ring, bank, ControlBlock.attach(control).worker)
     assert joined.head is not None
@@ -217,7 +219,7 @@ def join_and_read(segments: tuple[str, str, str], pipe: Connection) -> None:
 
 
 def allocate_beyond(device: str, bound: int, pipe: Connection) -> None:
-    """The learner: take twice what it is bound to, and send what it was told."""
+    """The learner: allocate twice its bound, and send the error's type ("" if there was none)."""
     bound_gpu_memory(bound, torch.device(device))
     try:
         torch.empty(2 * bound, dtype=torch.uint8, device=device)
@@ -227,7 +229,7 @@ def allocate_beyond(device: str, bound: int, pipe: Connection) -> None:
 
 
 def publish(names: Names, versions: list[int], pipe: Connection) -> None:
-    """The learner: publish these versions, then send the seconds each took."""
+    """The learner: publish these versions, then send the seconds that each took."""
     segment, memory = names
     opened = CudaMemory.open(memory) if memory else None
     bank = WeightBank.attach(Segment.attach(segment), opened)
@@ -242,7 +244,7 @@ def publish(names: Names, versions: list[int], pipe: Connection) -> None:
 
 
 def weights(specs: list[TensorSpec], version: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """A version's tensors, the same in every process on this device: small random numbers."""
+    """A version's tensors: small random numbers, the same in every process on this device."""
     generator = torch.Generator(device=device).manual_seed(version)
     return {
         spec.name: torch.randn(spec.shape, generator=generator, device=device, dtype=torch.float32)

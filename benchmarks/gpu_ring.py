@@ -1,4 +1,4 @@
-"""The self-check's ring between two processes: every row whole and in order, also where one side is killed."""
+"""The self-check of the ring between two processes: every row is whole and in order, even if one side is killed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.gpu_timing import elapsed_us, percentile
 
 
 def ring_integrity(device: str, records: int, row_bytes: int, capacity: int, batch: int) -> dict[str, Any]:
-    """Another process writes as fast as it can, this one reads and looks at every byte."""
+    """Another process writes as fast as it can; this one reads and checks every byte."""
     process, pipe = processes.start(processes.produce, device, row_bytes, capacity, batch, records)
     names = processes.receive(pipe)
     ring, wrong, started = processes.open_ring(names), 0, time.perf_counter()
@@ -33,7 +33,7 @@ def ring_integrity(device: str, records: int, row_bytes: int, capacity: int, bat
 
 
 def ring_bandwidth(device: str, row_bytes: int, commits: Sequence[int], rounds: int = 20) -> dict[str, Any]:
-    """Copy a batch into the ring and publish it, against the same copies into a plain tensor. GB/s by rows a commit."""
+    """Copy batches into the ring and publish them, against the same copies into a tensor. GB/s by rows per commit."""
     found: dict[str, Any] = {"gb_per_s": {}, "copy_gb_per_s": {}, "ratio": {}}
     for rows in commits:
         capacity = rows * 16
@@ -66,7 +66,7 @@ def ring_bandwidth(device: str, row_bytes: int, commits: Sequence[int], rounds: 
 
 
 def kill_recovery(device: str, row_bytes: int, capacity: int) -> dict[str, bool]:
-    """kill -9 of the learner and of the worker, each in the middle of its work; then a new one."""
+    """Kill (-9) the learner, then the worker, in the middle of work; each time start new processes."""
     producer, names = processes.make_ring(device, row_bytes, capacity)
     learner, pipe = processes.start(processes.consume, names, 7)
     seen = _feed(producer, pipe, 5 * capacity)
@@ -103,7 +103,7 @@ def kill_recovery(device: str, row_bytes: int, capacity: int) -> dict[str, bool]
 
 
 def _feed(producer: Any, pipe: Any, rows: int) -> bool:
-    """Write and let the other side read so many rows; whether all it reported was whole and in order."""
+    """Write until the other side has read so many rows. Returns whether all of them were whole and in order."""
     seen, last, good, deadline = 0, None, True, time.monotonic() + 120
     while seen < rows and time.monotonic() < deadline:
         processes.write_rows(producer, 2)
@@ -125,12 +125,12 @@ def _wait_for_rows(pipe: Any, rows: int) -> bool:
 
 
 def _after_the_worker(device: str, pipe: Any) -> bool:
-    """What the learner still reports is whole; on a GPU it either comes to an end or says that its worker is gone."""
+    """Whether all rows that the learner still reports are whole. On a GPU it must not crash when its worker is gone."""
     good = True
     while pipe.poll(5 if device != "cpu" else 0.5):
         try:
             said = pipe.recv()
-        except EOFError:  # it fell over its worker's death
+        except EOFError:  # it crashed because its worker died
             return False
         if said == "gone":
             return good

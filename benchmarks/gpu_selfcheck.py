@@ -1,11 +1,11 @@
-"""Does the transport do on this GPU what it promises? ``python -m benchmarks.gpu_selfcheck [--json FILE]``.
+"""Does the transport work on this GPU as promised? ``python -m benchmarks.gpu_selfcheck [--json FILE]``.
 
-Needs torch only, not vLLM; the copies also need the Triton that torch brings. Two processes over CUDA IPC run the
-product's own ring, bank, trace writer and swap: integrity under load, bandwidth, weights swapped under a CUDA graph,
-what capture costs a step, kill -9 of either side, and the learner's training step beside a decode load. Copies are
-looked up in one: are they right, and what do they cost a step? Each section has a process of its own, because after an
-error of CUDA nothing works in its process any more. Without a CUDA device it says so, writes ``"skipped": true`` and
-ends with 0; where a target is missed, with 1. WRITTEN AND NEVER RUN on a GPU.
+Needs only torch, not vLLM; copies also need the Triton that comes with torch. Two processes over CUDA IPC run the
+product's own ring, bank, trace writer and swap. Checked are integrity under load, bandwidth, weights swapped under a
+CUDA graph, the cost of capture per step, kill -9 of either side, and the learner's training step beside a decode load.
+Copies run in one process: are they right, and what do they cost per step? Each section has a process of its own,
+because after a CUDA error nothing works in that process any more. Without a CUDA device the program says so, writes
+``"skipped": true`` and exits with 0; if a target is missed, it exits with 1. WRITTEN AND NEVER RUN on a GPU.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from benchmarks.gpu_timing import elapsed_us, host_waits, percentile
 
 RING_RATIO, SWAP_P99_MS, STEP_SHARE, STEP_US = 0.8, 2.0, 0.01, 10_000.0  # the targets
 HIDDEN = 4096  # Qwen3-8B
-BANDWIDTH_ROWS = 2048  # of a commit that is judged; of a smaller one the event alone takes as long as the copy
-SECTION_S, ALL_S = 200.0, 460.0  # at most; a GPU is lent for minutes
-LEARNER_ROWS, LOAD_SECONDS = 512, 8.0  # rows of a training step (batch_tokens' default), and of each measurement
+BANDWIDTH_ROWS = 2048  # rows per commit that the target is for; with fewer, the event takes as long as the copy
+SECTION_S, ALL_S = 200.0, 460.0  # limits of a section and of all; a GPU is lent for minutes
+LEARNER_ROWS, LOAD_SECONDS = 512, 8.0  # rows of a training step (batch_tokens' default); seconds per measurement
 
 Section = dict[str, Any]
 TARGETS: dict[str, tuple[str, Callable[[Section], bool]]] = {
@@ -62,12 +62,12 @@ def _faults(copies: Section) -> int:
 
 
 def _most_us(batch: Section) -> float:
-    """Of the device, by tokens of a proposal. The host's come on top only where it is not ahead of its GPU."""
+    """The device's largest cost. The host's is added to a step only if the host is not ahead of its GPU."""
     return max(found["device_us"] for found in batch.values())
 
 
 def verdicts(found: dict[str, Section]) -> dict[str, bool]:
-    """Each target, met or not; one whose section did not come to its end is not. found: the sections so far."""
+    """Whether each target is met; not if its section failed. found: the sections so far."""
     return {
         name: "error" not in found[section] and bool(met(found[section]))
         for name, (section, met) in TARGETS.items()
@@ -76,7 +76,7 @@ def verdicts(found: dict[str, Section]) -> dict[str, bool]:
 
 
 def head_specs(hidden: int, mlp: int, vocabulary: int, dtype: torch.dtype) -> list[TensorSpec]:
-    """The matrices of an EAGLE-3 head, q/k/v and gate/up fused as vLLM has them (grouped queries: 4 to 1)."""
+    """The matrices of an EAGLE-3 head, with q/k/v and gate/up fused as in vLLM (grouped queries: 4 to 1)."""
     shapes = {
         "fc": (hidden, 3 * hidden),
         "qkv": (hidden + hidden // 2, 2 * hidden),
@@ -89,7 +89,7 @@ def head_specs(hidden: int, mlp: int, vocabulary: int, dtype: torch.dtype) -> li
 
 
 def head_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """Every matrix multiplies something (no attention, no norms). x: [n, 3H] -> [n, vocabulary]"""
+    """A forward pass that uses every matrix, without attention and norms. x: [n, 3H] -> [n, vocabulary]"""
     hidden = x.shape[1] // 3
     h = x @ weights["fc"].T
     qkv = torch.cat([h, h], dim=1) @ weights["qkv"].T
@@ -99,7 +99,7 @@ def head_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Ten
 
 
 def swap_under_a_graph(device: str, specs: list[TensorSpec], swaps: int) -> dict[str, Any]:
-    """Another process publishes two versions; here they go live in turn between replays of one captured graph."""
+    """Another process publishes two versions. Here they go live in turn, between replays of one captured graph."""
     bank, names = processes.make_bank(device, specs)
     process, pipe = processes.start(processes.publish, names, [1, 2])
     published_s = processes.receive(pipe)
@@ -146,7 +146,7 @@ def swap_under_a_graph(device: str, specs: list[TensorSpec], swaps: int) -> dict
 
 
 def sections(device: str) -> dict[str, Callable[[], Section]]:
-    """Everything, at the sizes of a real model. A few minutes on one GPU."""
+    """All sections, with the sizes of a real model. They take a few minutes on one GPU."""
     row_bytes = RowLayout(HIDDEN, 3, torch.bfloat16).row_bytes
     head = head_specs(HIDDEN, 12_288, 32_000, torch.bfloat16)
     return {
@@ -171,13 +171,13 @@ def section(device: str, name: str) -> Section:
 
 
 def check(device: str, keep: Callable[[dict[str, Section]], None]) -> dict[str, Any]:
-    """Run each section, whatever became of those before. keep: is given what there is after each of them."""
+    """Run each section, even if earlier ones failed. keep: called after each with all results so far."""
     found: dict[str, Any] = {}
     ends = time.perf_counter() + ALL_S
     for name in sections(device):
         started = time.perf_counter()
         found[name] = processes.isolated(max(0.0, min(SECTION_S, ends - started)), section, device, name)
-        found[name]["seconds"] = time.perf_counter() - started  # with importing torch, and a context
+        found[name]["seconds"] = time.perf_counter() - started  # importing torch and the CUDA context included
         keep(found)
     return found | {"met": verdicts(found)}
 

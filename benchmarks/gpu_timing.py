@@ -1,4 +1,4 @@
-"""What work costs the host, what it costs the device, and whether the host waits in it."""
+"""Measures how long work takes on the host and on the device, and whether the host waits for the device."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-HEAD_START, LONG = 20_000_000, 1_000_000_000  # cycles a GPU is kept busy for: about 10 ms, and half a second
+HEAD_START, LONG = 20_000_000, 1_000_000_000  # cycles to keep a GPU busy: about 10 ms, and half a second
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """The smallest sample that `share` of all samples do not exceed (nearest rank)."""
+    """The smallest sample that a `share` of all samples do not exceed (nearest rank)."""
     ordered = sorted(samples)
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
 def elapsed_us(device: str, work: Callable[[], None]) -> tuple[float, float]:
-    """Microseconds the host was busy with the work, and those the device took from its first to its last part.
+    """Microseconds that the host was busy with the work, and that the device took for it.
 
-    The device begins when the host is done, as it does in a server whose host is ahead of its GPU; else its time would
-    be the host's.
+    The device begins only when the host is done, as in a server whose host is ahead of its GPU. Otherwise the device's
+    time would include waiting for the host.
     """
     if device == "cpu":
         started = time.perf_counter()
@@ -40,10 +40,10 @@ def elapsed_us(device: str, work: Callable[[], None]) -> tuple[float, float]:
 
 
 def host_waits(device: str, work: Callable[[], object]) -> bool:
-    """Whether the host comes out of this work no earlier than the device out of what it was told before.
+    """Whether the host returns from this work only after the device has finished earlier work.
 
-    ``torch.cuda.set_sync_debug_mode`` does not see every wait: not the driver's own, where it stages what is not
-    pinned.
+    ``torch.cuda.set_sync_debug_mode`` does not report every wait. It misses waits in the driver, which stages copies of
+    memory that is not pinned.
     """
     if device == "cpu":
         work()
