@@ -126,7 +126,7 @@ def _versions(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "Nothing was drafted."
     shown = [(str(row["version"]), str(row["drafts"]), _number(row["acceptance_length"])) for row in rows]
-    return _table(("version", "verified drafts", "acceptance length"), shown)
+    return _table(("version", "verifications", "acceptance length"), shown)
 
 
 def _learner(windows: Sequence[Window]) -> str:
@@ -145,7 +145,7 @@ def _learner(windows: Sequence[Window]) -> str:
         "CPU",
         "optimizer steps",
         "swaps",
-        "steps that verified drafts",
+        "steps with a proposal",
         "K at the end",
     )
     return _table(header, rows)

@@ -39,7 +39,7 @@ class Window:
     versions: list[dict[str, Any]] = field(default_factory=list)  # {"version", "drafts", "acceptance_length"}
     copied: dict[str, Any] = field(default_factory=dict)  # {"drafts", "acceptance_length"}; versions have no copies
     draft_lengths: list[list[float]] = field(default_factory=list)  # [seconds, K] at each change of K
-    drafting_share: float | None = None  # share of the engine's steps that verified drafts
+    drafting_share: float | None = None  # share of the engine's steps that verified a proposal
     swaps: list[float] = field(default_factory=list)  # seconds
     learner: dict[str, Any] = field(default_factory=dict)  # {"cpu_share", "steps", "state", ...}
 
