@@ -44,7 +44,7 @@ class Copies:
             self._rows = [count / 2.0 for count in self._rows]
 
     def compare(self, kind: int, copy_was_right: bool, draft_was_right: bool) -> None:
-        """The target emitted the token that copy and draft both proposed first."""
+        """The target emitted the token for which copy and draft both had a proposal."""
         gain = int(copy_was_right) - int(draft_was_right)
         self._lead[kind] = self._lead[kind] * (1.0 - 1.0 / MEMORY) + gain
 

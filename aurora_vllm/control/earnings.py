@@ -1,6 +1,6 @@
 """The learner's share follows what speculation saves.
 
-On a busy machine, serving loses what the learner takes. So that a server is never slower than a plain one on the way to
+On a busy machine, serving loses what the learner takes. So that a server is not slower than a plain one on the way to
 being faster, the learner's share is bounded by a part of the time that speculation saves at present. What a step saved
 is known when it is over (:meth:`DraftLengthController.settle`), from accepted tokens rather than expected ones. Where
 nothing is saved yet there is a minimum share, because an untrained draft would never save anything. Numbers in,

@@ -1,6 +1,6 @@
 """EAGLE-3's attention over an unroll, without a mask over [T, steps * T].
 
-At unroll step i the row at t has seen the target's states up to t, and then i tokens on the draft's own states. So its
+At unroll step i the row at t has seen the target's states up to t, and i further tokens on the draft's own output. Its
 keys are those of step 0 at positions <= t, and its *own* keys of steps 1..i, one each (the diagonal). The causal part
 is a product per sequence, the diagonal part a row-wise dot product, both under one softmax. Only inputs and outputs are
 kept for the backward pass, which recomputes the probabilities block by block (as FlashAttention does): memory is linear

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-from aurora_vllm.errors import AuroraError, first_line, notice
+from aurora_vllm.errors import first_line, notice
 from aurora_vllm.learner.assembler import Assembler
 from aurora_vllm.learner.budget import LONGEST_SLEEP_S, CpuBudget, DeviceClock
 from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.draft import Eagle3Draft, load_draft
 from aurora_vllm.learner.draft_pair import DraftPair
 from aurora_vllm.learner.evaluate import Score, simulate
-from aurora_vllm.learner.from_disk import publish_from_disk
 from aurora_vllm.learner.gpu_bound import bound_gpu_memory
-from aurora_vllm.learner.publish import Evidence, Sync, publish
+from aurora_vllm.learner.publish import Evidence, Sync
+from aurora_vllm.learner.publisher import Publisher
 from aurora_vllm.learner.resume import Keeper, is_taught
 from aurora_vllm.learner.sleep import Sleep
 from aurora_vllm.learner.standing import follow_rollback, take_standing
@@ -37,7 +37,6 @@ from aurora_vllm.transport import update_request
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.placement import CPU, join
 from aurora_vllm.transport.segment import Segment
-from aurora_vllm.transport.update_request import Answer
 
 READ_ROWS = 1024
 GPU_LONGEST_SLEEP_S = 0.5  # a GPU fills the ring in seconds
@@ -95,9 +94,10 @@ class Learner:
         self.score_seconds = 0.0
         self.requests_seen = 0
         self.keeper = Keeper(self, session)
+        self.publisher = Publisher(self)
         self.sleep = Sleep(self)
         self.sync.published(self.curriculum.trainer.steps, 0)
-        self._show_shadow()
+        self.show_shadow()
         update_request.refuse_open(self.control)
 
     def turn(self, rests: bool = False) -> bool:
@@ -107,7 +107,7 @@ class Learner:
         follow_rollback(self)
         if request := update_request.open_request(self.control):
             self._say("updating from disk")
-            update_request.answer(self.control, request, self._update(Path(request.directory)))
+            update_request.answer(self.control, request, self.publisher.publish_from_disk(Path(request.directory)))
         with self._uncounted():  # this takes almost no GPU time
             self._take_rows()
         if rests:
@@ -123,7 +123,7 @@ class Learner:
         if self.unscored and may_score:
             self._say("evaluating")
             if self._score(self.unscored.popleft()):
-                self._maybe_publish()
+                self.publisher.publish_if_due()
         elif work:
             self._say(work)
             self._work()
@@ -180,7 +180,7 @@ class Learner:
     def show_live(self, score: Score) -> None:
         """Add to the incumbent's score, and show it to the serving side."""
         self.drafts.shadow.add(score)
-        self._show_shadow()
+        self.show_shadow()
 
     def remember(self, trajectory: Trajectory) -> None:
         """Release a trajectory for training."""
@@ -188,7 +188,7 @@ class Learner:
         self.requests_seen += trajectory.start < trajectory.prompt_length <= end  # of a long request, one piece counts
         if self.curriculum.add(trajectory, owed=not self.sleep.asleep):
             self.drafts.candidate_changed()
-            self._forget_scores("the draft vocabulary was chosen anew")
+            self.forget_scores("the draft vocabulary was chosen anew")
         block, curriculum = self.control.learner, self.curriculum
         if curriculum.fault:
             block.message = curriculum.fault
@@ -204,7 +204,7 @@ class Learner:
             is_another = curriculum.work()
         if is_another:
             self.drafts.candidate_changed(founds_lineage=True)
-            self._forget_scores("a lesson was learnt")
+            self.forget_scores("a lesson was learnt")
         if curriculum.fault:
             block.message = curriculum.fault
             self._show_discarded()
@@ -214,73 +214,26 @@ class Learner:
             block.steps_taken += curriculum.trainer.steps - steps
             block.loss = curriculum.loss
             if self.config.sync != "evidence":
-                self._maybe_publish()
-
-    def _maybe_publish(self) -> None:
-        decision = self.evidence.decide(time.monotonic())
-        block, drafts, trainer = self.control.learner, self.drafts, self.curriculum.trainer
-        block.candidate_acceptance_length = decision.candidate
-        block.incumbent_acceptance_length = decision.incumbent
-        block.message = decision.reason
-        reason = self.sync.reason(decision, trainer.steps, self.requests_seen)
-        if not (reason and drafts.candidate_is_ahead):
-            return
-        version = self._next_version()
-        lineage = drafts.candidate_lineage(version)
-        try:
-            publish(self.bank, version, drafts.candidate, {"reason": reason, "step": trainer.steps, "lineage": lineage})
-        except ValueError as error:  # the weights are not finite: go back to the last good ones
-            block.message = f"not published: {error}"
-            drafts.reset_candidate()
-            self.curriculum.go_on()
-            trainer.optimizer.state.clear()  # its moments are not finite either, and may be of another vocabulary
-            self._forget_scores("the candidate was not finite")
-            return
-        drafts.promote(version, self.evidence.candidate)
-        self.evidence.published(time.monotonic())
-        self._show_shadow()
-        self._published(version, reason)
-
-    def _update(self, directory: Path) -> Answer:
-        """Replace incumbent and candidate by a draft from disk. Learning goes on from it."""
-        version = self._next_version()
-        try:
-            draft = publish_from_disk(
-                self.bank, version, directory, self.drafts.incumbent, lambda: self.head.embed_tokens
-            )
-        except AuroraError as error:
-            return Answer(0, str(error))
-        self.start_over_from(draft, version, version, "another draft was loaded")
-        self._published(version, f"asked for, from {directory}")
-        return Answer(version, f"published as version {version}")
+                self.publisher.publish_if_due()
 
     def start_over_from(self, draft: Eagle3Draft, version: int, lineage: int, why: str) -> None:
         """Replace incumbent and candidate by a draft that does not come from this training; earlier scores are
         dropped."""
         self.drafts.replace(draft, version, lineage)
         self.curriculum.refine()
-        self._forget_scores(why)
-        self._show_shadow()
+        self.forget_scores(why)
+        self.show_shadow()
 
-    def _forget_scores(self, why: str) -> None:
+    def forget_scores(self, why: str) -> None:
         """The candidate was replaced, not just trained on: earlier scores do not apply to it."""
         self.evidence.restart()
         self.sleep.restart(why)
-
-    def _published(self, version: int, why: str) -> None:
-        notice(f"version {version} of the draft is published: {why}")
-        self.sync.published(self.curriculum.trainer.steps, self.requests_seen)
-        self.control.learner.published_version = version
-        self.control.learner.publishes += 1
-
-    def _next_version(self) -> int:
-        return max(self.drafts.version, self.bank.newest(), self.control.worker.live_version) + 1
 
     def _show_discarded(self) -> None:
         discarded = sum(self.assembler.discarded.values()) + self.curriculum.dropped
         self.control.learner.trajectories_discarded = discarded
 
-    def _show_shadow(self) -> None:
+    def show_shadow(self) -> None:
         block, shadow = self.control.learner, self.drafts.shadow
         block.shadow_version, block.shadow_steps = self.drafts.version, round(shadow.steps)
         block.shadow_accepted_per_position = shadow.per_position()

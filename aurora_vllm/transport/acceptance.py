@@ -19,8 +19,8 @@ _WORDS = 16  # int64 words of a row; two cache lines
 TABLE_BYTES = (ROWS + 1) * _WORDS * 8
 _TOTAL = ROWS * _WORDS  # the row after them is that of all versions
 
-# Words of a row. TOUCHED is the number of the row's newest record. The row with the smallest one is reused, so that of
-# a version that came back by a rollback is not.
+# Words of a row. TOUCHED is the number of the row's newest record. The row with the smallest one is reused; that of a
+# version that came back by a rollback is not, because it has new records.
 _SEQUENCE, _TOUCHED, _VERSION, _NUM_DRAFTS, _DRAFT_TOKENS, _ACCEPTED, _POSITION = 0, 1, 2, 3, 4, 5, 6
 
 

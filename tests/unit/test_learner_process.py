@@ -205,7 +205,7 @@ def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
         learner.evidence.add(Score(50, (0, 0)), Score(50, (9, 0)))
         restarted: list[str] = []
         learner.sleep.restart = restarted.append  # type: ignore[method-assign]
-        learner._maybe_publish()
+        learner.publisher.publish_if_due()
         assert learner.evidence.decide(0.0).tokens == 0 and restarted == ["the candidate was not finite"]
         assert learner.bank.published() == published
         assert "fc.weight is not finite" in learner.control.learner.message
@@ -266,7 +266,7 @@ def test_a_publish_that_was_cut_short_leaves_the_live_version_to_go_on_from(tmp_
         second = Learner(shared)
         assert second.drafts.version == 2
         assert_same(weights(second.drafts.incumbent), first.bank.read(2).tensors)
-        assert second._next_version() == 4
+        assert second.publisher.next_version() == 4
 
 
 def test_without_a_server_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -183,7 +183,7 @@ def test_a_candidate_that_is_thrown_away_takes_its_vocabulary_and_moments_along(
     assert not torch.equal(drafts.candidate.target_ids, drafts.incumbent.target_ids)
     drafts.candidate.norm.weight.data[3] = torch.inf
     learner.evidence.min_tokens = learner.evidence.margin = 0
-    learner._maybe_publish()
+    learner.publisher.publish_if_due()
     assert "not finite" in world.control.learner.message and world.bank.published() == 0
     for draft in (drafts.candidate, learner.curriculum.trainer.draft):
         assert torch.equal(draft.target_ids, drafts.incumbent.target_ids)

@@ -88,7 +88,7 @@ def test_a_learner_after_a_crash_takes_up_its_predecessors_training(tmp_path: Pa
         gained = second.curriculum.trainer.steps - first.curriculum.trainer.steps
         assert shared_block.steps_taken == counted + gained > counted  # a counter: it never falls
         second.sync = type(second.sync)("steps", 1)
-        second._maybe_publish()
+        second.publisher.publish_if_due()
         assert second.bank.published() == 2
         third = Learner(shared)  # what was saved is of version 1: older than what is served
         assert third.drafts.version == 2 and third.curriculum.trainer.steps == 0
@@ -107,7 +107,7 @@ def test_a_lesson_that_was_not_yet_published_founds_its_lineage_later(
         first.keeper.save(at_once=True)
         second = Learner(shared)
         second.sync = type(second.sync)("steps", 0)
-        second._maybe_publish()
+        second.publisher.publish_if_due()
         assert second.bank.read(2).lineage == 2
 
 
