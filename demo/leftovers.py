@@ -46,8 +46,15 @@ def _owner_lives(name: str) -> bool:
 
 
 def _mapped(candidates: set[str]) -> set[str]:
+    """By inode, not by name: who makes a semaphore maps it under another one, which it then removes (sem_open(3) in
+    glibc), and between that and the start of the process that is to open it, minutes may pass."""
+    inodes: dict[int, str] = {}
+    for name in candidates:
+        with suppress(OSError):
+            inodes[(SHM / name).stat().st_ino] = name
     found: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            found |= candidates & set(PATTERN.findall((process / "maps").read_text()))
+            lines = [line.split(maxsplit=5) for line in (process / "maps").read_text().splitlines() if str(SHM) in line]
+            found |= {inodes[inode] for inode in (int(fields[4]) for fields in lines) if inode in inodes}
     return found

@@ -196,6 +196,7 @@ class Learner:
         block.vocabulary_changes = curriculum.vocabulary_changes
         block.tokens_seen = curriculum.tokens_seen
         block.replay_bytes, block.replay_tokens = curriculum.replay.nbytes, curriculum.replay.tokens
+        block.replay_trajectories = len(curriculum.replay)
 
     def _work(self) -> None:
         curriculum, block = self.curriculum, self.control.learner

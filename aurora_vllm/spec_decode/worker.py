@@ -16,6 +16,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 from aurora_vllm.spec_decode.attachment import Attachment
+from aurora_vllm.spec_decode.lora import read_plain_embeddings
 from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling, sample_plainly_without_drafts
 from aurora_vllm.spec_decode.undrafted import add_logits_processors
 
@@ -35,6 +36,8 @@ class AuroraWorker(PlatformWorker):
                 mend_cpu_sampling()
             add_logits_processors(self.model_runner)
             sample_plainly_without_drafts(self.model_runner)
+        if self.vllm_config.lora_config is not None:
+            read_plain_embeddings(self.model_runner.get_draft_model())
         self._aurora = Attachment.to_worker(self)
 
     def compile_or_warm_up_model(self) -> Any:

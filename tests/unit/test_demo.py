@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -254,6 +255,16 @@ def test_shared_memory_is_removed_only_when_nobody_maps_it() -> None:
     finally:
         held.close()
         resource_tracker.unregister(held._name, "shared_memory")  # type: ignore[attr-defined]
+
+
+def test_a_semaphore_that_only_its_maker_maps_stays() -> None:
+    """As between the making of vLLM's worker and its first line: without the semaphore it would not start."""
+    before = leftovers.names()
+    semaphore = multiprocessing.get_context("spawn").Semaphore()  # its name goes with it
+    made = leftovers.names() - before
+    assert made
+    assert not made.intersection(leftovers.remove(before))
+    del semaphore
 
 
 def test_a_note_of_openmp_is_removed_with_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

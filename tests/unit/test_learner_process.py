@@ -42,6 +42,8 @@ def test_rows_are_trained_on_judged_and_published(tmp_path: Path) -> None:
         assert simulate(learner.drafts.incumbent, learner.head, unseen, 2).acceptance_length > before + 0.02
         assert block.shadow_version == 2 and block.shadow_steps > 0
         assert block.trajectories == request + 1 and block.tokens_seen == 20 * (request + 1)
+        assert block.replay_trajectories == len(learner.curriculum.replay) > 0  # SGLang's pool_size
+        assert block.replay_tokens == learner.curriculum.replay.tokens and block.replay_bytes > 0
         assert 0 < block.vocabulary_coverage <= 1
 
 
