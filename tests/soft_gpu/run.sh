@@ -8,7 +8,15 @@ python=$1
 shift
 here=$(cd "$(dirname "$0")" && pwd)
 made=$(mktemp -d)
-trap 'rm -rf "$made" /dev/shm/stand-in-cuda-*' EXIT
+clean() { # "memory of the GPU" that dead processes left
+    rm -rf "$made"
+    for left in /dev/shm/stand-in-cuda-*; do
+        owner=${left#/dev/shm/stand-in-cuda-}
+        [ -e "$left" ] && ! kill -0 "${owner%%-*}" 2>/dev/null && rm -f "$left"
+    done
+    return 0
+}
+trap clean EXIT
 gcc -O1 -w -shared -fPIC -I"${CUDA_INCLUDE:-/usr/local/cuda/include}" -o "$made/runtime.so" "$here/runtime.c" -lpthread -ldl
 gcc -O1 -w -shared -fPIC -o "$made/libcuda.so.1" "$here/driver.c" -lrt
 cd "$here/../.."
