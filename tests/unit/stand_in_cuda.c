@@ -11,7 +11,10 @@ typedef unsigned long long CUdeviceptr;
 typedef struct { unsigned char reserved[64]; } CUipcMemHandle;
 enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, MAP_FAILED_ = 205 };
 
-static struct { CUdeviceptr base; size_t size; char name[64]; } made[16];
+#ifndef MOST_ALLOCATIONS
+#define MOST_ALLOCATIONS 16
+#endif
+static struct { CUdeviceptr base; size_t size; char name[64]; } made[MOST_ALLOCATIONS];
 static int count;
 static char primary[2];           /* of two devices, 0 and 1; a context is the address of its device's */
 static __thread void *current;    /* context */
@@ -61,7 +64,7 @@ int stand_in_retained(void) { return retained; }
 
 int cuMemAlloc_v2(CUdeviceptr *address, size_t size) {
     if (!current) return INVALID_CONTEXT;
-    if (size > (size_t)1 << 40 || count == 16) return OUT_OF_MEMORY;
+    if (size > (size_t)1 << 40 || count == MOST_ALLOCATIONS) return OUT_OF_MEMORY;
     snprintf(made[count].name, sizeof made[count].name, "/stand-in-cuda-%d-%d", (int)getpid(), count);
     void *memory = map(made[count].name, O_CREAT | O_EXCL, &size);
     if (memory == MAP_FAILED) return OUT_OF_MEMORY;
