@@ -25,7 +25,7 @@ GOALS: dict[str, tuple[str, float | None, float | None]] = {
     "day0_speedup_c4": ("the same at concurrency 4", 1.08, 1.25),
     "day0_learned": ("after learning: aurora over the same without a learner, which only copies", None, None),
     "shift_speedup": ("last third of each domain after a shift: aurora over the static draft", 1.25, 1.4),
-    "shift_learning": ("the same over a static draft with copies: the gain from further learning", None, None),
+    "shift_learning": ("the same over a static draft with copies: the effect of further learning", None, None),
     "k0_ratio": ("speculation off (K = 0) over plain vLLM", 0.98, 1.0),
     "over_suffix": ("aurora over suffix decoding, same windows", None, None),
     "over_ngram": ("aurora over n-gram, same windows", None, None),

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from aurora_vllm.learner.pages import copy_to_own_pages
 from aurora_vllm.learner.trajectory import Branch, Trajectory
 from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
 
@@ -199,8 +200,8 @@ class Assembler:
             request=request,
             start=path.start,
             token_ids=meta[:, Field.TOKEN].long(),
-            aux=layout.aux(rows).clone(),
-            last=layout.last(rows).clone(),
+            aux=copy_to_own_pages(layout.aux(rows)),
+            last=copy_to_own_pages(layout.last(rows)),
             prompt_length=path.prompt_length,
             draft_version=int(meta[-1, Field.DRAFT_VERSION]),
             temperature=int(meta[-1, Field.TEMPERATURE_MILLI]) / 1000,

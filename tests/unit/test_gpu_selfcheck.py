@@ -252,10 +252,14 @@ def test_a_learner_beside_a_load_rests_where_it_has_a_budget() -> None:
         head_dim=8, vocab_size=64, draft_vocab_size=32, target_hidden_size=32,
     )  # fmt: skip
     load = gpu_learner.decode_load("cpu", 16, 3)
-    found = gpu_learner.learner_beside_a_load("cpu", tiny, 512, load, seconds=1.5)
-    learners = [found["learner_alone"], *(found[name]["learner"] for name in ("with_budget", "without_budget"))]
-    assert all(learner["steps"] >= 1 and learner["rows_per_s"] > 0 for learner in learners)
-    assert learners[1]["share"] < 0.7 * learners[2]["share"]  # 0.05 and 1, but for the last step of a busy machine
+    for seconds in (1.5, 5.0, 15.0):  # on a busy machine one step may take longer than the first of these
+        found = gpu_learner.learner_beside_a_load("cpu", tiny, 512, load, seconds)
+        learners = [found["learner_alone"], *(found[name]["learner"] for name in ("with_budget", "without_budget"))]
+        assert all(learner["steps"] >= 1 and learner["rows_per_s"] > 0 for learner in learners)
+        if learners[1]["share"] < 0.7 * learners[2]["share"]:  # 0.05 and 1, but for the last step
+            break
+    else:
+        pytest.fail(f"the budget bounds nothing: {learners}")
     assert len(found["load_alone"]) == 2 and found["load_slowdown"].keys() == {"with_budget", "without_budget"}
     for load_figures in (*found["load_alone"], found["with_budget"]["load"]):
         assert load_figures["steps_per_s"] > 0 and load_figures["p99_ms"] >= load_figures["p50_ms"] > 0
