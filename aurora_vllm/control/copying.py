@@ -92,6 +92,10 @@ class Copies:
         """Mean number of copied tokens that would be accepted."""
         return sum(self.chain(kind))
 
+    def expected_tokens(self) -> float:
+        """Mean number of copied tokens that would be accepted of a proposal, whether or not there is a copy for it."""
+        return sum(share * self.expected(kind) for kind, share in self.shares() if kind)
+
     def shares(self) -> Iterator[tuple[int, float]]:
         """Each kind and its share of proposals; only kind 0 before any was seen."""
         total = sum(self._rows)

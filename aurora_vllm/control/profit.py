@@ -21,6 +21,7 @@ from aurora_vllm.control.acceptance import AcceptanceEstimate
 from aurora_vllm.control.balance import Balance
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.control.rating import Offer, Plan, Rating
+from aurora_vllm.control.second_chance import SecondChance
 from aurora_vllm.control.step_costs import StepCosts, batch_bucket
 
 PROBE_STEPS = 8
@@ -61,6 +62,7 @@ class _BucketState:
     since_plain: int = 0
     since_drafts: int = 0
     since_forgot: int = 0
+    second_chance: SecondChance = field(default_factory=SecondChance)
     probe_left: int = 0
     probe_length: int = 0
     stands: Decision | None = None
@@ -174,6 +176,8 @@ class DraftLengthController:
         state.longest = max(state.longest, chosen.proposed)
         state.gain = max(chosen.gain, 1.0)
         self._maybe_probe(state, chosen, plans)
+        if state.second_chance.is_due(chosen.verified > 0.0) and self._copies_promise():
+            self.costs.doubt(bucket)
         state.stands, state.stands_for = self._in_words(bucket, chosen, plans), PLAN_EVERY - 1
         return state.stands
 
@@ -236,6 +240,11 @@ class DraftLengthController:
             # Without drafting, verdicts on traffic that may be long gone would stand for ever.
             state.since_forgot = 0
             self.acceptance.forget()
+
+    def _copies_promise(self) -> bool:
+        """Whether copies would gain enough tokens to be tried, if verifying them were cheap. Not where all proposals of
+        a batch have one length: there a trial costs much more."""
+        return self.copies is not None and not self._uniform and 1 + self.copies.expected_tokens() >= WORTH_A_PROBE
 
     def _worth_a_probe(self, draft_length: int) -> bool:
         return self.wants_verdicts or self.acceptance.expected_length(draft_length) >= WORTH_A_PROBE

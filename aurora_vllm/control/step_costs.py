@@ -18,6 +18,7 @@ STEPS_TO_KNOW = 5  # plain steps after which the duration of plain decoding coun
 MEMORY = 200.0  # steps after which one has lost 1 - 1/e of its weight
 UNTRIED = np.array([0.0, 0.02, 0.03, 0.06])  # prices to assume, of a plain step: optimistic, so that they are tried
 TRUST = np.array([0.0, 2.0, 20.0, 5.0])  # weight of these, as the sum of squares of that many steps
+WEIGHT_IN_DOUBT = 0.01  # of a hundred verified tokens about one remains, against TRUST
 OUTLIER = 1.4  # times the expected duration at which longer steps are clipped: something else slowed them
 
 
@@ -46,6 +47,11 @@ class _Fit:
             self.plain_steps += 1
             self.plain.append(seconds)
         if self.plain_steps >= STEPS_TO_KNOW:
+            self._solve()
+
+    def fade(self, weight: float) -> None:
+        self.moments, self.products = self.moments * weight, self.products * weight
+        if self.prices is not None:
             self._solve()
 
     def _solve(self) -> None:
@@ -93,6 +99,12 @@ class StepCosts:
             requests = np.array([1.0, 1.0, bucket if self._uniform else 1.0, 1.0])
             fit = self._fits[bucket] = _Fit(UNTRIED / requests)
         fit.add(drafted, verified, seconds)
+
+    def doubt(self, bucket: int) -> None:
+        """Weigh what was observed at this batch size so little that the prior's prices return. Plain decoding keeps its
+        measured duration, which has no prior."""
+        if (fit := self._fits.get(bucket)) is not None:
+            fit.fade(WEIGHT_IN_DOUBT)
 
     def known(self, bucket: int) -> bool:
         """Whether plain decoding was measured at this batch size."""

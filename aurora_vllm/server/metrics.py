@@ -93,7 +93,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("aurora_draft_length", "speculation.draft_length", "Draft length K in use; 0 is no speculation"),
     Metric("aurora_steps_total", "speculation.steps", "Engine steps"),
-    Metric("aurora_speculative_steps_total", "speculation.spec_steps", "Engine steps that verified proposals, drafted or copied"),
+    Metric(
+        "aurora_speculative_steps_total",
+        "speculation.spec_steps",
+        "Engine steps that verified proposals, drafted or copied",
+    ),
     Metric("aurora_copied_drafts_total", "speculation.copied_drafts", "Verifications of copied drafts"),
     Metric("aurora_copied_tokens_total", "speculation.copied_tokens", "Copied tokens verified"),
     Metric("aurora_copied_accepted_tokens_total", "speculation.copied_accepted", "Copied tokens accepted"),

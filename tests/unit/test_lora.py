@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,15 +31,3 @@ def test_a_draft_reads_plain_embeddings_whatever_the_targets_tokens_were() -> No
     assert read_plain_embeddings(draft)
     assert draft.model.embed_tokens is shared and draft.model.embed_tokens(ids).shape == (2, 4)
     assert not read_plain_embeddings(draft)  # one of its own, or without adapters
-
-
-def test_the_worker_sees_to_it() -> None:
-    """vLLM calls what is inside `base_layer`, and the worker looks before anything is compiled."""
-    vllm = importlib.util.find_spec("vllm")
-    if vllm is None or not vllm.submodule_search_locations:
-        pytest.skip("vLLM is not installed")
-    source = Path(vllm.submodule_search_locations[0], "lora/layers/vocab_parallel_embedding.py").read_text()
-    assert "self.base_layer = base_layer" in source
-    from aurora_vllm.spec_decode.worker import AuroraWorker
-
-    assert "read_plain_embeddings(self.model_runner.get_draft_model())" in inspect.getsource(AuroraWorker.load_model)

@@ -19,6 +19,7 @@ from aurora_vllm.control.profit import (
     DraftLengthController,
 )
 from aurora_vllm.control.rating import Plan, Rating
+from aurora_vllm.control.second_chance import FIRST
 from aurora_vllm.control.step_costs import STEPS_TO_KNOW
 
 
@@ -97,6 +98,46 @@ def test_a_probe_that_was_disturbed_is_not_the_last_word(steps_disturbed: int) -
     assert 0 in disturbed or steps_disturbed == 5
     chosen, rate = simulate(controller, 0.6, 0.1, 3 * PATIENCE * PROBE_EVERY)
     assert max(chosen[-2 * PROBE_STEPS :]) > 0 and rate > 1.1
+
+
+def serve_copies(
+    controller: DraftLengthController, steps: int, price: float, slow: int = 0
+) -> list[tuple[bool, float]]:
+    """A machine of four requests, half of whose proposals are copies with tokens accepted at 0.75. The first ``slow``
+    steps that verify take three times as long. For each step: whether it verified, and tokens over seconds."""
+    assert controller.copies is not None
+    rng, found = random.Random(0), []
+    for _ in range(steps):
+        decision, verified, tokens = controller.decide(4), 0, 0
+        for _ in range(4):
+            kind = rng.randrange(2)
+            controller.copies.seen(kind)
+            worth = controller.worth(kind, copied=True) if kind and decision.proposals != "none" else 0
+            right = next((i for i in range(8) if rng.random() >= 0.75), 8) if kind else 0
+            if kind:
+                controller.copies.simulate(kind, worth or 8, min(right, worth or 8))
+            verified, tokens = verified + worth, tokens + 1 + min(right, worth)
+        seconds = 1.0 + price * verified
+        if verified and slow:
+            slow, seconds = slow - 1, 3 * seconds
+        controller.costs.observe(4, 0, verified, seconds * rng.uniform(0.95, 1.05))
+        found.append((verified > 0, tokens / 4 / seconds))
+    return found
+
+
+def test_copies_whose_first_steps_were_disturbed_are_soon_tried_again() -> None:
+    """Without a second chance it takes 500 steps."""
+    steps = serve_copies(DraftLengthController(3, copies=Copies(8, 2)), 400, price=0.01, slow=16)
+    verified = [step[0] for step in steps]
+    assert sum(verified[200:]) > 150
+    assert max(len(list(group)) for value, group in itertools.groupby(verified) if not value) < 3 * FIRST * PLAN_EVERY
+
+
+def test_copies_that_never_pay_are_tried_seldom() -> None:
+    """A token costs as much to verify as to decode, which is the most it can."""
+    steps = serve_copies(DraftLengthController(3, copies=Copies(8, 2)), 6000, price=0.25)
+    assert 0 < sum(step[0] for step in steps[1000:]) < 0.02 * 5000
+    assert sum(step[1] for step in steps) / len(steps) > 0.99
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("never", {0}), ("always", {3})])
