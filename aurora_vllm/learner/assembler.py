@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from aurora_vllm.learner.pages import copy_to_own_pages
 from aurora_vllm.learner.trajectory import Branch, Trajectory
 from aurora_vllm.transport.rows import Field, RowFlag, RowLayout
 
@@ -200,8 +199,8 @@ class Assembler:
             request=request,
             start=path.start,
             token_ids=meta[:, Field.TOKEN].long(),
-            aux=copy_to_own_pages(layout.aux(rows)),
-            last=copy_to_own_pages(layout.last(rows)),
+            aux=layout.aux(rows).clone(),
+            last=layout.last(rows).clone(),
             prompt_length=path.prompt_length,
             draft_version=int(meta[-1, Field.DRAFT_VERSION]),
             temperature=int(meta[-1, Field.TEMPERATURE_MILLI]) / 1000,
