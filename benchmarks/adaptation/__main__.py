@@ -64,6 +64,9 @@ def main(
     plain_every: Annotated[int, typer.Option(min=1, help="plain vLLM gets every so many learning windows")] = (
         Sizes.plain_every
     ),
+    idle_s: Annotated[
+        int, typer.Option(min=0, help="seconds without traffic before measuring, in which the learner catches up")
+    ] = Sizes.idle_s,
     seed: Annotated[int, typer.Option(help="of the order of the prompts, and of sampling")] = 0,
     deeper: Annotated[
         int, typer.Option(min=0, help="layers to add to the target, which change only how long its step takes")
@@ -73,7 +76,9 @@ def main(
 ) -> None:
     """Measure worst_window_ratio, day0_speedup_c1, day0_speedup_c4, shift_speedup, k0_ratio and over_suffix."""
     end_on_signals()
-    sizes = Sizes(window, answer_tokens, learn_windows, measure_windows, domain_windows, other_windows, plain_every)
+    sizes = Sizes(
+        window, answer_tokens, learn_windows, measure_windows, domain_windows, other_windows, plain_every, idle_s
+    )
     if smoke:
         sizes, workloads, arms, eager = SMOKE, "day0", "plain,aurora", True
     try:

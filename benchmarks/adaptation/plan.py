@@ -33,6 +33,7 @@ class Sizes:
     domain_windows: int = 3  # windows of each domain after a shift; the last third is measured, at concurrency 1
     other_windows: int = 1  # windows of mixed and of sampled; twice as many of crowd, which is quick
     plain_every: int = 2  # of the learning windows, plain vLLM gets every so many
+    idle_s: int = 0  # seconds without traffic before anything is measured, for the learner to catch up
 
 
 SMOKE = Sizes(window=4, answer_tokens=8, learn_windows=1, measure_windows=1)

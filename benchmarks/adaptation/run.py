@@ -21,7 +21,7 @@ from benchmarks.adaptation.arms import CHECKPOINT_EVERY_S, Arm
 from benchmarks.adaptation.client import load
 from benchmarks.adaptation.figures import Window
 from benchmarks.adaptation.measure import measure
-from benchmarks.adaptation.plan import CROWD, LEARN_CONCURRENCY, Sizes, Slot, order
+from benchmarks.adaptation.plan import CROWD, LEARN_CONCURRENCY, MEASURE, Sizes, Slot, order
 from demo.fleet import Fleet
 from demo.servers import ServerFailed
 from demo.serving import START_S, flags
@@ -29,6 +29,7 @@ from demo.serving import START_S, flags
 LEARNING = "aurora"
 EXPORTED = ("static", "frozen")  # arms that serve aurora's draft as it is when the first of them starts
 LEARNER_START_S = 120.0
+DONE = ("waiting for traffic", "sleeping")  # states of a learner that has nothing left to do
 SAVE_S = 5.0  # longest wait for a checkpoint, as the learner has the machine to itself meanwhile
 
 
@@ -55,6 +56,7 @@ class Run:
         self._command = [str(model), *flags(max_num_seqs=CROWD), *more_flags]
         self._checkpoints, self._exported, self._is_exported = kept, exported, False
         self.windows: list[Window] = []
+        self._has_caught_up = False
         self._asked = 0  # requests sent to the learning arm
 
     def run(self) -> None:
@@ -79,6 +81,8 @@ class Run:
     def _take(self, number: int, slot: Slot, say: Callable[..., None]) -> None:
         self._start([arm for arm in slot.arms if arm not in self._fleet and arm not in self._absent], say)
         takers = [arm for arm in slot.arms if arm in self._fleet]
+        if slot.part == MEASURE and not self._has_caught_up:
+            self._catch_up(say)
         first_request = self._asked
         taken: dict[str, Window] = {}
         for arm in order(takers, number):
@@ -127,6 +131,17 @@ class Run:
                 raise ServerFailed(f"the learner is not up after {LEARNER_START_S:.0f} s")
             say("starting the learner")
             time.sleep(0.5)
+
+    def _catch_up(self, say: Callable[..., None]) -> None:
+        """No traffic for a while, as at night: the learner has the machine."""
+        self._has_caught_up = True
+        deadline = time.monotonic() + self._sizes.idle_s
+        while LEARNING in self._fleet and time.monotonic() < deadline:
+            state = self._fleet[LEARNING].status().get("learner", {}).get("state", "")
+            if state in DONE:
+                break
+            say(f"no traffic, the learner is {state}")
+            time.sleep(1.0)
 
     def _export(self, say: Callable[..., None]) -> bool:
         """Export the draft that is served now for the static arms; an older one would be too weak a baseline."""

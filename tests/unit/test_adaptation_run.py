@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from aurora_vllm.errors import AuroraError
 from benchmarks.adaptation import run as running
 from benchmarks.adaptation.arms import Arm
 from benchmarks.adaptation.figures import Window
-from benchmarks.adaptation.plan import ARMS, MEASURE, Sizes, Slot
+from benchmarks.adaptation.plan import ARMS, LEARN, MEASURE, Sizes, Slot
 from benchmarks.adaptation.prompts import (
     CODING,
 )
@@ -32,9 +33,11 @@ def test_a_failed_server_is_quoted_where_it_says_why() -> None:
 class FakeServer:
     def __init__(self, name: str) -> None:
         self.name = name
+        self.states = iter(["training", "training", "training", "sleeping"])
 
     def status(self) -> dict[str, Any]:
-        return {"learner": {"alive": True, "pid": 0}} if self.name == "aurora" else {}
+        state = next(self.states, "waiting for traffic")
+        return {"learner": {"alive": True, "pid": 0, "state": state}} if self.name == "aurora" else {}
 
 
 class FakeFleet(dict):
@@ -65,7 +68,7 @@ class FakeFleet(dict):
 
 
 def turns(
-    slots: list[Slot], fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch, exported: Path | None = None
+    slots: list[Slot], fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch, exported: Path | None = None, idle_s: int = 0
 ) -> tuple[list[Window], dict[str, str]]:
     def fake(server: FakeServer, arm: str, slot: Slot, number: int, first: int, *_: Any) -> Window:
         fleet.events.append(arm)
@@ -77,7 +80,7 @@ def turns(
     arms = {name: Arm(name, (), optional=name not in ("plain", "aurora")) for name in ARMS}
     written: list[int] = []
     run = running.Run(
-        slots, Sizes(), 0, arms, absent, fleet, Path("m"), (), Path("c"), exported, Console(quiet=True),  # type: ignore[arg-type]
+        slots, Sizes(idle_s=idle_s), 0, arms, absent, fleet, Path("m"), (), Path("c"), exported, Console(quiet=True),  # type: ignore[arg-type]
         lambda windows: written.append(len(windows)),
     )  # fmt: skip
     run.run()
@@ -121,6 +124,17 @@ def test_the_run_goes_on_without_an_arm_that_does_not_start(monkeypatch: pytest.
     with pytest.raises(ServerFailed):
         turns([slot("plain")], broken, monkeypatch)
     assert not broken  # and nothing is left running
+
+
+def test_the_learner_catches_up_once_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = FakeFleet()
+    monkeypatch.setattr(running.time, "sleep", lambda seconds: fleet.events.append(f"rest {seconds:g}"))
+    turns([replace(slot("aurora"), part=LEARN), slot("aurora"), slot("aurora")], fleet, monkeypatch, idle_s=60)
+    # The first of its four states is read when it starts.
+    assert fleet.events == ["+aurora", "aurora", "rest 1", "rest 1", "aurora", "aurora", "-aurora"]
+    fleet = FakeFleet()
+    turns([slot("aurora")], fleet, monkeypatch)
+    assert fleet.events == ["+aurora", "aurora", "-aurora"]
 
 
 def test_the_static_draft_is_what_is_served_when_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
