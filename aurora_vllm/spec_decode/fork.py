@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.attachment import Attachment
-from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling
-from aurora_vllm.spec_decode.undrafted import add_logits_processors
+from aurora_vllm.spec_decode.mends import mend
 
 if TYPE_CHECKING:
     from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
@@ -27,10 +26,7 @@ def attach(worker: Any) -> Attachment | None:
     if _is_ours(worker) or Session.from_environment() is None:
         return None
     try:
-        if hasattr(worker.model_runner, "drafter"):  # V1, as in AuroraWorker
-            if worker.device.type == "cpu":
-                mend_cpu_sampling()
-            add_logits_processors(worker.model_runner)
+        mend(worker)
         return Attachment.to_worker(worker)
     except Exception:
         logger.exception("aurora: could not attach; serving goes on as plain vLLM")

@@ -16,9 +16,8 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 from aurora_vllm.spec_decode.attachment import Attachment
-from aurora_vllm.spec_decode.lora import read_plain_embeddings
-from aurora_vllm.spec_decode.sampling_fix import mend_cpu_sampling, sample_plainly_without_drafts
-from aurora_vllm.spec_decode.undrafted import add_logits_processors
+from aurora_vllm.spec_decode.mends import mend
+from aurora_vllm.spec_decode.sampling_fix import sample_plainly_without_drafts
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -31,13 +30,9 @@ class AuroraWorker(PlatformWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        if hasattr(self.model_runner, "drafter"):  # V1; V2's sampling code is another one, without these faults
-            if current_platform.is_cpu():
-                mend_cpu_sampling()
-            add_logits_processors(self.model_runner)
+        mend(self)
+        if hasattr(self.model_runner, "drafter"):  # V1; in a fork the patch does this
             sample_plainly_without_drafts(self.model_runner)
-        if self.vllm_config.lora_config is not None:
-            read_plain_embeddings(self.model_runner.get_draft_model())
         self._aurora = Attachment.to_worker(self)
 
     def compile_or_warm_up_model(self) -> Any:
