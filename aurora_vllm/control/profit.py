@@ -176,7 +176,7 @@ class DraftLengthController:
         state.longest = max(state.longest, chosen.proposed)
         state.gain = max(chosen.gain, 1.0)
         self._maybe_probe(state, chosen, plans)
-        if state.second_chance.is_due(chosen.verified > 0.0) and self._copies_promise():
+        if (chosen.verified or self._copies_promise()) and state.second_chance.is_due(chosen.verified > 0.0):
             self.costs.doubt(bucket)
         state.stands, state.stands_for = self._in_words(bucket, chosen, plans), PLAN_EVERY - 1
         return state.stands

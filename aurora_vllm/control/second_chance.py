@@ -23,7 +23,7 @@ class SecondChance:
     busy: int = 0
 
     def is_due(self, verifies: bool) -> bool:
-        """Whether to try again. Call once for each decision, with what it is."""
+        """Whether to try again. Call for each decision, with what it is, while there is something to try."""
         if verifies:
             self.idle, self.busy = 0, self.busy + 1
             if self.busy >= LASTING:

@@ -241,6 +241,7 @@ class SpeculationAdvisor:
         count = sum(verdicts.values())
         tokens, accepted = (sum(pair[i] * n for pair, n in verdicts.items()) for i in (0, 1))
         scheduler = self._control.scheduler
+        self._learner_share.accepted(accepted, copied=version is None)
         if version is None:  # copies say nothing about any version
             scheduler.copied_drafts += count
             scheduler.copied_tokens += tokens

@@ -14,10 +14,15 @@ from aurora_vllm.transport.control import ControlBlock
 
 
 class LearnerShare:
-    """Combines both. Args: the settings; the control block, whose ``scheduler`` part is written."""
+    """Combines both.
+
+    Args:
+        config: the settings.
+        control: its ``scheduler`` part is written; of its ``learner`` part, the CPU time used so far is read.
+    """
 
     def __init__(self, config: AuroraConfig, control: ControlBlock) -> None:
-        self._scheduler = control.scheduler
+        self._scheduler, self._learner = control.scheduler, control.learner
         self._earnings = (
             Earnings(config.learner_cpu_share, config.learner_least_share) if config.speculate == "auto" else None
         )
@@ -29,7 +34,13 @@ class LearnerShare:
     def earned(self, seconds: float, saved: float) -> None:
         """A step took ``seconds``, and plain decoding would have taken ``saved`` seconds longer."""
         if self._earnings is not None and self._earnings.observe(seconds, saved):
+            self._earnings.used_s = self._learner.cpu_seconds
             self._show()
+
+    def accepted(self, tokens: int, copied: bool) -> None:
+        """Accepted tokens, which the draft proposed or which were copied; before ``earned`` for their step."""
+        if self._earnings is not None:
+            self._earnings.accepted(tokens, copied)
 
     def decoded(self, batch_size: int, verified: int, seconds: float, beside_learner: bool) -> None:
         """A pure decode step, in which ``verified`` proposed tokens were verified."""

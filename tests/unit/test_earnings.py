@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aurora_vllm.control.earnings import EVERY_S, MEMORY_S, SPENT, Earnings
+from aurora_vllm.control.earnings import ADVANCE_S, EVERY_S, MEMORY_S, SPENT, Earnings
 from aurora_vllm.control.step_costs import STEPS_TO_KNOW
 from aurora_vllm.spec_decode import advisor as advisor_module
 from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
@@ -54,6 +54,48 @@ def test_it_says_what_it_takes_and_why() -> None:
     assert after([(0.1, 0.06)]).reason == "0.100 of a CPU, all of its share: speculation saves 0.60 s a second"
 
 
+def proposed(drafted: int, copied: int, used_s: float, saved: float = 0.4) -> Earnings:
+    """Every step saves ``saved`` of its time, with so many accepted tokens of the draft, and copied."""
+    earnings = Earnings(share=0.1, least=0.02, advance_s=60.0, used_s=used_s)
+    for _ in range(2400):
+        earnings.accepted(drafted, copied=False)
+        earnings.accepted(copied, copied=True)
+        earnings.observe(0.05, 0.05 * saved)
+    return earnings
+
+
+@given(st.integers(0, 8), st.integers(0, 8), st.floats(0.0, 2.0))
+def test_after_the_advance_it_lives_on_what_its_draft_saves(drafted: int, copied: int, saved: float) -> None:
+    before, after = (proposed(drafted, copied, used, saved) for used in (59.0, 61.0))
+    assert before.earned == before.saved == pytest.approx(saved, rel=1e-2, abs=1e-3)
+    part = drafted / (drafted + copied) if copied else 1.0
+    assert after.earned == pytest.approx(part * saved, rel=1e-2, abs=1e-3)
+    assert after.factor <= before.factor
+
+
+def test_where_copies_save_everything_the_least_share_is_left() -> None:
+    assert proposed(drafted=0, copied=2, used_s=59.0).factor == 1.0
+    assert proposed(drafted=0, copied=2, used_s=60.0).factor == pytest.approx(0.2)
+    assert proposed(drafted=2, copied=0, used_s=60.0).factor == 1.0
+
+
+def test_the_newest_tokens_decide_whose_savings_they_are() -> None:
+    earnings = proposed(drafted=0, copied=2, used_s=60.0)
+    for _ in range(400):
+        earnings.accepted(2, copied=False)
+        earnings.observe(0.05, 0.02)
+    assert earnings.factor > 0.8
+
+
+def test_it_says_whose_savings_count() -> None:
+    reasons = [proposed(1, 3, 0.0).reason, proposed(1, 3, 60.0).reason, proposed(0, 3, 60.0).reason]
+    assert reasons == [
+        "0.100 of a CPU, all of its share: speculation saves 0.40 s a second",
+        "0.025 of a CPU, a quarter of what its draft saves: of 0.40 s a second, its draft saves 0.10",
+        "0.020 of a CPU, its least share: of 0.40 s a second, its draft saves 0.00",
+    ]
+
+
 @pytest.mark.parametrize(
     ("speculate", "accepts", "factor"),
     [("auto", True, 1.0), ("auto", False, 0.4), ("always", True, 1.0), ("never", False, 1.0)],
@@ -92,3 +134,14 @@ def test_the_learner_is_told(
         assert advisor._control.scheduler.learner_share == pytest.approx(factor)
         earned = advisor._control.scheduler.learner_earnings
         assert ("speculation saves" in earned) == (speculate == "auto" and accepts)
+
+
+@pytest.mark.parametrize(("version", "factor"), [(None, 0.4), (1, 1.0)])
+def test_the_learner_does_not_live_on_copies_for_ever(tmp_path: Path, version: int | None, factor: float) -> None:
+    with session(World(), tmp_path, learner_cpu_share=0.05, learner_least_share=0.02) as (current, _):
+        advisor = SpeculationAdvisor(current, 2)
+        advisor._control.learner.cpu_seconds = ADVANCE_S
+        for _ in range(100):
+            advisor._take_verdicts(version, {(2, 2): 1})
+            advisor._learner_share.earned(EVERY_S, EVERY_S / 2)
+        assert advisor._control.scheduler.learner_share == pytest.approx(factor)

@@ -101,16 +101,17 @@ def test_a_probe_that_was_disturbed_is_not_the_last_word(steps_disturbed: int) -
 
 
 def serve_copies(
-    controller: DraftLengthController, steps: int, price: float, slow: int = 0
+    controller: DraftLengthController, steps: int, price: float, slow: int = 0, kinds: int = 2
 ) -> list[tuple[bool, float]]:
-    """A machine of four requests, half of whose proposals are copies with tokens accepted at 0.75. The first ``slow``
-    steps that verify take three times as long. For each step: whether it verified, and tokens over seconds."""
+    """A machine of four requests, half of whose proposals are copies with tokens accepted at 0.75 (``kinds`` 1: none
+    is). The first ``slow`` steps that verify take three times as long. For each step: whether it verified, and tokens
+    over seconds."""
     assert controller.copies is not None
     rng, found = random.Random(0), []
     for _ in range(steps):
         decision, verified, tokens = controller.decide(4), 0, 0
         for _ in range(4):
-            kind = rng.randrange(2)
+            kind = rng.randrange(kinds)
             controller.copies.seen(kind)
             worth = controller.worth(kind, copied=True) if kind and decision.proposals != "none" else 0
             right = next((i for i in range(8) if rng.random() >= 0.75), 8) if kind else 0
@@ -131,6 +132,15 @@ def test_copies_whose_first_steps_were_disturbed_are_soon_tried_again() -> None:
     verified = [step[0] for step in steps]
     assert sum(verified[200:]) > 150
     assert max(len(list(group)) for value, group in itertools.groupby(verified) if not value) < 3 * FIRST * PLAN_EVERY
+
+
+def test_time_without_copies_does_not_delay_the_second_chance() -> None:
+    controller = DraftLengthController(3, copies=Copies(8, 2))
+    serve_copies(controller, 3000, price=0.01, kinds=1)
+    verified = [step[0] for step in serve_copies(controller, 800, price=0.01, slow=16)]
+    begun = verified[verified.index(True) :]
+    assert False in begun
+    assert max(len(list(group)) for value, group in itertools.groupby(begun) if not value) < 3 * FIRST * PLAN_EVERY
 
 
 def test_copies_that_never_pay_are_tried_seldom() -> None:
