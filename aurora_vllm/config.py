@@ -76,7 +76,7 @@ class AuroraConfig(BaseModel):
         0.02,
         gt=0,
         le=1,
-        description="its share while its draft (at first: speculation) saves no time; else at most a quarter of that time",
+        description="share while its draft (at first: speculation) saves no time; else at most a quarter of that time",
     )
     learner_slowdown: float = Field(
         0.0, ge=0, description="share of the time per output token that learning may add before it yields; 0: no bound"
