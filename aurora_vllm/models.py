@@ -127,7 +127,7 @@ def make_draft(draft: Draft, target: Target, config: AuroraConfig) -> Draft:
             f"cannot make the day-0 draft in {draft.directory}: {error}", "choose another --aurora-cache-dir"
         ) from None
     except (ValueError, KeyError) as error:
-        raise AuroraError(f"{target.model}: {error}", GIVE_ONE) from None
+        raise AuroraError(f"{target.model}: no day-0 draft can be made: {error}", GIVE_ONE) from None
     return whole()
 
 

@@ -24,8 +24,8 @@ from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.draft import Eagle3Draft, load_draft
 from aurora_vllm.learner.draft_pair import DraftPair
 from aurora_vllm.learner.evaluate import Score, simulate
+from aurora_vllm.learner.evidence import Evidence, Sync
 from aurora_vllm.learner.gpu_bound import bound_gpu_memory
-from aurora_vllm.learner.publish import Evidence, Sync
 from aurora_vllm.learner.publisher import Publisher
 from aurora_vllm.learner.resume import Keeper, is_taught
 from aurora_vllm.learner.sleep import Sleep

@@ -17,6 +17,7 @@ class StoredTensors:
 
     Raises:
         FileNotFoundError: there are no safetensors files in it.
+        ValueError: of ``[name]``, there is no such tensor.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -37,6 +38,6 @@ class StoredTensors:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._file_of:
-            raise ValueError(f"no day-0 draft from {self._directory}: it has no tensor {name}")
+            raise ValueError(f"{self._directory} has no tensor {name}")
         with safe_open(self._file_of[name], framework="pt") as tensors:
             return tensors.get_tensor(name)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aurora_vllm.learner.evaluate import Score
-from aurora_vllm.learner.publish import Evidence, PublishDecision, Sync
+from aurora_vllm.learner.evidence import Evidence, PublishDecision, Sync
 
 
 def score(steps: int, accepted: int) -> Score:
