@@ -37,6 +37,7 @@ docs: setup      ## write the pages and tables that are generated from code and 
 	$(RUN) -m tools.settings_table
 	$(RUN) -m tools.compatibility_table
 	$(RUN) -m aurora_vllm.server.metrics > docs/metrics.md
+	$(RUN) -m tools.dashboard
 	$(RUN) -m benchmarks.results_page
 
 format: setup    ## let ruff fix and format
