@@ -148,7 +148,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "aurora_learner_share",
         "guard.learner_share",
-        "Factor on learner_cpu_share: what speculation earns, times the slowdown guard",
+        "Factor on learner_cpu_share: what its draft (at first: speculation) earns, times the slowdown guard",
     ),
     Metric(
         "aurora_learner_slowdown",
