@@ -20,13 +20,11 @@ from dataclasses import dataclass, field
 from aurora_vllm.control.acceptance import AcceptanceEstimate
 from aurora_vllm.control.balance import Balance
 from aurora_vllm.control.copying import Copies
+from aurora_vllm.control.probing import Probing
 from aurora_vllm.control.rating import Offer, Plan, Rating
 from aurora_vllm.control.second_chance import SecondChance
 from aurora_vllm.control.step_costs import StepCosts, batch_bucket
 
-PROBE_STEPS = 8
-PROBE_EVERY = 240  # steps between two looks at the alternative
-PATIENCE = 4  # times as many where the alternative looks bad, in case the look that said so was unlucky
 HOPEFUL = 0.95  # of the rate without drafting: a K with less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
 KEEP_MARGIN = 0.02  # relative gain that a change must promise
@@ -59,12 +57,8 @@ class _BucketState:
     choice: tuple[int, int] = (0, 0)  # tokens drafted, tokens proposed
     longest: int = 0  # proposal so far
     gain: float = 1.0
-    since_plain: int = 0
-    since_drafts: int = 0
-    since_forgot: int = 0
+    probing: Probing = field(default_factory=Probing)
     second_chance: SecondChance = field(default_factory=SecondChance)
-    probe_left: int = 0
-    probe_length: int = 0
     stands: Decision | None = None
     stands_for: int = 0  # more steps
 
@@ -150,21 +144,18 @@ class DraftLengthController:
         if self.mode == "always":
             return Decision(self.max_draft_length, "draft length is fixed by the settings", "whole")
         state = self._buckets.setdefault(bucket, _BucketState())
-        state.since_plain += 1
-        state.since_drafts += 1
-        state.since_forgot += 1
+        state.probing.count_step()
         if not self.costs.known(bucket):
             sits_out = not self._worth_a_probe(self.max_draft_length)
             return Decision(0, f"measuring plain decoding at batch {bucket}", "none", sits_out)
-        if state.probe_left > 0:
-            state.probe_left -= 1
+        if state.probing.takes_next_step():
             state.stands = None
-            probed = state.probe_length
+            probed = state.probing.length
             return Decision(probed, f"probing K={probed} at batch {bucket}", "whole" if probed else "none")
         if state.stands is not None and state.stands_for > 0:
             state.stands_for -= 1
             if state.stands.draft_length:
-                state.since_drafts = 0
+                state.probing.drafted()
             return state.stands
 
         plans = self._plans(bucket)
@@ -175,7 +166,11 @@ class DraftLengthController:
         state.choice = chosen.drafted, chosen.proposed
         state.longest = max(state.longest, chosen.proposed)
         state.gain = max(chosen.gain, 1.0)
-        self._maybe_probe(state, chosen, plans)
+        alternative = _best_of_drafting(plans).drafted
+        alternative = alternative if self._worth_a_probe(alternative) else 0
+        state.probing.decided(chosen.verified > 0.0, chosen.drafted > 0, alternative, self._hopeful(plans))
+        if not (chosen.drafted or alternative) and state.probing.is_out_of_date():
+            self.acceptance.forget()
         if (chosen.verified or self._copies_promise()) and state.second_chance.is_due(chosen.verified > 0.0):
             self.costs.doubt(bucket)
         state.stands, state.stands_for = self._in_words(bucket, chosen, plans), PLAN_EVERY - 1
@@ -221,25 +216,6 @@ class DraftLengthController:
         """Chance of acceptance below which one more token is not worth the time to verify it."""
         gain = self._buckets[bucket].gain if bucket in self._buckets else 1.0
         return self.costs.per_token(bucket) / self.costs.predict(bucket) * bucket * gain
-
-    def _maybe_probe(self, state: _BucketState, chosen: Plan, plans: Sequence[Plan]) -> None:
-        """Now and then probe the alternative: plain decoding while anything is proposed, drafting while it is off (less
-        often where it looks bad)."""
-        if chosen.verified > 0.0 and state.since_plain >= PROBE_EVERY:
-            state.since_plain, state.probe_length, state.probe_left = 0, 0, PROBE_STEPS
-            return
-        if chosen.drafted:
-            state.since_drafts = 0
-            return
-        candidate = _best_of_drafting(plans).drafted
-        patience = 1 if self._hopeful(plans) else PATIENCE
-        if self._worth_a_probe(candidate):
-            if state.since_drafts >= PROBE_EVERY * patience:
-                state.since_drafts, state.probe_length, state.probe_left = 0, candidate, PROBE_STEPS
-        elif state.since_forgot >= PROBE_EVERY * PATIENCE:
-            # Without drafting, verdicts on traffic that may be long gone would stand for ever.
-            state.since_forgot = 0
-            self.acceptance.forget()
 
     def _copies_promise(self) -> bool:
         """Whether copies would gain enough tokens to be tried, if verifying them were cheap. Not where all proposals of

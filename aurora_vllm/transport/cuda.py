@@ -23,50 +23,19 @@ the learner's: a dead learner leaves none behind.
 from __future__ import annotations
 
 import ctypes
-import struct
 import zlib
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from aurora_vllm.transport import cuda_driver
-from aurora_vllm.transport.cuda_driver import HANDLE_BYTES
+from aurora_vllm.transport.cuda_description import Description
 from aurora_vllm.transport.cuda_driver import NoDeviceMemory as NoDeviceMemory
 from aurora_vllm.transport.fence import fence
 from aurora_vllm.transport.segment import Segment, owner_is_alive
 from aurora_vllm.transport.waits import OwnerGone, blaming, wait_for_this_stream, wait_until
 
 GRANULE = 2 << 20  # bytes; smaller allocations share such a block, and a handle would export their neighbours
-_DESCRIPTION = struct.Struct(f"<8sQQ40s{HANDLE_BYTES}s{HANDLE_BYTES}s")
-_MAGIC = b"AURORGPU"
-
-
-@dataclass(frozen=True)
-class Description:
-    """What another process needs in order to open the memory."""
-
-    size: int  # bytes
-    offset: int  # of the first of them in the allocation
-    device: str  # UUID: two processes may number their GPUs differently (CUDA_VISIBLE_DEVICES)
-    memory_handle: bytes
-    event_handle: bytes
-
-    def write(self, segment: Segment) -> None:
-        packed = _DESCRIPTION.pack(
-            _MAGIC, self.size, self.offset, self.device.encode(), self.memory_handle, self.event_handle
-        )
-        segment.buf[: len(packed)] = packed
-
-    @classmethod
-    def read(cls, segment: Segment) -> Description:
-        """Raises ValueError where the segment describes no device memory."""
-        if segment.size < _DESCRIPTION.size:
-            raise ValueError(f"segment {segment.name} describes no device memory")
-        magic, size, offset, device, memory, event = _DESCRIPTION.unpack_from(segment.buf)
-        if magic != _MAGIC:
-            raise ValueError(f"segment {segment.name} describes no device memory")
-        return cls(size, offset, device.rstrip(b"\0").decode(), memory, event)
 
 
 class CudaMemory:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from aurora_vllm.transport import cuda, placement, waits
 from aurora_vllm.transport.bank import TensorSpec, TornPublish, WeightBank, bank_bytes, weights_bytes
-from aurora_vllm.transport.cuda import CudaMemory, Description, NoDeviceMemory, tensor_over
+from aurora_vllm.transport.cuda import CudaMemory, NoDeviceMemory, tensor_over
+from aurora_vllm.transport.cuda_description import Description
 from aurora_vllm.transport.ring import HEADER_BYTES, RingConsumer, RingGauge, RingProducer, ring_bytes
 from aurora_vllm.transport.segment import Segment
 from aurora_vllm.transport.waits import OwnerGone, blaming, wait_for_this_stream, wait_until

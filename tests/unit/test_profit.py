@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 
 from aurora_vllm.control.acceptance import AcceptanceEstimate
 from aurora_vllm.control.copying import Copies
-from aurora_vllm.control.profit import (
-    PATIENCE,
-    PLAN_EVERY,
-    PROBE_EVERY,
-    PROBE_STEPS,
-    DraftLengthController,
-)
+from aurora_vllm.control.probing import PATIENCE, PROBE_EVERY, PROBE_STEPS
+from aurora_vllm.control.profit import PLAN_EVERY, DraftLengthController
 from aurora_vllm.control.rating import Plan, Rating
 from aurora_vllm.control.second_chance import FIRST
 from aurora_vllm.control.step_costs import STEPS_TO_KNOW
