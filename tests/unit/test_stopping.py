@@ -13,6 +13,7 @@ import pytest
 PRELUDE = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 from aurora_vllm import stopping
 from aurora_vllm.stopping import StopGuard, end_descendants
 stopping.GRACE_S = 1.0
