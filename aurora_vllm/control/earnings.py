@@ -18,7 +18,7 @@ from dataclasses import dataclass
 SPENT = 0.25  # of what is saved: a step beside the learner loses more than the learner takes, and users keep the rest
 MEMORY_S = 10.0  # seconds after which a step has lost 1 - 1/e of its weight
 EVERY_S = 1.0  # seconds between two decisions
-ADVANCE_S = 60.0  # CPU seconds of the learner: its start, its lessons, and a trial of them; 20 minutes at its default share
+ADVANCE_S = 60.0  # CPU seconds of the learner: its start and its lessons; 20 minutes at its default share
 
 
 @dataclass
