@@ -1,6 +1,6 @@
 """Writes dashboards/grafana.json: ``python -m tools.dashboard``.
 
-Two rows of panels on serving and on learning, from vLLM's own metrics and ours, for any number of servers.
+Two groups of panels, on serving and on learning, from vLLM's own metrics and ours, for any number of servers.
 """
 
 from __future__ import annotations
