@@ -17,6 +17,7 @@ from aurora_vllm.config import AuroraConfig
 from aurora_vllm.config_json import read_config
 from aurora_vllm.errors import PLAIN, AuroraError, first_line
 from aurora_vllm.learner.target import check_learnable
+from aurora_vllm.spec_decode.eagle3_support import takes_eagle3
 
 GIVE_ONE = f"give one with --aurora-draft; {PLAIN}"
 
@@ -42,6 +43,8 @@ def resolve_target(args: Namespace, weights: bool) -> Target:
     model = _vllm_model_config(args)
     if model.runner_type != "generate":
         raise AuroraError(f"{args.model} does not generate text (vLLM's runner is {model.runner_type!r})", PLAIN)
+    if not takes_eagle3(model.architecture):
+        raise AuroraError(f"vLLM takes no EAGLE-3 draft for {args.model} (its {model.architecture})", PLAIN)
     return Target(
         model=args.model,
         directory=directory,
@@ -80,8 +83,6 @@ def resolve_draft(config: AuroraConfig, target: Target, revision: str | None = N
     from aurora_vllm.learner import day0  # imports torch
 
     model_config = read_config(target.directory)
-    if model_config.get("quantization_config"):
-        raise AuroraError(f"no day-0 draft can be made from {target.model}, it is quantized", GIVE_ONE)
     try:
         own = day0.draft_config(model_config, config.draft_vocab_size)
         specs = checkpoint.draft_specs(own, target.dtype)

@@ -57,6 +57,7 @@ class Arm:
     label: str
     settings: dict[str, Any] = field(default_factory=dict)  # over AuroraConfig's defaults
     random_start: bool = False
+    silent_start: bool = False  # as where the target is quantized (day0_layer.py)
     lessons: bool = True
     induction: bool = True
     refining: bool = True
@@ -76,6 +77,11 @@ ARMS = {
     "half_replay": Arm("half the passes", {"replay_passes": 4.0}),
     "small_batch": Arm("a quarter of the batch", {"batch_tokens": 128}),
 }
+# Only by name: what the target's layer is worth as a start, which a quantized target cannot give.
+SILENT = {
+    "silent": Arm("without the target's layer", silent_start=True),
+    "silent_no_lesson": Arm("without the target's layer and the lessons", silent_start=True, lessons=False),
+}
 # The paper's discard term, by its weight λ and by k: p is restricted to the target's k most probable tokens.
 DISCARD = {
     f"discard_{weight:g}_{top_k}": Arm(
@@ -84,6 +90,7 @@ DISCARD = {
     for weight in (0.1, 1.0)
     for top_k in (3, 5, 8)
 }
+KNOWN = ARMS | SILENT | DISCARD
 
 
 @dataclass
@@ -126,7 +133,7 @@ def main(
 ) -> None:
     """Measure tokens_to_1_5_ratio and acceptance_length_unseen."""
     restart_with_intel_openmp()
-    chosen = {name: arm for name, arm in (ARMS | DISCARD).items() if name in _names(arms)}
+    chosen = {name: arm for name, arm in KNOWN.items() if name in _names(arms)}
     with TemporaryDirectory() as scratch:
         recorded = capture or Path(scratch) / "capture.pt"
         if not recorded.exists():
@@ -153,7 +160,7 @@ def _write(json: Path, runs: dict[str, list[Run]], rows: int, about: dict[str, A
     figures, spread = summary(there, rows)
     detail = {name: [asdict(run) for run in some] for name, some in there.items()}
     write_report(json, figures, spread, 0, about | {"runs": detail})
-    plot({(ARMS | DISCARD)[name].label: some for name, some in there.items()}, GOAL, json.with_suffix(".png"))
+    plot({KNOWN[name].label: some for name, some in there.items()}, GOAL, json.with_suffix(".png"))
 
 
 def summary(runs: dict[str, list[Run]], rows: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -188,6 +195,8 @@ def learn(
     draft = copy.deepcopy(draft)
     if arm.random_start:
         _forget(draft)
+    if arm.silent_start:
+        _silence(draft)
     batch = arm.settings.get("batch_tokens", AuroraConfig().batch_tokens)
     if arm.batch_sequences:
         batch = arm.batch_sequences * max(len(one.token_ids) for one in trajectories)
@@ -226,9 +235,9 @@ def _names(arms: str) -> list[str]:
         return list(ARMS)
     names = [name.strip() for name in arms.split(",")]
     names += list(DISCARD) if "discard" in names else []
-    unknown = sorted(set(names) - (ARMS | DISCARD).keys() - {"discard"})
+    unknown = sorted(set(names) - KNOWN.keys() - {"discard"})
     if unknown:
-        raise typer.BadParameter(f"no arm {', '.join(unknown)}; known arms: {', '.join([*ARMS, *DISCARD])}")
+        raise typer.BadParameter(f"no arm {', '.join(unknown)}; known arms: {', '.join(KNOWN)}")
     return names
 
 
@@ -242,6 +251,16 @@ def _forget(draft: Eagle3Draft) -> None:
                 parameter.fill_(1.0)
 
 
+def _silence(draft: Eagle3Draft) -> None:
+    """Replace the layer's projections as in a quantized target's day-0 draft."""
+    attention, mlp = draft.midlayer.self_attn, draft.midlayer.mlp
+    with torch.no_grad():
+        for inputs in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            inputs.weight.normal_(0.0, inputs.in_features**-0.5)
+        for output in (attention.o_proj, mlp.down_proj):
+            output.weight.zero_()
+
+
 def _run(job: tuple[str, int, str]) -> tuple[str, Run]:
     name, seed, capture = job
     torch.set_num_threads(1)
@@ -249,7 +268,7 @@ def _run(job: tuple[str, int, str]) -> tuple[str, Run]:
     target = ensure_model()
     with TemporaryDirectory() as scratch:
         draft = load_draft(make_day0_draft(target, Path(scratch) / "draft"))
-    arm = (ARMS | DISCARD)[name]
+    arm = KNOWN[name]
     return name, learn(
         arm, seed, trajectories[:-unseen], trajectories[-unseen:], draft, load_target_head(target), target
     )

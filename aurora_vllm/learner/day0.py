@@ -6,7 +6,7 @@ draft is one of the target's late layers, fed with the residual stream that ente
 
     fc          [0 0 I]: the last auxiliary state passes through, the other two have no effect at first
     q/k/v       [0 | W]: act on the hidden half of ``[embedding, hidden]``, the embedding half has no effect at first
-    o, MLP      the target layer's own, and so are the norms
+    o, MLP      the target layer's own, and so are the norms (day0_layer.py; quantized or MoE: without effect at first)
     norm, head  the target's, the head restricted to the draft vocabulary
 
 It does not predict well before training (its input contains token t, and it should predict t+2), but it learns an order
@@ -28,7 +28,11 @@ import torch
 from safetensors.torch import save_file
 
 from aurora_vllm.config_json import read_config, write_config
+from aurora_vllm.errors import AuroraError
 from aurora_vllm.learner import lesson_shape
+from aurora_vllm.learner.day0_layer import FLOATS, Day0Layer, Tensors
+from aurora_vllm.learner.eagle3_config import rope_parameters
+from aurora_vllm.learner.rope import inverse_frequencies
 from aurora_vllm.learner.staging import appears_whole
 from aurora_vllm.learner.stored_tensors import StoredTensors
 from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
@@ -36,18 +40,14 @@ from aurora_vllm.learner.vocabulary import day0_vocabulary, vocabulary_maps
 RECIPE = 3  # to be increased with each change here, so that cached drafts are made anew
 MAX_VOCABULARY = 32_768
 _NEEDED_KEYS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size")
-# Keys of the target's config.json that define a Llama decoder layer, copied as they are (both spellings of RoPE:
-# rope_theta and rope_scaling in transformers 4, rope_parameters in transformers 5).
+# Keys of the target's config.json that define a Llama decoder layer, copied as they are.
 _LAYER_KEYS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
-    "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings", "vocab_size",
-    "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
+    "rms_norm_eps", "max_position_embeddings", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id",
+    "initializer_range",
 )  # fmt: skip
-_LAYER_PARTS = {
-    "input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
-    "self_attn.k_norm", "self_attn.rotary_emb",
-}  # fmt: skip
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")  # the last in transformers 5, the others in 4
+_OFFSET_NORMS = ("gemma", "qwen3_next", "qwen3_5")  # their norms multiply by the stored weight plus one
 
 
 def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None) -> Path:
@@ -55,6 +55,7 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None
 
     Args:
         target: directory of a Llama-shaped checkpoint (SmolLM2, Mistral, Qwen2, Qwen3): config.json and safetensors.
+            Its layers may be quantized, its MLPs mixtures of experts.
         out: directory to write; appears complete or not at all, and replaces an older one.
         draft_vocab_size: see :func:`vocabulary_size`.
 
@@ -70,7 +71,6 @@ def make_day0_draft(target: Path, out: Path, draft_vocab_size: int | None = None
     own = draft_config(config, draft_vocab_size)
     weights = StoredTensors(target)
     layer = min(own["eagle_aux_hidden_state_layer_ids"][-1], config["num_hidden_layers"] - 1)
-    _check_layer(weights, f"model.layers.{layer}.")
     draft_ids = day0_vocabulary(target, config["vocab_size"], own["draft_vocab_size"])
     _write(out, own, _draft_tensors(weights, config, own, layer, draft_ids))
     return out
@@ -98,11 +98,12 @@ def draft_config(config: dict[str, Any], draft_vocab_size: int | None = None) ->
     missing = [key for key in _NEEDED_KEYS if key not in config]
     if missing:
         raise ValueError(f"the target's config.json has no {', '.join(missing)}: not a Llama-shaped model")
-    if str(config.get("model_type")).startswith("gemma"):  # its norms multiply by the stored weight plus one
+    if str(config.get("model_type")).startswith(_OFFSET_NORMS):
         raise ValueError(f"it is a {config['model_type']}: not a Llama-shaped model")
     aux_layer_ids = auxiliary_layers(config["num_hidden_layers"])
     return {
         **{key: config[key] for key in _LAYER_KEYS if config.get(key) is not None},
+        **_rope(config),
         **_heads(config, len(aux_layer_ids)),
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -137,52 +138,25 @@ def auxiliary_layers(num_layers: int) -> tuple[int, int, int]:
     raise ValueError(f"an EAGLE-3 draft needs a target of at least 2 layers, this one has {num_layers}")
 
 
-def _check_layer(weights: StoredTensors, prefix: str) -> None:
-    """Refuse a layer with parts that a Llama layer does not have.
-
-    Raises:
-        ValueError: names such a part.
-    """
-    parts = {name.removeprefix(prefix).rpartition(".")[0] for name in weights.names() if name.startswith(prefix)}
-    if more := sorted(parts - _LAYER_PARTS):
-        raise ValueError(f"its layers have {more[0]}, which Llama's do not: not a Llama-shaped model")
-
-
 def _draft_tensors(
     weights: StoredTensors, config: dict[str, Any], own: dict[str, Any], layer: int, draft_ids: torch.Tensor
-) -> dict[str, torch.Tensor]:
+) -> Tensors:
     """EAGLE-3 tensors under their Hugging Face names. config: the target's; own: the draft's."""
-    prefix = f"model.layers.{layer}."
-    input_norm = weights[prefix + "input_layernorm.weight"]  # [H]
-    hidden = len(input_norm)
     head = weights["model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"]  # [V, H]
+    if head.dtype not in FLOATS:
+        raise ValueError(f"its lm_head is quantized ({head.dtype})")
+    hidden = head.shape[1]
     fc = torch.zeros(hidden, own["num_aux_hidden_states"] * hidden, dtype=head.dtype)
     fc[:, -hidden:] = torch.eye(hidden, dtype=head.dtype)
     d2t, t2d = vocabulary_maps(draft_ids, config["vocab_size"])
-    grouped = config.get("num_key_value_heads") or config["num_attention_heads"]
-    query_rows = own["num_attention_heads"] * own["head_dim"]
-
-    tensors = {"fc.weight": fc, "d2t": d2t, "t2d": t2d}
-    for name in ("q", "k", "v"):
-        weight = weights[f"{prefix}self_attn.{name}_proj.weight"]  # [heads * head_dim, H]
-        norm = weights.get(f"{prefix}self_attn.{name}_norm.weight")
-        if norm is not None:
-            weight = _fold_head_norm(weight, norm, input_norm)
-        if own["num_key_value_heads"] != grouped:  # for the lesson: one for each query head, and further heads
-            if name != "q":
-                copies = config["num_attention_heads"] // grouped
-                weight = weight.unflatten(0, (grouped, -1)).repeat_interleave(copies, dim=0).flatten(0, 1)
-            weight = weight[torch.arange(query_rows) % len(weight)]
-        tensors[f"midlayer.self_attn.{name}_proj.weight"] = torch.cat([torch.zeros_like(weight), weight], dim=1)
-    output = weights[f"{prefix}self_attn.o_proj.weight"]  # [H, target's heads * head_dim]; further heads get zeros
-    tensors["midlayer.self_attn.o_proj.weight"] = torch.nn.functional.pad(output, (0, query_rows - output.shape[1]))
-    for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
-        tensors[f"midlayer.{name}.weight"] = weights[f"{prefix}{name}.weight"]
-    tensors["midlayer.hidden_norm.weight"] = input_norm
-    # Normalises the token embedding, as the target's first layer does.
-    tensors["midlayer.input_layernorm.weight"] = weights["model.layers.0.input_layernorm.weight"]
-    tensors["norm.weight"] = weights["model.norm.weight"]
-    tensors["lm_head.weight"] = head[draft_ids]
+    tensors = {
+        "fc.weight": fc,
+        **Day0Layer(weights, layer, config).tensors(own),
+        "norm.weight": weights["model.norm.weight"],
+        "lm_head.weight": head[draft_ids],
+        "d2t": d2t,
+        "t2d": t2d,
+    }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -198,24 +172,19 @@ def _heads(config: dict[str, Any], num_aux: int) -> dict[str, int]:
     }
 
 
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The target's rotary embedding; where no draft can be trained with it (YaRN), the plain one with its base. The
+    draft learns to attend anew anyway."""
+    rope = rope_parameters(config)
+    try:
+        inverse_frequencies(_head_dim(config), rope)
+    except AuroraError:
+        return {"rope_theta": rope["rope_theta"]}
+    return {key: config[key] for key in _ROPE_KEYS if config.get(key) is not None}
+
+
 def _head_dim(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:
-    """Fold Qwen3's per-head q_norm or k_norm into the projection, since a Llama draft layer has no such norm.
-
-    RMSNorm divides by the head's RMS, which depends on the token. This divides by its expected value instead, for an
-    input of independent components with unit RMS, scaled by ``input_norm``. The approximation suffices, because the
-    draft is trained anyway.
-
-    Args:
-        weight: [heads * head_dim, H]; norm: [head_dim]; input_norm: [H].
-    """
-    heads = weight.float().view(-1, len(norm), weight.shape[1])  # [heads, head_dim, H]
-    expected_rms = (heads * input_norm.float()).square().sum(-1).mean(-1).sqrt()  # [heads]
-    folded = heads * norm.float()[None, :, None] / expected_rms[:, None, None]
-    return folded.view_as(weight).to(weight.dtype)
 
 
 def _write(out: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

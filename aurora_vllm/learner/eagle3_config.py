@@ -56,7 +56,7 @@ class Eagle3Config:
                 target_hidden_size=int(config.get("target_hidden_size") or hidden),
                 num_aux_hidden_states=int(config.get("num_aux_hidden_states") or len(layer_ids or (0, 0, 0))),
                 rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope=_rope_parameters(config),
+                rope=rope_parameters(config),
                 aux_layer_ids=layer_ids,
                 attention_bias=bool(config.get("attention_bias", False)),
                 mlp_bias=bool(config.get("mlp_bias", False)),
@@ -97,7 +97,7 @@ def aux_layer_ids(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     return tuple(ids) if ids else None
 
 
-def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """One dictionary from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from aurora_vllm.config_json import read_text_config
 from aurora_vllm.errors import PLAIN, AuroraError
+from aurora_vllm.learner.stored_tensors import StoredTensors
 
 _VOCABULARY_CHUNK = 8192  # lm_head rows converted to float32 at a time
 _SAMPLES, _SAMPLE_BYTES = 16, 65536  # of each file, for weights_fingerprint
@@ -115,18 +116,28 @@ def lent_target_head(
 
 
 def check_learnable(directory: Path) -> None:
-    """See by its config.json that a draft can be trained for the target in a directory.
+    """See by its config.json, and by the names of its tensors where they are there, that a draft can be trained for the
+    target in a directory.
 
     Raises:
-        AuroraError: its logits are not ``lm_head`` times its last hidden state, as the learner assumes.
+        AuroraError: its logits are not ``lm_head`` times its last hidden state, as the learner assumes, or its lm_head
+            is quantized.
     """
+    without_learner = f"--no-aurora-learn serves a draft that is given; {PLAIN}"
     config = read_text_config(directory)
     for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if config.get(key) not in (None, 1, 1.0):
             raise AuroraError(
                 f"the target in {directory} transforms its logits ({key} {config[key]}), so no draft can be trained "
                 "for it",
-                f"--no-aurora-learn serves a draft that is given; {PLAIN}",
+                without_learner,
+            )
+    names = StoredTensors(directory).names() if any(directory.glob("*.safetensors")) else ()
+    for name in names:  # "lm_head.qweight", "lm_head.weight_scale"
+        if name.rpartition(".")[0].endswith("lm_head") and not name.endswith((".weight", ".bias")):
+            raise AuroraError(
+                f"the target in {directory} has a quantized lm_head ({name}), so no draft can be trained for it",
+                without_learner,
             )
 
 

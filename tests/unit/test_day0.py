@@ -203,6 +203,17 @@ def test_a_target_of_another_shape_is_named(tmp_path: Path) -> None:
         make_day0_draft(tmp_path, tmp_path / "draft", 64)
 
 
+def test_a_rotary_embedding_that_cannot_be_trained_becomes_a_plain_one() -> None:
+    llama = SIZES | {"num_hidden_layers": 8, "rms_norm_eps": 1e-5, "num_attention_heads": 6}
+    scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    known = draft_config(llama | {"rope_parameters": scaled | {"original_max_position_embeddings": 64}})
+    assert known["rope_parameters"]["rope_type"] == "llama3"
+    yarn = draft_config(llama | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}})
+    assert yarn["rope_theta"] == 5e5 and "rope_parameters" not in yarn
+    old = draft_config(llama | {"rope_theta": 7e4, "rope_scaling": {"type": "yarn", "factor": 4.0}})
+    assert old["rope_theta"] == 7e4 and "rope_scaling" not in old
+
+
 def test_wide_targets_keep_their_key_value_heads_and_the_vocabulary_grows_with_the_width() -> None:
     llama = {"num_hidden_layers": 32, "rms_norm_eps": 1e-5, "vocab_size": 128_256, "num_attention_heads": 32}
     wide = draft_config(llama | {"hidden_size": 4096, "num_key_value_heads": 8})

@@ -68,6 +68,10 @@ def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(models, "_vllm_model_config", lambda _: SimpleNamespace(runner_type="pooling"))
     with pytest.raises(AuroraError, match="does not generate text"):
         models.resolve_target(args, weights=False)
+    opt = SimpleNamespace(runner_type="generate", architecture="OPTForCausalLM")
+    monkeypatch.setattr(models, "_vllm_model_config", lambda _: opt)
+    with pytest.raises(AuroraError, match=r"vLLM takes no EAGLE-3 draft for .* \(its OPTForCausalLM\); --aurora-off"):
+        models.resolve_target(args, weights=False)
 
 
 def test_what_the_system_refuses_to_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +165,3 @@ def test_targets_no_day0_draft_can_be_made_from(target: Target, tmp_path: Path) 
     ):
         models.make_draft(planned, target, config)
     assert not list(tmp_path.glob("**/*.safetensors")) or not planned.directory.exists()
-    change_config(target.directory, quantization_config={"quant_method": "awq"})
-    with pytest.raises(AuroraError, match="it is quantized; give one"):
-        models.resolve_draft(config, target)

@@ -62,6 +62,14 @@ def test_what_is_no_use_is_refused(tmp_path: Path, config: dict[str, object]) ->
         load_target_head(checkpoint(tmp_path, shards, **config))
 
 
+@pytest.mark.parametrize("name", ["lm_head.qweight", "language_model.lm_head.weight_scale"])
+def test_a_quantized_head_is_refused(tmp_path: Path, name: str) -> None:
+    """Without this the embedding would be taken for it, as where both are tied."""
+    shards = [{"model.embed_tokens.weight": EMBEDDING, "lm_head.bias": HEAD[:, 0].clone()}, {name: OTHER}]
+    with pytest.raises(AuroraError, match=rf"quantized lm_head \({name}\).*--no-aurora-learn"):
+        load_target_head(checkpoint(tmp_path, shards))
+
+
 def test_argmax_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "_VOCABULARY_CHUNK", 3)
     states = torch.randn(50, 4)
