@@ -27,7 +27,7 @@ from demo.figures import Pair
 from demo.fleet import Fleet, failure_told
 from demo.model import ensure_model
 from demo.plot import plot
-from demo.serving import ENVIRONMENT, MODEL_NAME, START_S, flags
+from demo.serving import ENVIRONMENT, MODEL_NAME, PLAIN, START_S, flags
 from demo.signals import end_on_signals
 from demo.view import shown
 from demo.watch import Progress, Watcher
@@ -93,7 +93,7 @@ class Demo:
             self._fleet.close()
 
     def _start(self, model: Path) -> None:
-        for name, arguments in (("aurora", LEARNER), ("plain", ("--aurora-off",))):
+        for name, arguments in (("aurora", LEARNER), ("plain", PLAIN)):
             self._fleet.start(name, [str(model), *FLAGS, *arguments])
 
         def tick(waited: float) -> None:

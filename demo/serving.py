@@ -14,6 +14,8 @@ ENVIRONMENT = {
     **intel_openmp(),
     "HF_HUB_OFFLINE": "1",
 }
+# Plain vLLM, as a baseline: demo/roomy_worker.py says why its worker is not simply the default one.
+PLAIN = ("--aurora-off", "--worker-cls", "demo.roomy_worker.RoomyWorker")
 START_S = 420.0  # longest start, compilation included
 
 

@@ -22,7 +22,7 @@ def takes_eagle3(architecture: str) -> bool:
     except (ImportError, AttributeError):
         return True
     known = registry.models.get(architecture)
-    model = f"{getattr(known, 'module_name', '')}:{getattr(known, 'class_name', '')}"
+    model = f"{getattr(known, 'module_name', 'elsewhere')}:{getattr(known, 'class_name', '')}"
     sources = VllmSources.installed()
     can_tell = _defines(sources, model) and _defines(sources, f"{_MODELS}.interfaces:SupportsEagle3.{_METHOD}")
     return not can_tell or _defines(sources, f"{model}.{_METHOD}")

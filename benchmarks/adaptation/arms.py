@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from demo.serving import PLAIN
+
 DRAFT_TOKENS = 3  # aurora's default K, also for n-gram
 CHECKPOINT_EVERY_S = 120.0  # the static draft is exported from a checkpoint; each costs some of the learner's CPU share
 
@@ -30,7 +32,7 @@ def arms(checkpoints: Path, static_draft: Path | None) -> dict[str, Arm]:
     """
     frozen = ("--aurora-draft", str(static_draft), "--no-aurora-learn")
     return {
-        "plain": Arm("plain vLLM", ("--aurora-off",), optional=False),
+        "plain": Arm("plain vLLM", PLAIN, optional=False),
         "ngram": Arm("n-gram", _vllm(method="ngram", prompt_lookup_min=2, prompt_lookup_max=4)),
         "suffix": Arm("suffix decoding", _vllm(method="suffix")),
         # Everything but the learner. The draft is the day-0 one, which seldom pays.
@@ -61,4 +63,4 @@ def missing() -> dict[str, str]:
 
 def _vllm(**speculative: object) -> tuple[str, ...]:
     tokens = {} if speculative["method"] == "suffix" else {"num_speculative_tokens": DRAFT_TOKENS}
-    return ("--aurora-off", "--speculative-config", json.dumps(speculative | tokens))
+    return (*PLAIN, "--speculative-config", json.dumps(speculative | tokens))
