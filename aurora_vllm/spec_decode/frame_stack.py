@@ -23,9 +23,8 @@ def with_room(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, called from a frame so large that a chunk of its own is mapped, which has room for all calls
     within. Costs one pair of system calls; memory that is not used is not touched."""
 
-    @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace(co_stacksize=SLOTS)
-    return call
+    return functools.wraps(function)(call)
