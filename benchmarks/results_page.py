@@ -80,6 +80,13 @@ def _about(report: Mapping[str, Any]) -> str:
     cut = "" if report["complete"] else "\n\n**The run was cut short; these are the windows until then.**"
     idle = sizes.get("idle_s")
     rest = f" Before measuring, at most {idle} s without traffic let the learner catch up." if idle else ""
+    plain = report["arms"].get("plain")
+    if plain is not None and "--worker-cls" not in plain["arguments"]:  # runs before 3e86001
+        rest += (
+            "\n\n**Servers without Aurora lost time to an accident of CPython's in this run**: their compiled model "
+            "ran at the edge of a chunk of its frame stack ([decisions.md](decisions.md#vllm)). Speculation off (`k0`) "
+            "is the better baseline; later runs avoid the accident in all arms."
+        )
     return (
         f"`{report['command']}`, {report['date']}, commit {versions['commit']}: {machine['cores']} cores of "
         f"{machine['cpu']}, {machine['memory_gib']} GiB; {named}; {mode}. Windows of {sizes['window']} requests, "
