@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from aurora_vllm.config_json import read_text_config
-from aurora_vllm.errors import PLAIN, AuroraError
+from aurora_vllm.errors import PLAIN, AuroraError, DamagedFile
 from aurora_vllm.learner.stored_tensors import StoredTensors
 
 _VOCABULARY_CHUNK = 8192  # lm_head rows converted to float32 at a time
@@ -121,7 +121,7 @@ def check_learnable(directory: Path) -> None:
 
     Raises:
         AuroraError: its logits are not ``lm_head`` times its last hidden state, as the learner assumes, or its lm_head
-            is quantized.
+            is quantized, or a file of it is damaged.
     """
     without_learner = f"--no-aurora-learn serves a draft that is given; {PLAIN}"
     config = read_text_config(directory)
@@ -132,7 +132,10 @@ def check_learnable(directory: Path) -> None:
                 "for it",
                 without_learner,
             )
-    names = StoredTensors(directory).names() if any(directory.glob("*.safetensors")) else ()
+    try:
+        names = StoredTensors(directory).names() if any(directory.glob("*.safetensors")) else ()
+    except SafetensorError as error:
+        raise DamagedFile(f"{directory} holds a damaged safetensors file: {error}", "download it again") from None
     for name in names:  # "lm_head.qweight", "lm_head.weight_scale"
         if name.rpartition(".")[0].endswith("lm_head") and not name.endswith((".weight", ".bias")):
             raise AuroraError(

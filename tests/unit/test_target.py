@@ -70,6 +70,13 @@ def test_a_quantized_head_is_refused(tmp_path: Path, name: str) -> None:
         load_target_head(checkpoint(tmp_path, shards))
 
 
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path, [{"model.embed_tokens.weight": EMBEDDING}])
+    (directory / "model-0.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(AuroraError, match=r"holds a damaged safetensors file: .*; download it again"):
+        target.check_learnable(directory)
+
+
 def test_argmax_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "_VOCABULARY_CHUNK", 3)
     states = torch.randn(50, 4)
