@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aurora_vllm.config_json import read_config, read_text_config
+from aurora_vllm.config_json import quantization, read_config, read_text_config
 from aurora_vllm.errors import AuroraError, DamagedFile, unreadable
 from aurora_vllm.learner.draft import Eagle3Draft, bank_specs
 from aurora_vllm.learner.draft_files import canonical_name, flatten, read_tensors, weight_files
@@ -99,7 +99,7 @@ def read_draft(directory: Path, target: Target) -> Draft:
             f"draft {directory} is no directory", "give one that holds config.json and *.safetensors, or none"
         )
     raw = read_config(directory)
-    if quantised := raw.get("quantization_config") or raw.get("compression_config"):
+    if quantised := quantization(raw):
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise AuroraError(
             f"draft {directory} is quantised ({method}), and such weights cannot be updated while they serve",

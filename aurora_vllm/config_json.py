@@ -35,6 +35,12 @@ def read_text_config(directory: Path) -> dict[str, Any]:
     return config | dict(config.get("text_config") or {})
 
 
+def quantization(config: dict[str, Any]) -> Any:
+    """What a ``config.json`` says about quantized weights, under either of its two names; nothing (falsy) where they
+    are not."""
+    return config.get("quantization_config") or config.get("compression_config")
+
+
 def write_config(directory: Path, config: dict[str, Any]) -> None:
     """Write it indented, for people to read."""
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from aurora_vllm.config_json import quantization
 from aurora_vllm.learner.stored_tensors import StoredTensors
 
 Tensors = dict[str, torch.Tensor]
@@ -25,11 +26,6 @@ _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "se
 # Neither a stored RoPE (old checkpoints) nor gpt-oss' attention sinks, like its biases, are needed to start with.
 _PARTS = tuple(f"{part}." for part in (*_ATTENTION, *_MLP, *_FUSED, *_NORMS, "self_attn.rotary_emb"))
 _KNOWN = (*_PARTS, "self_attn.sinks")
-
-
-def is_quantized(config: dict[str, Any]) -> bool:
-    """config: a target's or a draft's config.json."""
-    return bool(config.get("quantization_config") or config.get("compression_config"))
 
 
 class Day0Layer:
@@ -46,7 +42,7 @@ class Day0Layer:
 
     def __init__(self, weights: StoredTensors, layer: int, config: dict[str, Any]) -> None:
         self._weights, self._prefix = weights, f"model.layers.{layer}."
-        self._quantized = is_quantized(config)
+        self._quantized = bool(quantization(config))
         heads = config["num_attention_heads"]
         grouped = config.get("num_key_value_heads") or heads
         self._shares = {"self_attn.qkv_proj": (heads, grouped, grouped), "mlp.gate_up_proj": (1, 1)}

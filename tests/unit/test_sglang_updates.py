@@ -159,8 +159,8 @@ def test_waiting_for_the_learner_holds_up_nobody(world: World, monkeypatch: pyte
             return times, sorted([(await update).json()["message"] for update in updates])
 
     times, messages = asyncio.run(traffic())
-    assert len(times) > 20  # held up, it would answer once or twice
-    assert sorted(times)[-2] < 0.5  # a busy machine may stall once
+    assert len(times) > 20
+    assert max(times) < 0.5
     assert messages == [
         "another update is under way; ask again",
         "the learner did not answer within 1 s; where it had begun, it may still publish",
