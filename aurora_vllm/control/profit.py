@@ -183,7 +183,7 @@ class DraftLengthController:
 
     def _plans(self, bucket: int) -> list[Plan]:
         """All choices. The first is K = 0: plain decoding or, where proposals are cut one by one, copies alone."""
-        rating, copies, drafts = self._rating(bucket), self._offers(drafting=False), self._offers(drafting=True)
+        rating, (copies, drafts) = self._rating(bucket), self._offers()
         plans, most = [rating.plan(0, 0, copies)], self.max_draft_length
         longest = self._buckets[bucket].longest if bucket in self._buckets else 0
         for before, k in itertools.pairwise((0, *self.lengths) if self._uniform else ()):
@@ -194,15 +194,18 @@ class DraftLengthController:
             plans.append(rating.plan(0, k, copies))
         return plans + [rating.plan(k, k, drafts) for k in range(1, most + 1)]
 
-    def _offers(self, drafting: bool) -> list[Offer]:
-        """The proposals to expect, each with its share."""
+    def _offers(self) -> tuple[list[Offer], list[Offer]]:
+        """The proposals to expect, each with its share: where only copies are proposed, and where the draft runs."""
+        drafted = self.acceptance.chain()
         if self.copies is None:
-            return [Offer(1.0, False, self._chain(0, copied=False))]
-        offers = []
+            return [Offer(1.0, False, drafted)], [Offer(1.0, False, drafted)]
+        alone, beside = list[Offer](), list[Offer]()
         for kind, share in self.copies.shares():
-            copied = self.copies.preferred(kind) if drafting else kind > 0  # without a draft a copy has no rival
-            offers.append(Offer(share, copied, self._chain(kind, copied)))
-        return offers
+            copied = self.copies.chain(kind) if kind else drafted
+            alone.append(Offer(share, kind > 0, copied))  # without a draft a copy has no rival
+            preferred = self.copies.preferred(kind)
+            beside.append(Offer(share, preferred, copied if preferred else drafted))
+        return alone, beside
 
     def _chain(self, kind: int, copied: bool) -> list[float]:
         """Chance that tokens 0..i of such a proposal are all accepted, for each i."""

@@ -35,7 +35,7 @@ class _Request:
     lookup: PromptLookup = field(default_factory=PromptLookup)
     copied: bool = False  # whether the proposal that is verified next is a copy
     rivals: tuple[int, int, int] | None = None  # kind of the copy, and first token of copy and of draft
-    simulations: dict[bool, _Simulation] = field(default_factory=dict)  # by whether the copy is from others
+    simulations: list[_Simulation] = field(default_factory=list)  # of every copy that could still be right
 
     def kind(self, copy: Copy | None) -> int:
         """The kind of a copy for this request."""
@@ -95,15 +95,17 @@ class DraftCopier:
             kind, copied, drafted = known.rivals
             self.copies.compare(kind, copied == emitted[0], drafted == emitted[0])
             known.rivals = None
-        for source, simulation in list(known.simulations.items()):
-            copy = simulation.copy
-            for token in emitted:
-                if simulation.right < len(copy.tokens) and copy.tokens[simulation.right] == token:
-                    simulation.right += 1
-                else:  # the token after the accepted ones: the simulated verification is over
-                    self.copies.simulate(known.kind(copy), len(copy.tokens), simulation.right)
-                    del known.simulations[source]
-                    break
+        known.simulations = [one for one in known.simulations if self._goes_on(known, one, emitted)]
+
+    def _goes_on(self, known: _Request, simulation: _Simulation, emitted: Iterable[int]) -> bool:
+        """Whether a simulated verification is not over when these tokens were emitted."""
+        copied = simulation.copy.tokens
+        for token in emitted:
+            if simulation.right == len(copied) or copied[simulation.right] != token:  # the one after the accepted ones
+                self.copies.simulate(known.kind(simulation.copy), len(copied), simulation.right)
+                return False
+            simulation.right += 1
+        return True
 
     def _choose(self, known: _Request, draft: list[int], worth: Callable[[int, bool], int]) -> list[int]:
         copy = self._best_copy(known)
@@ -122,8 +124,8 @@ class DraftCopier:
         if self._answers is not None and not known.vllm.cache_salt:
             found.append(self._answers.propose(known.lookup.end(), self._positions))
         copies = [copy for copy in found if copy is not None]
-        for copy in copies:
-            known.simulations.setdefault(copy.from_others, _Simulation(copy))
+        # One of every step, not one after the other: those that are right last longer, and would be counted too seldom.
+        known.simulations += [_Simulation(copy) for copy in copies]
         if len(copies) < 2:
             return copies[0] if copies else None
         return max(copies, key=lambda copy: self.copies.expected(known.kind(copy)))

@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 from aurora_vllm.control.copy_kinds import NO_COPY, CopyKinds
 
 
-@given(st.sets(st.integers(1, 20), min_size=1).map(sorted))
-def test_numbers(matches: list[int]) -> None:
-    kinds, both = CopyKinds(tuple(matches)), (False, True)
-    numbers = [kinds.number(match, source, sampled) for match in matches for source in both for sampled in both]
+@given(st.sets(st.integers(1, 20), min_size=1).map(sorted), st.integers(1, 4))
+def test_numbers(matches: list[int], agreements: int) -> None:
+    kinds, both = CopyKinds(tuple(matches), agreements), (False, True)
+    numbers = [
+        kinds.number(match, source, sampled, agreement)
+        for match in matches
+        for source in both
+        for sampled in both
+        for agreement in range(agreements)
+    ]
     assert sorted([NO_COPY, *numbers]) == list(range(kinds.count))

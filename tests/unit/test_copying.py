@@ -13,7 +13,8 @@ import pytest
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from aurora_vllm.spec_decode.copying import DraftCopier
-from aurora_vllm.spec_decode.prompt_lookup import KINDS, LONGEST_MATCH
+from aurora_vllm.spec_decode.prompt_lookup import KINDS
+from aurora_vllm.spec_decode.text_index import LONGEST_MATCH, Agreement
 from tests.unit.tiny_world import World, session
 
 
@@ -42,8 +43,11 @@ def proposals(**drafts: list[int]) -> SimpleNamespace:
     return SimpleNamespace(req_ids=list(drafts), draft_token_ids=list(drafts.values()))
 
 
-def own(match: int) -> int:
-    return KINDS.number(match, from_others=False, is_sampled=False)
+def own(match: int, agreement: Agreement = Agreement.ALONE) -> int:
+    return KINDS.number(match, from_others=False, is_sampled=False, agreement=agreement)
+
+
+PERIODIC = own(LONGEST_MATCH, Agreement.AGREED)  # of copies in a text that repeats a phrase again and again
 
 
 def others(match: int) -> int:
@@ -120,7 +124,8 @@ def test_copies_that_are_wrong_where_drafts_are_right_end() -> None:
         copier.replace(arrived, requests, whole(2))
         seen.append(copier.copied("a"))
         tokens += [100 + turn, 5, 6]  # the draft was right
-    assert seen == [True, False, False, False, False, False]
+    # Each kind is tried once: first there is one occurrence, then several, and different tokens followed them.
+    assert seen == [True, True, False, False, False, False]
     arrived = proposals(a=[])  # K is 0: there is nothing that has been right more often
     copier.replace(arrived, requests, whole(2))
     assert copier.copied("a") and len(arrived.draft_token_ids[0]) == 2
@@ -134,13 +139,13 @@ def test_what_copies_would_give_is_known_without_verifying_any(drafting: bool) -
     for turn in range(400):
         copier.replace(proposals(a=[7, 7, 7] if drafting else []), requests, whole(0))
         tokens.append(1 + turn % 4)
-    assert min(copier.copies.chain(own(LONGEST_MATCH))) > 0.8
+    assert min(copier.copies.chain(PERIODIC)) > 0.8
     noise, rng = list(range(50)), random.Random(1)
     requests = {"b": request(noise)}
     for _ in range(3000):
         copier.replace(proposals(b=[]), requests, whole(0))
-        noise.append(rng.randrange(100))
-    assert max(copier.copies.chain(own(2))) < 0.1 and min(copier.copies.chain(own(LONGEST_MATCH))) > 0.8
+        noise.append(rng.randrange(5000))
+    assert max(copier.copies.chain(own(1))) < 0.1 and min(copier.copies.chain(PERIODIC)) > 0.8
     unmatched = dict(copier.copies.shares())[0]
     assert 0.5 < unmatched < 0.9
 
@@ -154,9 +159,10 @@ def test_what_sampled_requests_accept_says_nothing_of_greedy_ones() -> None:
         greedy.append(1 + turn % 4)
         sampled.append(1 + turn % 4 if rng.random() < 0.5 else rng.randrange(5, 99))
     likely = {kind: copier.copies.chain(kind)[0] for kind, _ in copier.copies.shares() if kind}
-    assert likely[own(LONGEST_MATCH)] > 0.9
-    of_sampled = {KINDS.number(match, others, True) for match in KINDS.matches for others in (False, True)}
-    assert 0.3 < max(chance for kind, chance in likely.items() if kind in of_sampled) < 0.7
+    assert likely[PERIODIC] > 0.9
+    of_sampled = set(range(KINDS.number(1, False, is_sampled=True), KINDS.count))
+    shares = {kind: share for kind, share in copier.copies.shares() if kind in of_sampled}
+    assert 0.3 < sum(share * likely[kind] for kind, share in shares.items()) / sum(shares.values()) < 0.7
 
 
 def ask(copier: DraftCopier, name: str, asked: SimpleNamespace) -> list[int]:

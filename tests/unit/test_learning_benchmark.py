@@ -94,8 +94,8 @@ def test_copies_are_walked_as_a_server_would() -> None:
     of_two = KINDS.number(2, from_others=False, is_sampled=False)
     alone = Walk(3, none, always=True)
     alone.answer(text, 5, drafted)
-    # nothing to copy before the phrase begins again with two tokens; then every step gains four
-    assert alone.score == Score(4, (2, 2, 2))
+    # nothing to copy before the phrase begins again with one token; then every step gains four
+    assert alone.score == Score(3, (2, 2, 2))
     chosen = Walk(3, none, always=False)
     chosen.answer(text, 5, drafted)
     assert chosen.score == Score(3, (3, 2, 2)) and chosen._copies.preferred(of_two)
