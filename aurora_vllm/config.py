@@ -78,6 +78,9 @@ class AuroraConfig(BaseModel):
         le=1,
         description="share while its draft (at first: speculation) saves no time; else at most a quarter of that time",
     )
+    learner_resting_share: float = Field(
+        0.002, gt=0, le=1, description="the same where even a good draft would save no time beside copies"
+    )
     learner_slowdown: float = Field(
         0.0, ge=0, description="share of the time per output token that learning may add before it yields; 0: no bound"
     )

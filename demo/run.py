@@ -37,7 +37,8 @@ FLAGS = flags(max_num_seqs=8)
 MAX_DRAFT_LENGTH = 3  # aurora's default, which is used here
 LEARN_CONCURRENCY = 4
 # Twice the default, and not bounded by what speculation gains: shows in minutes what otherwise takes an hour or two.
-LEARNER = ("--aurora-learner-cpu-share", "0.1", "--aurora-learner-least-share", "0.1")
+SHARES = ("--aurora-learner-cpu-share", "--aurora-learner-least-share", "--aurora-learner-resting-share")
+LEARNER = tuple(word for flag in SHARES for word in (flag, "0.1"))  # always the same
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ nothing is saved yet there is a minimum share, because an untrained draft would 
 
 At first, all that is saved counts, whoever proposed the tokens: an advance on what the draft will save. When the
 learner has used that up, only the draft's own part counts. Where copies save the time, and a trained draft does not pay
-beside them, a better one is not worth slower answers. Numbers in, decisions out.
+beside them, a better one is not worth slower answers.
+
+Where even a good draft would not pay (:mod:`aurora_vllm.control.prospect`), there is no advance, and another minimum:
+the learner waits for time without traffic. Numbers in, decisions out.
 """
 
 from __future__ import annotations
@@ -28,13 +31,16 @@ class Earnings:
     Args:
         share: its largest share of a CPU.
         least: its minimum share of a CPU.
+        resting: the same where drafting could not pay.
         advance_s: CPU seconds before its own draft has to earn its share.
     """
 
     share: float
     least: float
+    resting: float
     advance_s: float = ADVANCE_S
     used_s: float = 0.0  # CPU seconds of the learner so far
+    could_pay: bool = True  # drafting, if the draft were good
     saved: float = 0.0  # seconds for each second of the engine's steps
     _since: float = 0.0
     _drafted: float = 0.0  # accepted tokens that the draft proposed, and that were copied
@@ -65,14 +71,18 @@ class Earnings:
     @property
     def earned(self) -> float:
         """What counts of ``saved``."""
-        if self.used_s < self.advance_s or not self._copied:
+        if (self.used_s < self.advance_s and self.could_pay) or not self._copied:
             return self.saved
         return self.saved * self._drafted / (self._drafted + self._copied)
 
     @property
     def factor(self) -> float:
         """Factor on the learner's share, in 0..1."""
-        return min(1.0, max(self.least, SPENT * self.earned) / self.share)
+        return min(1.0, max(self._least, SPENT * self.earned) / self.share)
+
+    @property
+    def _least(self) -> float:
+        return self.least if self.could_pay else self.resting
 
     @property
     def reason(self) -> str:
@@ -84,6 +94,7 @@ class Earnings:
             saved, what = f"of {self.saved:.2f} s a second, its draft saves {self.earned:.2f}", "what its draft saves"
         if self.factor >= 1.0:
             return f"{allowed}, all of its share: {saved}"
-        if self.factor * self.share <= self.least:
-            return f"{allowed}, its least share: {saved}"
+        if self.factor * self.share <= self._least:
+            why = "its least share" if self.could_pay else "as even a good draft would not pay"
+            return f"{allowed}, {why}: {saved}"
         return f"{allowed}, a quarter of {what}: {saved}"

@@ -14,19 +14,20 @@ The price of verifying one more token, expressed as a chance of acceptance::
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aurora_vllm.control.acceptance import AcceptanceEstimate
 from aurora_vllm.control.balance import Balance
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.control.probing import Probing
+from aurora_vllm.control.prospect import prospect
 from aurora_vllm.control.rating import Offer, Plan, Rating
 from aurora_vllm.control.second_chance import SecondChance
 from aurora_vllm.control.step_costs import StepCosts, batch_bucket
 
 HOPEFUL = 0.95  # of the rate without drafting: a K with less looks bad
 WORTH_A_PROBE = 1.1  # expected acceptance length below which drafting is not even tried
+WORTH_LEARNING = 1.05  # rate, over that without drafting, that a good draft would have to have
 KEEP_MARGIN = 0.02  # relative gain that a change must promise
 STRIDE = 3  # the next proposal may be this many times as long as the longest so far
 PLAN_EVERY = 8  # steps a decision stands: its inputs change slowly, and deciding takes 0.1 to 0.2 ms
@@ -57,6 +58,7 @@ class _BucketState:
     choice: tuple[int, int] = (0, 0)  # tokens drafted, tokens proposed
     longest: int = 0  # proposal so far
     gain: float = 1.0
+    could_pay: bool = True  # drafting, if the draft were good
     probing: Probing = field(default_factory=Probing)
     second_chance: SecondChance = field(default_factory=SecondChance)
     stands: Decision | None = None
@@ -99,6 +101,12 @@ class DraftLengthController:
         decision = self._decide(bucket)
         self._last = bucket, decision
         return decision
+
+    @property
+    def could_pay(self) -> bool:
+        """Whether drafting would pay at the last step's batch size, if the draft were a good one."""
+        state = self._buckets.get(self._last[0])
+        return state is None or state.could_pay
 
     def worth(self, kind: int, copied: bool) -> int:
         """Tokens to verify of a present proposal, where each is cut by itself.
@@ -166,14 +174,18 @@ class DraftLengthController:
         state.choice = chosen.drafted, chosen.proposed
         state.longest = max(state.longest, chosen.proposed)
         state.gain = max(chosen.gain, 1.0)
-        alternative = _best_of_drafting(plans).drafted
-        alternative = alternative if self._worth_a_probe(alternative) else 0
-        state.probing.decided(chosen.verified > 0.0, chosen.drafted > 0, alternative, self._hopeful(plans))
+        drafting = max((plan for plan in plans if plan.drafted), key=lambda plan: plan.gain)
+        without = max(plan.gain for plan in plans if not plan.drafted)
+        state.could_pay = max(self._prospect(bucket), drafting.gain) >= WORTH_LEARNING * without
+        hopeful = self.wants_verdicts or (state.could_pay and drafting.gain >= HOPEFUL * without)
+        alternative = drafting.drafted if self._worth_a_probe(drafting.drafted) else 0
+        state.probing.decided(chosen.verified > 0.0, chosen.drafted > 0, alternative, hopeful)
         if not (chosen.drafted or alternative) and state.probing.is_out_of_date():
             self.acceptance.forget()
         if (chosen.verified or self._copies_promise()) and state.second_chance.is_due(chosen.verified > 0.0):
             self.costs.doubt(bucket)
-        state.stands, state.stands_for = self._in_words(bucket, chosen, plans), PLAN_EVERY - 1
+        sits_out = not chosen.drafted and not (alternative and hopeful)
+        state.stands, state.stands_for = self._in_words(bucket, chosen, drafting, sits_out), PLAN_EVERY - 1
         return state.stands
 
     @property
@@ -215,6 +227,9 @@ class DraftLengthController:
         cut = self.copies is not None and not self._uniform
         return Rating(self.costs, bucket, self._price(bucket), cut, self._uniform)
 
+    def _prospect(self, bucket: int) -> float:
+        return prospect(self._rating(bucket), self.copies, self.max_draft_length)
+
     def _price(self, bucket: int) -> float:
         """Chance of acceptance below which one more token is not worth the time to verify it."""
         gain = self._buckets[bucket].gain if bucket in self._buckets else 1.0
@@ -228,12 +243,9 @@ class DraftLengthController:
     def _worth_a_probe(self, draft_length: int) -> bool:
         return self.wants_verdicts or self.acceptance.expected_length(draft_length) >= WORTH_A_PROBE
 
-    def _hopeful(self, plans: Sequence[Plan]) -> bool:
-        without = max(plan.gain for plan in plans if not plan.drafted)
-        return self.wants_verdicts or _best_of_drafting(plans).gain >= HOPEFUL * without
-
-    def _in_words(self, bucket: int, chosen: Plan, plans: Sequence[Plan]) -> Decision:
-        shown = chosen if chosen.drafted else _best_of_drafting(plans)
+    def _in_words(self, bucket: int, chosen: Plan, drafting: Plan, sits_out: bool) -> Decision:
+        """drafting: the best plan that drafts."""
+        shown = chosen if chosen.drafted else drafting
         promise = f"K={shown.drafted} gives {shown.gain:.2f}x of plain decoding"
         if chosen.drafted:
             reason = f"drafting pays at batch {bucket}: {promise} ({chosen.tokens:.2f} tokens a request and step)"
@@ -242,11 +254,5 @@ class DraftLengthController:
             reason = f"copying alone pays at batch {bucket}: it gives {chosen.gain:.2f}x{length}, {promise}"
         else:
             reason = f"drafting does not pay at batch {bucket}: {promise}"
-        sits_out = not chosen.drafted and not (self._worth_a_probe(shown.drafted) and self._hopeful(plans))
         proposals = ("whole" if self._uniform else "worthwhile") if chosen.verified else "none"
         return Decision(chosen.drafted, reason, proposals, sits_out, chosen.proposed)
-
-
-def _best_of_drafting(plans: Sequence[Plan]) -> Plan:
-    """The best plan with K >= 1."""
-    return max((plan for plan in plans if plan.drafted), key=lambda plan: plan.gain)

@@ -221,7 +221,8 @@ class SpeculationAdvisor:
             scheduler.spec_steps += 1
         verified = sum(map(len, drafts.values()))
         accepted = sum(max(len(tokens) - 1, 0) for tokens in sampled)
-        self._learner_share.earned(seconds, self._controller.settle(len(counts), drafted, verified, accepted))
+        saved = self._controller.settle(len(counts), drafted, verified, accepted)
+        self._learner_share.earned(seconds, saved, self._controller.could_pay)
         # Only pure decode steps show what K costs. What a burst of the learner's work adds is no property of K, and
         # would be blamed on the draft length that is just being probed.
         if sum(counts.values()) != len(counts) + verified:

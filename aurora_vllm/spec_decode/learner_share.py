@@ -23,18 +23,21 @@ class LearnerShare:
 
     def __init__(self, config: AuroraConfig, control: ControlBlock) -> None:
         self._scheduler, self._learner = control.scheduler, control.learner
-        self._earnings = (
-            Earnings(config.learner_cpu_share, config.learner_least_share) if config.speculate == "auto" else None
-        )
+        shares = config.learner_cpu_share, config.learner_least_share, config.learner_resting_share
+        self._earnings = Earnings(*shares) if config.speculate == "auto" else None
         self._guard = LearnerGuard(config.learner_slowdown) if config.learner_slowdown else None
         self._breaker = CircuitBreaker("watching what the learner costs")
         self._scheduler.learner_guard = self._guard.reason if self._guard else "off by the settings"
         self._show()
 
-    def earned(self, seconds: float, saved: float) -> None:
-        """A step took ``seconds``, and plain decoding would have taken ``saved`` seconds longer."""
+    def earned(self, seconds: float, saved: float, could_pay: bool) -> None:
+        """A step took ``seconds``, and plain decoding would have taken ``saved`` seconds longer.
+
+        Args:
+            could_pay: whether drafting would pay if the draft were a good one.
+        """
         if self._earnings is not None and self._earnings.observe(seconds, saved):
-            self._earnings.used_s = self._learner.cpu_seconds
+            self._earnings.used_s, self._earnings.could_pay = self._learner.cpu_seconds, could_pay
             self._show()
 
     def accepted(self, tokens: int, copied: bool) -> None:

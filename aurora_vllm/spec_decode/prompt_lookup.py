@@ -87,4 +87,4 @@ class EarlierAnswers:
 
 
 def _copy(found: Continuation | None, from_others: bool) -> Copy | None:
-    return found and Copy(found.tokens, found.match_length, found.agreement, from_others)
+    return None if found is None else Copy(found.tokens, found.match_length, found.agreement, from_others)

@@ -46,6 +46,7 @@ class Server:
             *("--max-num-seqs", "4", "--kv-cache-memory-bytes", str(128 << 20), "--aurora-evidence-tokens", "150"),
             *("--aurora-publish-interval-s", "1", "--aurora-sglang-api"),
             *("--aurora-learner-cpu-share", "1", "--aurora-learner-least-share", "1", "--aurora-learner-nice", "0"),
+            *("--aurora-learner-resting-share", "1"),
             *("--aurora-checkpoint-dir", str(directory / "kept"), *more),
         ]
         environment = {

@@ -19,7 +19,7 @@ from tests.unit.tiny_world import World, session
 
 def after(steps: list[tuple[float, float]], share: float = 0.1, least: float = 0.03) -> Earnings:
     """These steps (seconds, seconds saved) over and over, for long enough to be all that is remembered."""
-    earnings = Earnings(share, least)
+    earnings = Earnings(share, least, resting=0.001)
     for _ in range(round(12 * MEMORY_S / sum(seconds for seconds, _ in steps))):
         for step in steps:
             earnings.observe(*step)
@@ -42,7 +42,7 @@ def test_all_time_counts_and_steps_that_lost_too() -> None:
 
 
 def test_it_decides_every_second_of_steps() -> None:
-    earnings = Earnings(0.1, 0.03)
+    earnings = Earnings(0.1, 0.03, 0.001)
     assert sum(earnings.observe(EVERY_S / 4, 0.0) for _ in range(40)) == 10
 
 
@@ -56,7 +56,7 @@ def test_it_says_what_it_takes_and_why() -> None:
 
 def proposed(drafted: int, copied: int, used_s: float, saved: float = 0.4) -> Earnings:
     """Every step saves ``saved`` of its time, with so many accepted tokens of the draft, and copied."""
-    earnings = Earnings(share=0.1, least=0.02, advance_s=60.0, used_s=used_s)
+    earnings = Earnings(share=0.1, least=0.02, resting=0.002, advance_s=60.0, used_s=used_s)
     for _ in range(2400):
         earnings.accepted(drafted, copied=False)
         earnings.accepted(copied, copied=True)
@@ -71,6 +71,15 @@ def test_after_the_advance_it_lives_on_what_its_draft_saves(drafted: int, copied
     part = drafted / (drafted + copied) if copied else 1.0
     assert after.earned == pytest.approx(part * saved, rel=1e-2, abs=1e-3)
     assert after.factor <= before.factor
+
+
+def test_there_is_no_advance_where_even_a_good_draft_would_not_pay() -> None:
+    earning, idle = proposed(drafted=1, copied=3, used_s=0.0), proposed(drafted=0, copied=3, used_s=0.0)
+    earning.could_pay = idle.could_pay = False
+    assert earning.earned == pytest.approx(earning.saved / 4) and earning.factor == pytest.approx(0.25, rel=1e-2)
+    assert idle.factor == pytest.approx(0.02)
+    why = "as even a good draft would not pay: of 0.40 s a second, its draft saves 0.00"
+    assert idle.reason == f"0.002 of a CPU, {why}"
 
 
 def test_where_copies_save_everything_the_least_share_is_left() -> None:
@@ -143,5 +152,5 @@ def test_the_learner_does_not_live_on_copies_for_ever(tmp_path: Path, version: i
         advisor._control.learner.cpu_seconds = ADVANCE_S
         for _ in range(100):
             advisor._take_verdicts(version, {(2, 2): 1})
-            advisor._learner_share.earned(EVERY_S, EVERY_S / 2)
+            advisor._learner_share.earned(EVERY_S, EVERY_S / 2, could_pay=True)
         assert advisor._control.scheduler.learner_share == pytest.approx(factor)

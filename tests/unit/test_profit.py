@@ -265,6 +265,21 @@ def test_a_token_is_verified_where_it_is_likely_enough_for_its_price() -> None:
     assert lengths[0] == 3 and lengths[-1] == 0
 
 
+@pytest.mark.parametrize(("token", "draft", "could_pay"), [(0.06, 0.06, False), (0.005, 0.06, True)])
+def test_whether_a_draft_could_pay_beside_copies_is_known_before_it_has_learned(
+    token: float, draft: float, could_pay: bool
+) -> None:
+    """A small model on two cores, and one whose step hardly gets longer: the same draft, the same copies."""
+    controller = DraftLengthController(3, copies=Copies(3, 10))
+    assert controller.could_pay  # nothing speaks against it yet
+    controller.acceptance.shadow([0.15, 0.02, 0.0])
+    plain_steps(controller, token=token, draft=draft)
+    copying(controller, share=0.6, chance=0.7)
+    decision = controller.decide(4)
+    assert controller.could_pay == could_pay
+    assert decision.draft_length == 0 and decision.sits_out != could_pay
+
+
 def test_copies_that_are_never_right_cost_nothing() -> None:
     controller = DraftLengthController(3, copies=Copies(3, 10))
     plain_steps(controller)
