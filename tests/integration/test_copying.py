@@ -31,7 +31,7 @@ def test_answers_stay_the_target_s_and_rows_agree(served_by_v1: Served, sampling
         assert len(copier._requests) <= 1  # those that ended are forgotten with the next step
     assert [o.outputs[0].token_ids for o in outputs] == plain
     drafts, accepted = booked.copied_drafts - before[0], booked.copied_accepted - before[1]
-    assert drafts > 20 and accepted / drafts > 1.5  # of three; the day-0 draft has next to none
+    assert drafts > 20 and accepted > 60  # of these answers' tokens; of the day-0 draft's next to none are
     counted = served.assert_vllm_counted_the_same(rows, counters)
     # What is not booked as copied is booked on a version, and together they are what vLLM counted.
     assert drafts + sum(row.num_drafts for row in booked.acceptance()) - versions == counted["drafts"]
