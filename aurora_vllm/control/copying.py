@@ -15,6 +15,7 @@ from aurora_vllm.control.acceptance import Acceptance, Verdicts, faded_sum
 MEMORY = 200.0  # comparisons remembered for each kind of copy
 ROWS = 1000.0  # default of ``memory`` in Copies
 WEIGHT_IN_DOUBT = 0.5
+REFRESH = 16  # outcomes after which chances are computed anew; they are asked for several times in every step
 FEW = 10.0  # weight of a prior, in verifications: misses for all kinds together, and these for each single kind
 
 
@@ -33,6 +34,8 @@ class Copies:
         self._rows = [0.0] * kinds
         self._simulated = [Acceptance(positions) for _ in range(kinds)]
         self._all = Acceptance(positions)
+        self._chains: dict[int, list[float]] = {}
+        self._outcomes = 0  # since these were computed
 
     def seen(self, kind: int) -> None:
         """For a proposal there was a copy of this kind, whether or not it was taken."""
@@ -56,6 +59,9 @@ class Copies:
         """The outcome of verifying a copy, real or simulated."""
         self._simulated[kind].observe(num_drafts, num_accepted)
         self._all.observe(num_drafts, num_accepted)
+        self._outcomes += 1
+        if self._outcomes >= REFRESH:
+            self._refresh()
 
     def take(
         self, seen: Sequence[int], compared: Mapping[int, tuple[int, int]], simulated: Mapping[int, Verdicts]
@@ -76,17 +82,26 @@ class Copies:
             self._simulated[kind].take(verdicts)
             together.update(verdicts)
         self._all.take(together)
+        self._refresh()
 
     def doubt(self) -> None:
         """Proposals gain less than these statistics say, so they are out of date: weigh them less."""
         self._rows[0] += sum(self._rows)
         for one in (*self._simulated, self._all):
             one.fade(WEIGHT_IN_DOUBT)
+        self._refresh()
 
     def chain(self, kind: int) -> list[float]:
         """Chance that copied tokens 0..i are all accepted, for each i."""
+        if (known := self._chains.get(kind)) is not None:
+            return known
         usual = [hits / (trials + FEW) for hits, trials in zip(self._all.hits, self._all.trials, strict=True)]
-        return self._simulated[kind].chain(usual, FEW)
+        found = self._chains[kind] = self._simulated[kind].chain(usual, FEW)
+        return found
+
+    def _refresh(self) -> None:
+        self._chains.clear()
+        self._outcomes = 0
 
     def expected(self, kind: int) -> float:
         """Mean number of copied tokens that would be accepted."""

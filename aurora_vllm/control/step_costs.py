@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+REFIT_EVERY = 8  # steps, where many are remembered
+MANY = 100.0
 STEPS_TO_KNOW = 5  # plain steps after which the duration of plain decoding counts as known
 MEMORY = 200.0  # steps after which one has lost 1 - 1/e of its weight
 UNTRIED = np.array([0.0, 0.02, 0.03, 0.06])  # prices to assume, of a plain step: optimistic, so that they are tried
@@ -35,6 +37,7 @@ class _Fit:
     moments: np.ndarray = field(default_factory=lambda: np.zeros((4, 4)))  # of (1, [V > 0], V, P)
     products: np.ndarray = field(default_factory=lambda: np.zeros(4))  # with seconds
     prices: np.ndarray | None = None  # plain, verify, per token, per draft
+    since: int = 0  # steps that these do not know yet
 
     def add(self, drafted: int, verified: int, seconds: float) -> None:
         row = _row(drafted, verified)
@@ -46,7 +49,9 @@ class _Fit:
         if not drafted and not verified and self.plain_steps < STEPS_TO_KNOW:
             self.plain_steps += 1
             self.plain.append(seconds)
-        if self.plain_steps >= STEPS_TO_KNOW:
+        self.since += 1
+        is_due = self.since >= REFIT_EVERY or self.moments[0, 0] < MANY  # the weight of all steps
+        if self.plain_steps >= STEPS_TO_KNOW and (self.prices is None or is_due):
             self._solve()
 
     def fade(self, weight: float) -> None:
@@ -65,7 +70,7 @@ class _Fit:
             if (found >= 0.0).all():
                 break
             free &= found >= 0.0
-        self.prices = found
+        self.prices, self.since = found, 0
 
 
 def _row(drafted: float, verified: float) -> np.ndarray:

@@ -72,6 +72,13 @@ class CpuBudget:
         self._cpu, self._wall = self.cpu_clock(), self.wall_clock()
         self._engine_steps = 0
         self._owed = 0.0
+        self._was_stopped = False
+
+    def continues(self) -> None:
+        """This process was stopped by a signal until now. The time since the last ``debt`` is no rest then, nor time
+        without traffic: a benchmark that stops the learner while others are measured would otherwise let it work more
+        than its share in between."""
+        self._was_stopped = True
 
     def debt(self, engine_steps: int, factor: float = 1.0, in_flight: int = 0) -> float:
         """Seconds to sleep now, so that the CPU time taken so far stays within the share.
@@ -86,7 +93,10 @@ class CpuBudget:
         """
         cpu, wall = self.cpu_clock(), self.wall_clock()
         used, passed = cpu - self._cpu, wall - self._wall
-        if engine_steps == self._engine_steps and not in_flight:
+        was_stopped, self._was_stopped = self._was_stopped, False
+        if was_stopped:
+            passed = 0.0
+        if engine_steps == self._engine_steps and not in_flight and not was_stopped:
             self._owed = 0.0
         else:
             self._owed = max(self._owed + used / (self.share * factor) - passed, 0.0)

@@ -37,6 +37,7 @@ def main() -> int:
         learner = Learner(session)
     except AuroraError as error:
         return report(error)
+    signal.signal(signal.SIGCONT, lambda *_: learner.budget.continues())
     learner.control.learner.pid = os.getpid()
     scheduler, rests = learner.control.scheduler, False
     while not stop.is_set():

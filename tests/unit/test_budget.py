@@ -53,6 +53,19 @@ def test_waiting_counts_as_rest() -> None:
     assert budget.debt(2) == 1.0
 
 
+@pytest.mark.parametrize("is_served", [True, False])
+def test_time_in_which_it_was_stopped_is_no_rest(is_served: bool) -> None:
+    clocks = Clocks()
+    budget = CpuBudget(0.5, lambda: clocks.cpu, lambda: clocks.wall)
+    clocks.cpu = clocks.wall = 1.5
+    assert budget.debt(1) == pytest.approx(1.5)
+    clocks.wall += 100.0
+    budget.continues()
+    assert budget.debt(1 + is_served) == pytest.approx(1.5)
+    clocks.wall += 1.0
+    assert budget.debt(2 + is_served) == pytest.approx(0.5)
+
+
 def test_a_learner_that_yields_takes_a_part_of_its_share() -> None:
     clocks = Clocks()
     budget = CpuBudget(0.5, lambda: clocks.cpu, lambda: clocks.wall)

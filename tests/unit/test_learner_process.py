@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -300,6 +302,7 @@ class Rehearsal:
         self.asked: list[tuple[Any, ...]] = []
         self.saves: list[bool] = []
         self.threads: list[int] = []
+        self.handlers: dict[int, Callable[[int, None], None]] = {}
         self.block = SimpleNamespace(pid=0, working=False)
         scheduler = SimpleNamespace(steps=40, learner_share=0.0, in_flight=0)
         budget, left = SimpleNamespace(owes_more=False), iter(turns)
@@ -329,7 +332,7 @@ class Rehearsal:
         monkeypatch.setenv(ENVIRONMENT_KEY, shared.model_dump_json())
         monkeypatch.setattr(process, "Learner", lambda session: learner)
         monkeypatch.setattr(process, "threading", SimpleNamespace(Event=lambda: stop))
-        monkeypatch.setattr(process.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(process.signal, "signal", self.handlers.__setitem__)
         monkeypatch.setattr(torch, "set_num_threads", self.threads.append)  # of this process, too
 
 
@@ -348,6 +351,17 @@ def test_the_process_rests_as_long_as_its_budget_says(tmp_path: Path, monkeypatc
     assert it.asked == [(40, 1.0, 0), (41, 0.25, 1), (42, 0.25, 1), (43, 0.25, 1), (44, 0.25, 1)]
     assert it.saves == [False] * 5 + [True]  # each time that one may be due, and at the end in any case
     assert it.block.pid == os.getpid()
+
+
+def test_the_process_tells_its_budget_that_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    with session(World(), tmp_path) as (shared, _):
+        it = Rehearsal(monkeypatch, shared, [(False, 0.0, False)])
+        it.learner.budget.continues = lambda: told.append(True)
+        assert process.main() == 0
+    assert not told
+    it.handlers[signal.SIGCONT](signal.SIGCONT, None)
+    assert told == [True]
 
 
 def test_on_a_gpu_the_process_counts_the_gpus_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
