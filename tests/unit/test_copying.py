@@ -150,6 +150,16 @@ def test_what_copies_would_give_is_known_without_verifying_any(drafting: bool) -
     assert 0.5 < unmatched < 0.9
 
 
+def test_the_copy_of_every_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Followed to its end one after the other, copies that are right would count more seldom than those that fail."""
+    copier, tokens, counted = DraftCopier(8), [1, 2, 3, 4] * 4, list[int]()
+    monkeypatch.setattr(copier.copies, "simulate", lambda kind, drafts, accepted: counted.append(accepted))
+    for step in range(40):
+        copier.replace(proposals(a=[]), {"a": request(tokens)}, whole(1))
+        tokens.append(1 + step % 4)
+    assert counted == [8] * (40 - 1 - 8)  # the last ones are not over yet
+
+
 def test_what_sampled_requests_accept_says_nothing_of_greedy_ones() -> None:
     copier = DraftCopier(3)
     greedy, sampled, rng = [1, 2, 3, 4] * 3, [1, 2, 3, 4] * 3, random.Random(0)
