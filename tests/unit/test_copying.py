@@ -144,8 +144,12 @@ def test_what_copies_would_give_is_known_without_verifying_any(drafting: bool) -
     requests = {"b": request(noise)}
     for _ in range(3000):
         copier.replace(proposals(b=[]), requests, whole(0))
-        noise.append(rng.randrange(5000))
-    assert max(copier.copies.chain(own(1))) < 0.1 and min(copier.copies.chain(PERIODIC)) > 0.8
+        noise.append(rng.randrange(100))
+    assert max(copier.copies.chain(own(2))) < 0.1 and min(copier.copies.chain(PERIODIC)) > 0.8
+    for _ in range(3000):
+        copier.replace(proposals(b=[]), requests, whole(0))
+        noise.append(rng.randrange(5000))  # of so many, some are new
+    assert max(copier.copies.chain(own(1))) < 0.1
     unmatched = dict(copier.copies.shares())[0]
     assert 0.5 < unmatched < 0.9
 
@@ -171,8 +175,8 @@ def test_what_sampled_requests_accept_says_nothing_of_greedy_ones() -> None:
     likely = {kind: copier.copies.chain(kind)[0] for kind, _ in copier.copies.shares() if kind}
     assert likely[PERIODIC] > 0.9
     of_sampled = set(range(KINDS.number(1, False, is_sampled=True), KINDS.count))
-    shares = {kind: share for kind, share in copier.copies.shares() if kind in of_sampled}
-    assert 0.3 < sum(share * likely[kind] for kind, share in shares.items()) / sum(shares.values()) < 0.7
+    known = [kind for kind, share in copier.copies.shares() if kind in of_sampled and share > 0.02]  # not by luck
+    assert len(known) > 2 and 0.3 < max(likely[kind] for kind in known) < 0.7
 
 
 def ask(copier: DraftCopier, name: str, asked: SimpleNamespace) -> list[int]:
