@@ -16,7 +16,7 @@ from aurora_vllm.control.acceptance import Verdicts
 from aurora_vllm.control.copy_kinds import CopyKinds
 from aurora_vllm.control.copying import Copies
 
-ORDERS = (2, 3, 5, 8)  # tokens of context that a copy may rest on
+ORDERS = (1, 2, 3, 8)  # tokens of context that a copy may rest on
 NUM_KINDS = CopyKinds(ORDERS).count
 COPIED, ORIGINS = 2, 3  # who proposed: 0 and 1 are the newest two versions of the draft, which take turns
 

@@ -30,10 +30,11 @@ ORIGIN = tl.constexpr(4)  # who made the proposal that is verified next: 0 nobod
 RIVAL_KIND = tl.constexpr(5)  # copy and draft both proposed a first token
 RIVAL_COPY = tl.constexpr(6)
 RIVAL_DRAFT = tl.constexpr(7)
-SIMULATED_KIND = tl.constexpr(8)  # a copy that is compared with what is emitted, whether or not it is verified
-SIMULATED_AT = tl.constexpr(9)
-SIMULATED = tl.constexpr(10)  # its tokens: LONGEST columns
-COLUMNS = tl.constexpr(18)
+STEPS = tl.constexpr(8)  # since the request came
+SIMULATED_KIND = tl.constexpr(9)  # a copy that is compared with what is emitted, whether or not it is verified; 0: none
+SIMULATED_AT = tl.constexpr(10)
+SIMULATED = tl.constexpr(11)  # its tokens: LONGEST columns
+COLUMNS = tl.constexpr(19)
 
 LEAVES = tl.constexpr(1)  # bits of ABILITIES: others may copy its answer
 TAKES = tl.constexpr(2)  # it may copy theirs
@@ -117,7 +118,7 @@ def _count_outcomes(
     VERDICTS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """What this step's tokens say of the proposals before. Returns whether a copy is still being simulated.
+    """What this step's tokens say of the proposals before. Returns the kind of the copy still being simulated, or 0.
 
     In what order counts grow is nobody's business: a stronger atomic would have each program wait for its stores.
     """
@@ -140,10 +141,10 @@ def _count_outcomes(
     known = tl.where(kind > 0, total - at, 0)
     actual = tl.load(text + at + i, mask=i < known, other=-2).to(tl.int64)
     right = tl.min(tl.where((copied == actual) & (i < POSITIONS), POSITIONS, i))
-    going_on = (kind > 0) & (right < POSITIONS) & (right == known)
+    going_on = (right < POSITIONS) & (right == known)
     over = (kind > 0) & (going_on == 0)
     tl.atomic_add(counts_ptr + RIGHT + kind * (POSITIONS + 1) + right, 1, mask=over, sem="relaxed")
-    return going_on
+    return tl.where(going_on, kind, 0)
 
 
 # What may change from step to step is not specialized on: a kernel would be compiled while requests wait.
@@ -186,7 +187,7 @@ def propose_kernel(
     salt = tl.load(request + SALT)
     abilities = tl.load(request + ABILITIES)
     rejected = tl.load(num_rejected_ptr + row).to(tl.int64)
-    going_on = _count_outcomes(
+    simulated = _count_outcomes(
         text, total, sampled, rejected, request, counts_ptr, COMPARED, RIGHT, VERDICTS, POSITIONS
     )
 
@@ -235,8 +236,12 @@ def propose_kernel(
     tl.store(request + RIVAL_KIND, tl.where(drafter > 0, kind, 0))
     tl.store(request + RIVAL_COPY, tl.sum(tl.where(at == 0, window, 0)))
     tl.store(request + RIVAL_DRAFT, tl.sum(tl.where(at == 0, draft, 0)))
-    begins = going_on == 0
-    tl.store(request + SIMULATED_KIND, kind, mask=begins)
+    # One of POSITIONS steps, whatever became of the last: it is over by then, since a step gains a token at least. If
+    # the next one began as soon as it is over, right ones, which last longer, would be counted too seldom.
+    steps = tl.load(request + STEPS)
+    begins = (steps + salt) % POSITIONS == 0
+    tl.store(request + STEPS, steps + 1)
+    tl.store(request + SIMULATED_KIND, tl.where(begins, kind, simulated))
     tl.store(request + SIMULATED_AT, total, mask=begins)
     tl.store(request + SIMULATED + at, tl.where(at < found, window, -1), mask=at >= tl.where(begins, 0, LONGEST))
     tl.store(request + LEARNED, total)
