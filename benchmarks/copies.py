@@ -50,7 +50,7 @@ class Walk:
 
     def __init__(self, length: int, answers: EarlierAnswers, always: bool) -> None:
         self.score = Score(0, (0,) * length)
-        self._copies, self._answers, self._always, self._length = Copies(length, KINDS.count), answers, always, length
+        self._copies, self._answers, self._always, self._length = Copies(length, KINDS.usual), answers, always, length
 
     def answer(self, tokens: Sequence[int], first: int, drafted: Sequence[int]) -> None:
         """Walk through one answer.

@@ -26,6 +26,12 @@ class CopyKinds:
         """Of all kinds, :data:`NO_COPY` included; their numbers are 0 to count - 1."""
         return 1 + 4 * self.agreements * len(self.matches)
 
+    @property
+    def usual(self) -> list[float]:
+        """For each kind, a chance that is about right for each token of a copy, given those before it: n / (n + 2)
+        where n tokens matched. It was found in code, function calls and mathematics alike; see docs/decisions.md."""
+        return [0.0] + [match / (match + 2) for match in self.matches] * (4 * self.agreements)
+
     def number(self, match: int, from_others: bool, is_sampled: bool, agreement: int = 0) -> int:
         """Ordered by match, within agreement, within source, within greedy before sampled."""
         group = agreement + self.agreements * (from_others + 2 * is_sampled)

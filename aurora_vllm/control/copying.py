@@ -7,7 +7,6 @@ source, how many tokens matched, and whether the request is sampled). Numbers in
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from aurora_vllm.control.acceptance import Acceptance, Verdicts, faded_sum
@@ -15,8 +14,7 @@ from aurora_vllm.control.acceptance import Acceptance, Verdicts, faded_sum
 MEMORY = 200.0  # comparisons remembered for each kind of copy
 ROWS = 1000.0  # default of ``memory`` in Copies
 WEIGHT_IN_DOUBT = 0.5
-REFRESH = 16  # outcomes after which chances are computed anew; they are asked for several times in every step
-FEW = 10.0  # weight of a prior, in verifications: misses for all kinds together, and these for each single kind
+FEW = 10.0  # weight of what is assumed of a kind, in verifications
 
 
 class Copies:
@@ -24,18 +22,16 @@ class Copies:
 
     Args:
         positions: largest draft length.
-        kinds: how many there are, kind 0 included.
+        usual: for each kind, 0 included, the chance to assume of each token, given those before it.
         memory: proposals after which counts of how often each kind occurs are halved.
     """
 
-    def __init__(self, positions: int, kinds: int, memory: float = ROWS) -> None:
-        self._memory = memory
-        self._lead = [0.0] * kinds
-        self._rows = [0.0] * kinds
-        self._simulated = [Acceptance(positions) for _ in range(kinds)]
-        self._all = Acceptance(positions)
-        self._chains: dict[int, list[float]] = {}
-        self._outcomes = 0  # since these were computed
+    def __init__(self, positions: int, usual: Sequence[float], memory: float = ROWS) -> None:
+        self._positions, self._usual, self._memory = positions, usual, memory
+        self._lead = [0.0] * len(usual)
+        self._rows = [0.0] * len(usual)
+        self._simulated = [Acceptance(positions) for _ in usual]
+        self._chains: dict[int, list[float]] = {}  # those asked for since the kind's last outcome
 
     def seen(self, kind: int) -> None:
         """For a proposal there was a copy of this kind, whether or not it was taken."""
@@ -58,10 +54,7 @@ class Copies:
     def simulate(self, kind: int, num_drafts: int, num_accepted: int) -> None:
         """The outcome of verifying a copy, real or simulated."""
         self._simulated[kind].observe(num_drafts, num_accepted)
-        self._all.observe(num_drafts, num_accepted)
-        self._outcomes += 1
-        if self._outcomes >= REFRESH:
-            self._refresh()
+        self._chains.pop(kind, None)
 
     def take(
         self, seen: Sequence[int], compared: Mapping[int, tuple[int, int]], simulated: Mapping[int, Verdicts]
@@ -77,31 +70,24 @@ class Copies:
         self._forget_rows()
         for kind, (gain, count) in compared.items():
             self._lead[kind] = faded_sum(self._lead[kind], gain / count, count, MEMORY)
-        together: Counter[tuple[int, int]] = Counter()
         for kind, verdicts in simulated.items():
             self._simulated[kind].take(verdicts)
-            together.update(verdicts)
-        self._all.take(together)
-        self._refresh()
+            self._chains.pop(kind, None)
 
     def doubt(self) -> None:
-        """Proposals gain less than these statistics say, so they are out of date: weigh them less."""
+        """Proposals gain less than these statistics say, so they are out of date: weigh them less, and assume less."""
         self._rows[0] += sum(self._rows)
-        for one in (*self._simulated, self._all):
+        self._usual = [chance * WEIGHT_IN_DOUBT for chance in self._usual]
+        for one in self._simulated:
             one.fade(WEIGHT_IN_DOUBT)
-        self._refresh()
+        self._chains.clear()
 
     def chain(self, kind: int) -> list[float]:
         """Chance that copied tokens 0..i are all accepted, for each i."""
         if (known := self._chains.get(kind)) is not None:
             return known
-        usual = [hits / (trials + FEW) for hits, trials in zip(self._all.hits, self._all.trials, strict=True)]
-        found = self._chains[kind] = self._simulated[kind].chain(usual, FEW)
+        found = self._chains[kind] = self._simulated[kind].chain([self._usual[kind]] * self._positions, FEW)
         return found
-
-    def _refresh(self) -> None:
-        self._chains.clear()
-        self._outcomes = 0
 
     def expected(self, kind: int) -> float:
         """Mean number of copied tokens that would be accepted."""

@@ -51,7 +51,7 @@ class DraftCopier:
     """
 
     def __init__(self, positions: int, answers: int = 0) -> None:
-        self.copies = Copies(positions, KINDS.count)
+        self.copies = Copies(positions, KINDS.usual)
         self._positions = positions
         self._answers = EarlierAnswers(answers) if answers else None
         self._requests: dict[str, _Request] = {}

@@ -93,7 +93,7 @@ def test_verdicts_that_are_alike_may_come_together(verdicts: list[tuple[int, int
 
 
 def test_what_is_known_of_copies_does_not_grow_for_ever() -> None:
-    copies = Copies(POSITIONS, NUM_KINDS)
+    copies = Copies(POSITIONS, [0.0] * NUM_KINDS)
     copies.take([0, 0, 0, 1_000_000, *[0] * (NUM_KINDS - 4)], {}, {})
     copies.take([1000, *[0] * (NUM_KINDS - 1)], {}, {})
     assert dict(copies.shares())[0] > 0.2  # what is new counts
@@ -102,7 +102,7 @@ def test_what_is_known_of_copies_does_not_grow_for_ever() -> None:
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 def test_many_verdicts_at_once_say_what_few_do(batch: int) -> None:
     """A fetch of a large batch holds more than estimators remember: by outcome, all that failed would come first."""
-    rng, layout, copies, drafts = random.Random(0), CountsLayout(POSITIONS), Copies(POSITIONS, NUM_KINDS), []
+    rng, layout, copies, drafts = random.Random(0), CountsLayout(POSITIONS), Copies(POSITIONS, [0.0] * NUM_KINDS), []
     reader, sums, estimate = CountsReader(POSITIONS), [0] * layout.size, Acceptance(POSITIONS)
 
     def right() -> int:

@@ -19,3 +19,7 @@ def test_numbers(matches: list[int], agreements: int) -> None:
         for agreement in range(agreements)
     ]
     assert sorted([NO_COPY, *numbers]) == list(range(kinds.count))
+    usual = kinds.usual
+    assert len(usual) == kinds.count and usual[NO_COPY] == 0.0
+    assert all(usual[kinds.number(match, True, False)] == match / (match + 2) for match in matches)
+    assert sorted(usual[number] for number in numbers) == [usual[number] for number in numbers]  # longer is likelier

@@ -60,7 +60,7 @@ def whole(length: int) -> Callable[[int, bool], int]:
 
 @pytest.mark.parametrize(("copied", "drafted", "wins"), [(0.8, 0.4, True), (0.3, 0.6, False)])
 def test_the_better_one_is_chosen_by_kind(copied: float, drafted: float, wins: bool) -> None:
-    rng, copies = random.Random(0), Copies(3, KINDS.count)
+    rng, copies = random.Random(0), Copies(3, KINDS.usual)
     for _ in range(300):
         copies.compare(4, rng.random() < copied, rng.random() < drafted)
         copies.compare(5, rng.random() < drafted, rng.random() < copied)
@@ -70,7 +70,7 @@ def test_the_better_one_is_chosen_by_kind(copied: float, drafted: float, wins: b
 
 
 def test_a_turn_of_the_traffic_turns_the_choice() -> None:
-    copies = Copies(3, KINDS.count)
+    copies = Copies(3, KINDS.usual)
     for _ in range(5000):
         copies.compare(3, True, False)
     for _ in range(400):
@@ -78,15 +78,21 @@ def test_a_turn_of_the_traffic_turns_the_choice() -> None:
     assert not copies.preferred(3)
 
 
-def test_what_little_is_known_of_a_kind_is_completed_by_the_others() -> None:
-    copies = Copies(2, KINDS.count)
-    assert copies.chain(4) == [0.0, 0.0]
-    for _ in range(200):
-        copies.simulate(3, 2, 2)
-    assert copies.chain(4)[0] > 0.9 and copies.chain(4)[0] > copies.chain(4)[1]
+def test_what_is_not_known_of_a_kind_is_what_is_usual() -> None:
+    copies = Copies(2, KINDS.usual)
+    assert copies.chain(own(1))[0] < 0.4 and copies.chain(own(1)) == copies.chain(others(1))
+    assert copies.chain(own(8)) == pytest.approx([0.8, 0.64])
     for _ in range(50):
-        copies.simulate(4, 2, 0)
-    assert copies.chain(4)[0] < 0.2 and copies.chain(3)[0] > 0.9
+        copies.simulate(own(3), 2, 2)
+        copies.simulate(own(8), 2, 0)
+    assert copies.chain(own(3))[0] > 0.9 and copies.chain(own(8))[0] < 0.2
+    for _ in range(6):
+        copies.doubt()
+    assert all(copies.chain(own(match))[0] < 0.4 for match in range(1, LONGEST_MATCH + 1))
+
+
+def test_shares_are_those_of_what_was_seen() -> None:
+    copies = Copies(2, KINDS.usual)
     assert list(copies.shares()) == [(0, 1.0)]
     copies.seen(3)
     copies.seen(0)

@@ -213,7 +213,7 @@ def test_copies_are_tried_whether_or_not_they_are_verified() -> None:
 
 
 def test_copies_count_as_often_as_they_occur() -> None:
-    """Not those more often that are soon over: of "1 2 3 4", then something new, as many come true to 0, 1, 2, and 3."""
+    """Not those more often that are soon over. Of "1 2 3 4" and something new, in turn, 3, 2, 1, 0 are right."""
     straw = Straw()
     straw.arrive("a", [1, 2, 3, 4, 50, 1, 2, 3, 4, 51])
     for cycle in range(9):

@@ -123,14 +123,14 @@ def serve_copies(
 
 def test_copies_whose_first_steps_were_disturbed_are_soon_tried_again() -> None:
     """Without a second chance it takes 500 steps."""
-    steps = serve_copies(DraftLengthController(3, copies=Copies(8, 2)), 400, price=0.01, slow=16)
+    steps = serve_copies(DraftLengthController(3, copies=Copies(8, [0.0, 0.5])), 400, price=0.01, slow=16)
     verified = [step[0] for step in steps]
     assert sum(verified[200:]) > 150
     assert max(len(list(group)) for value, group in itertools.groupby(verified) if not value) < 3 * FIRST * PLAN_EVERY
 
 
 def test_time_without_copies_does_not_delay_the_second_chance() -> None:
-    controller = DraftLengthController(3, copies=Copies(8, 2))
+    controller = DraftLengthController(3, copies=Copies(8, [0.0, 0.5]))
     serve_copies(controller, 3000, price=0.01, kinds=1)
     verified = [step[0] for step in serve_copies(controller, 800, price=0.01, slow=16)]
     begun = verified[verified.index(True) :]
@@ -140,7 +140,7 @@ def test_time_without_copies_does_not_delay_the_second_chance() -> None:
 
 def test_copies_that_never_pay_are_tried_seldom() -> None:
     """A token costs as much to verify as to decode, which is the most it can."""
-    steps = serve_copies(DraftLengthController(3, copies=Copies(8, 2)), 6000, price=0.25)
+    steps = serve_copies(DraftLengthController(3, copies=Copies(8, [0.0, 0.5])), 6000, price=0.25)
     assert 0 < sum(step[0] for step in steps[1000:]) < 0.02 * 5000
     assert sum(step[1] for step in steps) / len(steps) > 0.99
 
@@ -243,7 +243,7 @@ def plain_steps(controller: DraftLengthController, batch: int = 4, token: float 
 
 
 def test_copies_pay_before_the_draft_has_learned_anything() -> None:
-    controller = DraftLengthController(3, copies=Copies(3, 10))
+    controller = DraftLengthController(3, copies=Copies(3, [0.0, *[0.5] * 9]))
     plain_steps(controller)
     copying(controller, share=0.5, chance=0.8)
     decision = controller.decide(4)
@@ -256,7 +256,7 @@ def test_copies_pay_before_the_draft_has_learned_anything() -> None:
 def test_a_token_is_verified_where_it_is_likely_enough_for_its_price() -> None:
     lengths = []
     for token in (0.01, 0.1, 0.15, 0.4):
-        controller = DraftLengthController(3, copies=Copies(3, 10))
+        controller = DraftLengthController(3, copies=Copies(3, [0.0, *[0.5] * 9]))
         plain_steps(controller, token=token)
         copying(controller, share=0.5, chance=0.7)
         controller.decide(4)
@@ -270,7 +270,7 @@ def test_whether_a_draft_could_pay_beside_copies_is_known_before_it_has_learned(
     token: float, draft: float, could_pay: bool
 ) -> None:
     """A small model on two cores, and one whose step hardly gets longer: the same draft, the same copies."""
-    controller = DraftLengthController(3, copies=Copies(3, 10))
+    controller = DraftLengthController(3, copies=Copies(3, [0.0, *[0.5] * 9]))
     assert controller.could_pay  # nothing speaks against it yet
     controller.acceptance.shadow([0.15, 0.02, 0.0])
     plain_steps(controller, token=token, draft=draft)
@@ -281,7 +281,7 @@ def test_whether_a_draft_could_pay_beside_copies_is_known_before_it_has_learned(
 
 
 def test_copies_that_are_never_right_cost_nothing() -> None:
-    controller = DraftLengthController(3, copies=Copies(3, 10))
+    controller = DraftLengthController(3, copies=Copies(3, [0.0, *[0.5] * 9]))
     plain_steps(controller)
     copying(controller, share=0.9, chance=0.02)
     decision = controller.decide(4)
@@ -292,7 +292,7 @@ def test_copies_that_are_never_right_cost_nothing() -> None:
 @pytest.mark.parametrize("draft_is_better", [False, True])
 def test_copies_pay_without_a_draft_however_good_the_draft_is(draft_is_better: bool) -> None:
     """A draft that is right more often than copies, and too dear to be asked, takes nothing from them."""
-    controller = DraftLengthController(3, copies=Copies(3, 10))
+    controller = DraftLengthController(3, copies=Copies(3, [0.0, *[0.5] * 9]))
     plain_steps(controller, draft=2.0)
     copying(controller, share=0.5, chance=0.8)
     for _ in range(300 if draft_is_better else 0):
@@ -305,7 +305,7 @@ def test_copies_pay_without_a_draft_however_good_the_draft_is(draft_is_better: b
 
 
 def test_a_good_draft_is_used_beside_copies_and_cut_to_what_pays() -> None:
-    controller = DraftLengthController(3, copies=Copies(3, 10))
+    controller = DraftLengthController(3, copies=Copies(3, [0.0, *[0.5] * 9]))
     plain_steps(controller, token=0.03, draft=0.03)
     copying(controller, share=0.4, chance=0.8)
     for _ in range(300):
@@ -319,7 +319,7 @@ def test_a_good_draft_is_used_beside_copies_and_cut_to_what_pays() -> None:
 
 @pytest.mark.parametrize(("mode", "length"), [("always", 3), ("never", 0)])
 def test_fixed_modes_leave_proposals_whole_or_make_none(mode: str, length: int) -> None:
-    controller = DraftLengthController(3, mode=mode, copies=Copies(3, 10))
+    controller = DraftLengthController(3, mode=mode, copies=Copies(3, [0.0, *[0.5] * 9]))
     controller.decide(2)
     assert controller.worth(0, False) == controller.worth(5, True) == length
 

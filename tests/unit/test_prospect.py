@@ -27,7 +27,7 @@ def rating(token: float, draft: float, cut: bool = False) -> Rating:
 
 def copies(share: float, chance: float) -> Copies:
     """Copies for this share of proposals, of which two tokens are right with this chance, else none."""
-    made = Copies(POSITIONS, 2)
+    made = Copies(POSITIONS, [0.0, 0.5])
     for i in range(1000):
         is_there, right = (i * 0.618) % 1 < share, (i * 0.414) % 1 < chance
         made.seen(int(is_there))

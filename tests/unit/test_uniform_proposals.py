@@ -28,7 +28,7 @@ def uniform(
 ) -> DraftLengthController:
     """Proposals all have one length; copies are there for ``share`` of the requests, drafts are right with
     ``drafts``."""
-    controller = DraftLengthController(3, copies=Copies(3, 10), lengths=lengths)
+    controller = DraftLengthController(3, copies=Copies(3, [0.0, *[0.5] * 9]), lengths=lengths)
     plain_steps(controller, token=token, draft=draft)
     if share:
         copying(controller, share, chance)
@@ -136,7 +136,7 @@ def test_beside_copies_alone_plain_decoding_and_a_hopeful_draft_are_probed() -> 
 
 @pytest.mark.parametrize(("mode", "length"), [("always", 3), ("never", 0)])
 def test_fixed_modes_fix_uniform_proposals_too(mode: str, length: int) -> None:
-    decision = DraftLengthController(3, mode=mode, copies=Copies(5, 10), lengths=(1, 5)).decide(2)
+    decision = DraftLengthController(3, mode=mode, copies=Copies(5, [0.0, *[0.5] * 9]), lengths=(1, 5)).decide(2)
     assert decision.draft_length == decision.proposed == length
 
 
@@ -199,7 +199,7 @@ class Traffic:
 @pytest.mark.parametrize(("batch", "token"), [(1, 0.1), (2, 0.1), (4, 0.04), (16, 0.004), (64, 0.002)])
 def test_text_that_stops_repeating_itself_costs_little(batch: int, token: float) -> None:
     """Each request's proposal goes on being verified, and what decides remembers when it was worth it."""
-    controller = DraftLengthController(3, copies=Copies(8, 10, 250.0), lengths=(1, 2, 3, 8))
+    controller = DraftLengthController(3, copies=Copies(8, [0.0, *[0.5] * 9], 250.0), lengths=(1, 2, 3, 8))
     before = Traffic(batch, token).serve(controller, 600)
     assert mean(before[300:]) > 1.1
     after = Traffic(batch, token, share=0.0).serve(controller, 600)
@@ -212,10 +212,10 @@ def test_text_that_stops_repeating_itself_costs_little(batch: int, token: float)
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 def test_what_longer_proposals_cost_is_found_out_step_by_step(batch: int) -> None:
     """On a machine that is bound by its arithmetic, so that each verified token costs as much as a plain one."""
-    controller = DraftLengthController(3, copies=Copies(8, 10, 250.0), lengths=(1, 2, 3, 8))
-    rates = Traffic(batch, 1.0 / batch, share=0.9).serve(controller, 200)
+    controller = DraftLengthController(3, copies=Copies(8, [0.0, *[0.5] * 9], 250.0), lengths=(1, 2, 3, 8))
+    rates = Traffic(batch, 1.0 / batch, share=0.9).serve(controller, 600)
     assert sum(1.0 - rate for rate in rates) < 20.0 and mean(rates[100:]) > 0.98
-    cheap = DraftLengthController(3, copies=Copies(8, 10, 250.0), lengths=(1, 2, 3, 8))
+    cheap = DraftLengthController(3, copies=Copies(8, [0.0, *[0.5] * 9], 250.0), lengths=(1, 2, 3, 8))
     rates = Traffic(batch, 0.001 / batch, share=0.1).serve(cheap, 600)
     assert mean(rates[300:]) > 1.2  # whatever one token gains, eight are tried
 
@@ -224,7 +224,7 @@ def test_what_longer_proposals_cost_is_found_out_step_by_step(batch: int) -> Non
 def test_a_draft_that_promises_too_much_is_found_out_beside_copies_too(batch: int) -> None:
     """What says that it does not pay are the verdicts on it; none of them may be forgotten because of that."""
     rng, rates, verified = random.Random(0), list[float](), 0
-    controller = DraftLengthController(3, prior=0.6, copies=Copies(8, 10, 250.0), lengths=(1, 2, 3, 8))
+    controller = DraftLengthController(3, prior=0.6, copies=Copies(8, [0.0, *[0.5] * 9], 250.0), lengths=(1, 2, 3, 8))
     verdicts = Counter[tuple[int, int]]()
     for step in range(2000):
         decision = controller.decide(batch)
