@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
+from aurora_vllm.parent import end_with_parent
 from demo import leftovers
 
 PROGRAM = (sys.executable, "-m", "aurora_vllm.entrypoint")
@@ -27,7 +29,7 @@ class ServerFailed(Exception):
 
 
 class Server:
-    """One ``python -m aurora_vllm.entrypoint``, with its log in a file."""
+    """One ``python -m aurora_vllm.entrypoint``, with its log in a file. It ends with the thread that made it."""
 
     def __init__(self, name: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         """
@@ -52,6 +54,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 start_new_session=True,
+                # If this process is killed. SIGTERM, since plain vLLM's engine stays when its server is killed, too.
+                preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
             )
 
     @property

@@ -225,6 +225,20 @@ def test_ending_a_server_ends_what_it_started(tmp_path: Path, monkeypatch: pytes
     assert not psutil.pid_exists(int(marker.read_text()))
 
 
+def test_a_server_ends_with_a_demo_that_was_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from demo import servers\n"
+        "servers.PROGRAM = sys.executable, '-c', 'import time; time.sleep(600)'\n"
+        "print(servers.Server('plain', [], Path(sys.argv[1]), {}).pid, flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "log")], stdout=subprocess.PIPE) as demo:
+        assert demo.stdout is not None
+        server = psutil.Process(int(demo.stdout.readline()))
+        demo.kill()
+    _, alive = psutil.wait_procs([server], timeout=30)
+    assert not alive
+
+
 def test_a_fleet_ends_its_servers_one_or_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "PROGRAM", (sys.executable, "-c", "import time; time.sleep(600)"))
     some = fleet.Fleet({}, tmp_path)
