@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from aurora_vllm.control.acceptance import AcceptanceEstimate
 from aurora_vllm.control.balance import Balance
 from aurora_vllm.control.copying import Copies
+from aurora_vllm.control.decision import Decision, reason_for
 from aurora_vllm.control.probing import Probing
 from aurora_vllm.control.prospect import prospect
 from aurora_vllm.control.rating import Offer, Plan, Rating
@@ -31,26 +32,6 @@ WORTH_LEARNING = 1.05  # rate, over that without drafting, that a good draft wou
 KEEP_MARGIN = 0.02  # relative gain that a change must promise
 STRIDE = 3  # the next proposal may be this many times as long as the longest so far
 PLAN_EVERY = 8  # steps a decision stands: its inputs change slowly, and deciding takes about 1 ms
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A draft length and, in words, why.
-
-    ``draft_length``: tokens for which the draft model runs; 0 where copies alone are proposed.
-    ``proposals``: "whole": verified as they are; "worthwhile": cut to what pays; "none": not verified.
-    ``sits_out``: there is no drafting now or soon, so the draft need not run over prompts to fill its KV cache.
-    ``proposed``: tokens to schedule for every request's proposal; at least ``draft_length``.
-    """
-
-    draft_length: int
-    reason: str
-    proposals: str = "worthwhile"
-    sits_out: bool = False
-    proposed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "proposed", max(self.proposed, self.draft_length))
 
 
 @dataclass
@@ -186,7 +167,10 @@ class DraftLengthController:
         if (chosen.verified or self._copies_promise()) and state.second_chance.is_due(chosen.verified > 0.0):
             self.costs.doubt(bucket)
         sits_out = not chosen.drafted and not (alternative and hopeful)
-        state.stands, state.stands_for = self._in_words(bucket, chosen, drafting, sits_out), PLAN_EVERY - 1
+        proposals = ("whole" if self._uniform else "worthwhile") if chosen.verified else "none"
+        reason = reason_for(bucket, chosen, drafting, self._uniform)
+        state.stands = Decision(chosen.drafted, reason, proposals, sits_out, chosen.proposed)
+        state.stands_for = PLAN_EVERY - 1
         return state.stands
 
     @property
@@ -240,17 +224,3 @@ class DraftLengthController:
 
     def _worth_a_probe(self, draft_length: int) -> bool:
         return self.wants_verdicts or self.acceptance.expected_length(draft_length) >= WORTH_A_PROBE
-
-    def _in_words(self, bucket: int, chosen: Plan, drafting: Plan, sits_out: bool) -> Decision:
-        """drafting: the best plan that drafts."""
-        shown = chosen if chosen.drafted else drafting
-        promise = f"K={shown.drafted} gives {shown.gain:.2f}x of plain decoding"
-        if chosen.drafted:
-            reason = f"drafting pays at batch {bucket}: {promise} ({chosen.tokens:.2f} tokens a request and step)"
-        elif chosen.verified:
-            length = f" with proposals of {chosen.proposed}" if self._uniform else ""
-            reason = f"copying alone pays at batch {bucket}: it gives {chosen.gain:.2f}x{length}, {promise}"
-        else:
-            reason = f"drafting does not pay at batch {bucket}: {promise}"
-        proposals = ("whole" if self._uniform else "worthwhile") if chosen.verified else "none"
-        return Decision(chosen.drafted, reason, proposals, sits_out, chosen.proposed)

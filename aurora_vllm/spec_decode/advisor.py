@@ -8,14 +8,13 @@ any case.
 from __future__ import annotations
 
 import copy
-import time
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from aurora_vllm.control.acceptance import Verdicts
-from aurora_vllm.control.profit import Decision, DraftLengthController
+from aurora_vllm.control.decision import Decision
+from aurora_vllm.control.profit import DraftLengthController
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode.breaker import CircuitBreaker
 from aurora_vllm.spec_decode.cached_prompts import CachedPrompts
@@ -24,20 +23,12 @@ from aurora_vllm.spec_decode.copy_evidence import CopyEvidence
 from aurora_vllm.spec_decode.learner_share import LearnerShare
 from aurora_vllm.spec_decode.proposals import Proposals
 from aurora_vllm.spec_decode.rollback_watch import RollbackWatch
+from aurora_vllm.spec_decode.steps_in_flight import Step, StepsInFlight
 from aurora_vllm.spec_decode.undrafted import Withdrawal
 from aurora_vllm.transport.control import ControlBlock
 from aurora_vllm.transport.segment import Segment
 
 TRUST_IN_A_GIVEN_DRAFT = 0.6  # conditional acceptance to assume of a given or resumed draft until it is measured
-
-
-@dataclass
-class _Step:
-    """A step under way: when it was scheduled, whether the learner worked then, and the tokens the draft runs for."""
-
-    scheduled: float
-    beside_learner: bool
-    drafted: int = 0
 
 
 class SpeculationAdvisor:
@@ -93,8 +84,7 @@ class SpeculationAdvisor:
         self._overlapping, self._withdrawal = overlapping, withdrawal or Withdrawal()
         self._version = 0
         self._proposed_by = 0
-        self._started: deque[_Step] = deque()  # steps in flight; two where steps overlap
-        self._ended = 0.0
+        self._steps = StepsInFlight(self._control)
         self._learner_rests = config.learner_cpu_share <= 0.5  # if not, steps beside its work are the normal case
         self._last = Decision(0, "")
         self._before = self._controller.acceptance  # acceptance of the version before the live one
@@ -107,8 +97,7 @@ class SpeculationAdvisor:
     def step_starts(self, requests: Mapping[str, Any] | None = None) -> None:
         """vLLM is about to schedule a step. requests: vLLM's by id, waiting ones included."""
         self._withdrawal.withdraw(requests or {})
-        self._started.append(_Step(time.perf_counter(), self._learner_works()))
-        self._control.scheduler.in_flight = len(self._started)
+        self._steps.begin()
         if self._cached_prompts is not None:
             self._cached_prompts.look()
 
@@ -117,8 +106,7 @@ class SpeculationAdvisor:
         if not self._choosing.run(lambda: self._decide(batch_size)) or self._proposals.for_nobody:
             return 0
         proposed = self._fitting(self._last.proposed, batch_size)
-        if self._started:
-            self._started[-1].drafted = min(self._last.draft_length, proposed)
+        self._steps.drafts(min(self._last.draft_length, proposed))
         return proposed
 
     def _fitting(self, proposed: int, batch_size: int) -> int:
@@ -136,20 +124,13 @@ class SpeculationAdvisor:
             scheduler_output: vLLM's, of that step.
             sampled: tokens that each request gained, in the batch's order.
         """
-        now = time.perf_counter()
+        step = self._steps.end()
         self._proposals.forget(scheduler_output.finished_req_ids)
         if self._overlapping:
             self.drafts_arrived()  # what the next results judge was proposed by now
-        if not self._started:
+        if step is None:
             return
-        step = self._started.popleft()
-        self._control.scheduler.in_flight = len(self._started)
-        seconds = now - max(step.scheduled, self._ended)  # a step waits for the one before it
-        self._ended = now
-        beside_learner = step.beside_learner or self._learner_works()
-        self._measuring.run(
-            lambda: self._observe_step(scheduler_output, sampled, step.drafted, seconds, beside_learner)
-        )
+        self._measuring.run(lambda: self._observe(step, scheduler_output, sampled))
         if (evidence := self._evidence) is not None:
             self._reading.run(evidence.look)
 
@@ -170,12 +151,6 @@ class SpeculationAdvisor:
             return  # the worker counts the same verdicts, and knows who proposed
         version = None if self._proposals.copied(request_id) else self._proposed_by
         self._take_verdicts(version, {(num_drafts, num_accepted): 1})
-
-    def _learner_works(self) -> bool:
-        """Whether the learner is in a burst of work. The pids are compared, because one that was killed in a burst
-        still says so."""
-        learner = self._control.learner
-        return bool(learner.working and learner.pid and learner.pid == self._control.server.learner_pid)
 
     def _say_no_choice(self, message: str) -> None:
         self._last = replace(
@@ -207,9 +182,7 @@ class SpeculationAdvisor:
             scheduler.draft_sits_out = decision.sits_out
         self._last = decision
 
-    def _observe_step(
-        self, scheduler_output: Any, sampled: list[list[int]], drafted: int, seconds: float, beside_learner: bool
-    ) -> None:
+    def _observe(self, step: Step, scheduler_output: Any, sampled: list[list[int]]) -> None:
         counts = scheduler_output.num_scheduled_tokens
         if not counts:
             return
@@ -221,15 +194,15 @@ class SpeculationAdvisor:
             scheduler.spec_steps += 1
         verified = sum(map(len, drafts.values()))
         accepted = sum(max(len(tokens) - 1, 0) for tokens in sampled)
-        saved = self._controller.settle(len(counts), drafted, verified, accepted)
-        self._learner_share.earned(seconds, saved, self._controller.could_pay)
+        saved = self._controller.settle(len(counts), step.drafted, verified, accepted)
+        self._learner_share.earned(step.seconds, saved, self._controller.could_pay)
         # Only pure decode steps show what K costs. What a burst of the learner's work adds is no property of K, and
         # would be blamed on the draft length that is just being probed.
         if sum(counts.values()) != len(counts) + verified:
             return
-        if not (self._learner_rests and beside_learner):
-            self._controller.costs.observe(len(counts), drafted, verified, seconds)
-        self._learner_share.decoded(len(counts), verified, seconds, beside_learner)
+        if not (self._learner_rests and step.beside_learner):
+            self._controller.costs.observe(len(counts), step.drafted, verified, step.seconds)
+        self._learner_share.decoded(len(counts), verified, step.seconds, step.beside_learner)
 
     def _take_verdicts(self, version: int | None, verdicts: Verdicts) -> None:
         """Verdicts on proposals of one version of the draft, or on copies (None)."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aurora_vllm.control.profit import Decision
+from aurora_vllm.control.decision import Decision
 from aurora_vllm.spec_decode import device_copies
 from aurora_vllm.spec_decode.copy_evidence import CopyEvidence
 from aurora_vllm.spec_decode.device_copying import DeviceCopying

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from aurora_vllm.control.profit import Decision
+from aurora_vllm.control.decision import Decision
 from aurora_vllm.control.rollout import PROBATION_DRAFTS
 from aurora_vllm.session import ENVIRONMENT_KEY
-from aurora_vllm.spec_decode import advisor as advisor_module
+from aurora_vllm.spec_decode import steps_in_flight
 from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from aurora_vllm.spec_decode.consent import is_private
 from aurora_vllm.spec_decode.rollback_watch import ACCOUNT_EVERY
@@ -91,7 +91,7 @@ def test_of_overlapping_steps_each_counts_from_where_the_one_before_ended(
 ) -> None:
     """Scheduled at 0 and 1 s, results at 10 and 13 s: the second took 3 s, not 12."""
     clock = iter([0.0, 1.0, 10.0, 13.0])
-    monkeypatch.setattr(advisor_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(steps_in_flight, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     with session(World(), tmp_path) as (current, _):
         advisor = SpeculationAdvisor(current, 2)
         seen: list[float] = []

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from aurora_vllm.control.copy_counts import NUM_KINDS, CountsLayout
-from aurora_vllm.control.profit import Decision
+from aurora_vllm.control.decision import Decision
 from aurora_vllm.session import Session
 from aurora_vllm.spec_decode import device_copies
 from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
@@ -235,7 +235,7 @@ def test_half_a_step_is_left_to_those_who_wait(current: Session, batch: int, ask
     advisor._controller.decide = lambda _: Decision(min(asked, 3), "test", "whole", False, asked)  # type: ignore[method-assign]
     advisor.step_starts()
     assert advisor.draft_length(batch) == fits
-    assert advisor._started[-1].drafted == min(asked, 3, fits)
+    assert advisor._steps._steps[-1].drafted == min(asked, 3, fits)
     alone = SpeculationAdvisor(current, 8, "", budget=64)  # proposals are cut one by one where they pass the scheduler
     alone._controller.decide = advisor._controller.decide  # type: ignore[method-assign]
     assert alone.draft_length(batch) == asked
@@ -281,7 +281,7 @@ def test_copies_come_and_go_with_the_worker_s_word(current: Session) -> None:
         controller.costs.observe(1, 0, 0, 0.01)
         advisor.step_starts()
         asked.append(advisor.draft_length(1))
-        assert advisor._started.pop().drafted == control.scheduler.draft_length == 0
+        assert advisor._steps._steps.pop().drafted == control.scheduler.draft_length == 0
         if number == 20:
             assert controller.copies is not None
             controller.copies.take([0, 100, *[0] * (NUM_KINDS - 2)], {}, {1: {(3, 3): 100}})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aurora_vllm.control.earnings import ADVANCE_S, EVERY_S, MEMORY_S, SPENT, Earnings
 from aurora_vllm.control.step_costs import STEPS_TO_KNOW
-from aurora_vllm.spec_decode import advisor as advisor_module
+from aurora_vllm.spec_decode import steps_in_flight
 from aurora_vllm.spec_decode.advisor import SpeculationAdvisor
 from tests.unit.tiny_world import World, session
 
@@ -115,7 +115,7 @@ def test_the_learner_is_told(
 ) -> None:  # fmt: skip
     """Where K is fixed, or only captured, what speculation gains is no reason to learn or not to."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(advisor_module.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(steps_in_flight.time, "perf_counter", lambda: clock.now)
 
     def step(tokens: int, drafts: int) -> SimpleNamespace:
         return SimpleNamespace(

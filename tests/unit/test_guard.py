@@ -90,10 +90,10 @@ def test_kinds_of_step_are_not_mixed() -> None:
 
 
 def test_the_scheduler_measures_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aurora_vllm.spec_decode import advisor as advisor_module
+    from aurora_vllm.spec_decode import steps_in_flight
 
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(advisor_module.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(steps_in_flight.time, "perf_counter", lambda: clock.now)
     step = SimpleNamespace(
         num_scheduled_tokens={"a": 1},
         scheduled_spec_decode_tokens={},

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aurora_vllm.control.copying import Copies
+from aurora_vllm.control.decision import Decision
 from aurora_vllm.control.probing import PATIENCE, PROBE_EVERY
-from aurora_vllm.control.profit import KEEP_MARGIN, PLAN_EVERY, Decision, DraftLengthController
+from aurora_vllm.control.profit import KEEP_MARGIN, PLAN_EVERY, DraftLengthController
 from aurora_vllm.control.rating import WORTHWHILE
 from tests.unit.test_profit import copying, gain, plain_steps
 
