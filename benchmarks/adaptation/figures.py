@@ -63,6 +63,7 @@ def figures(windows: Sequence[Window]) -> tuple[dict[str, float], dict[str, Any]
     if everything:
         spread["worst_window_ratio"] = [ratio(pair) for pair in everything]
         values["worst_window_ratio"] = min(spread["worst_window_ratio"])
+    add("over_plain", everything)
     for concurrency in (1, 4):
         measured = pairs(windows, "aurora", "plain", lambda w, c=concurrency: _measured(w, "day0", c))  # type: ignore[misc]
         add(f"day0_speedup_c{concurrency}", measured)

@@ -43,7 +43,12 @@ def test_the_smoke_run_measures_and_its_figures_add_up(target: Path, tmp_path: P
     # The figures once more, from what was recorded, without the benchmark's own arithmetic.
     rates: dict[tuple[int, str], float] = {(w["slot"], w["arm"]): w["tokens"] / w["seconds"] for w in windows}
     ratios = [rates[i, "aurora"] / rates[i, "plain"] for i in range(3)]
+    over_plain = [
+        sum(w["tokens"] for w in windows if w["arm"] == arm) / sum(w["seconds"] for w in windows if w["arm"] == arm)
+        for arm in ("aurora", "plain")
+    ]
     expected = {"worst_window_ratio": min(ratios), "day0_speedup_c1": ratios[1], "day0_speedup_c4": ratios[2]}
+    expected["over_plain"] = over_plain[0] / over_plain[1]
     assert set(report["figures"]) == set(expected)
     assert all(abs(report["figures"][name] - value) < 1e-9 for name, value in expected.items())
 

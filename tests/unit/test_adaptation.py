@@ -55,7 +55,8 @@ def test_figures_of_hand_counted_windows() -> None:
     values, spread = figures(WINDOWS)
     # Slots: 0.9, 2.0, 50/30, 1.1.
     assert values["worst_window_ratio"] == pytest.approx(0.9)
-    assert spread["worst_window_ratio"] == pytest.approx([0.9, 2.0, 5 / 3, 1.1])
+    assert values["over_plain"] == pytest.approx((700 / 28) / (600 / 32))
+    assert spread["worst_window_ratio"] == spread["over_plain"] == pytest.approx([0.9, 2.0, 5 / 3, 1.1])
     # All tokens over all seconds: (200+300)/16 over (100+300)/20, not a mean of ratios.
     assert values["day0_speedup_c1"] == pytest.approx(31.25 / 20)
     assert values["day0_speedup_c4"] == pytest.approx(1.1)  # slot 0 is at concurrency 4 too, and not measured
