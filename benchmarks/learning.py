@@ -5,12 +5,12 @@
 Each trajectory is scored before anything trains on it (prequential acceptance length: K=3, a chain, response tokens
 only). Then it is given to the learner. ``ours`` is the server's learner. ``release`` has the settings of Aurora's
 release: random draft, AdamW at 1e-4, batches of eight, every sample once, five unroll steps, its loss masks. The other
-arms are ours with one ingredient removed or changed. In all arms, tokens are rows of trajectories, prompts included.
+arms are ours with one ingredient removed or changed (learning_arms.py). In all arms, tokens are rows of trajectories,
+prompts included.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,15 +24,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from aurora_vllm.config import AuroraConfig
-from aurora_vllm.learner.curriculum import Curriculum
 from aurora_vllm.learner.day0 import make_day0_draft
 from aurora_vllm.learner.draft import Eagle3Draft, load_draft
 from aurora_vllm.learner.evaluate import Score, simulate
-from aurora_vllm.learner.lesson import Lesson
 from aurora_vllm.learner.target import TargetHead, load_target_head
 from aurora_vllm.learner.trajectory import Trajectory
 from benchmarks.copies import simulate_with_copies
+from benchmarks.learning_arms import KNOWN, Arm, arm_names
 from benchmarks.learning_plot import plot
 from benchmarks.openmp import restart_with_intel_openmp
 from benchmarks.recording import load_recording, record, save_recording
@@ -42,55 +40,7 @@ from demo.model import ensure_model
 DRAFT_LENGTH = 3
 GOAL = 1.5
 WINDOW = 12  # trajectories in the running mean that has to reach the goal
-RELEASE: dict[str, Any] = {
-    "semantics": "aurora-release", "learning_rate": 1e-4, "replay_passes": 1.0, "ttt_length": 5,
-    "vocabulary_coverage": 0.0, "prompt_weight": 0.0, "weight_average": 0.0,
-}  # fmt: skip
-RELEASE_BATCH = 8  # sequences per step
 console = Console()
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to learn."""
-
-    label: str
-    settings: dict[str, Any] = field(default_factory=dict)  # over AuroraConfig's defaults
-    random_start: bool = False
-    silent_start: bool = False  # as where the target is quantized (day0_layer.py)
-    lessons: bool = True
-    induction: bool = True
-    refining: bool = True
-    batch_sequences: int = 0  # sequences per step; 0: as many as batch_tokens allows
-
-
-ARMS = {
-    "ours": Arm("ours"),
-    "release": Arm("Aurora's release", RELEASE, random_start=True, batch_sequences=RELEASE_BATCH),
-    "no_lesson": Arm("without the lessons", lessons=False),
-    "no_induction": Arm("lessons without induction heads", induction=False),
-    "no_warm_start": Arm("without the warm start", random_start=True),
-    "no_refining": Arm("lessons, then all at the full rate", refining=False),
-    "no_average": Arm("without averaging weights", {"weight_average": 0.0}),
-    "no_vocabulary": Arm("without choosing the vocabulary anew", {"vocabulary_coverage": 0.0}),
-    "no_replay": Arm("every sample once", {"replay_passes": 1.0}),
-    "half_replay": Arm("half the passes", {"replay_passes": 4.0}),
-    "small_batch": Arm("a quarter of the batch", {"batch_tokens": 128}),
-}
-# Only by name: what the target's layer is worth as a start, which a quantized target cannot give.
-SILENT = {
-    "silent": Arm("without the target's layer", silent_start=True),
-    "silent_no_lesson": Arm("without the target's layer and the lessons", silent_start=True, lessons=False),
-}
-# The paper's discard term, by its weight λ and by k: p is restricted to the target's k most probable tokens.
-DISCARD = {
-    f"discard_{weight:g}_{top_k}": Arm(
-        f"discard term, λ={weight:g}, k={top_k}", {"discard_weight": weight, "discard_top_k": top_k}
-    )
-    for weight in (0.1, 1.0)
-    for top_k in (3, 5, 8)
-}
-KNOWN = ARMS | SILENT | DISCARD
 
 
 @dataclass
@@ -133,7 +83,7 @@ def main(
 ) -> None:
     """Measure tokens_to_1_5_ratio and acceptance_length_unseen."""
     restart_with_intel_openmp()
-    chosen = {name: arm for name, arm in KNOWN.items() if name in _names(arms)}
+    chosen = {name: arm for name, arm in KNOWN.items() if name in arm_names(arms)}
     with TemporaryDirectory() as scratch:
         recorded = capture or Path(scratch) / "capture.pt"
         if not recorded.exists():
@@ -191,23 +141,9 @@ def learn(
     head: TargetHead, target: Path, clock: Callable[[], float] = time.process_time,
 ) -> Run:  # fmt: skip
     """Replay recorded trajectories through one learner. It trains a copy of the draft."""
-    torch.manual_seed(seed)
-    draft = copy.deepcopy(draft)
-    if arm.random_start:
-        _forget(draft)
-    if arm.silent_start:
-        _silence(draft)
-    batch = arm.settings.get("batch_tokens", AuroraConfig().batch_tokens)
-    if arm.batch_sequences:
-        batch = arm.batch_sequences * max(len(one.token_ids) for one in trajectories)
-    config = AuroraConfig(**(arm.settings | {"seed": seed, "batch_tokens": batch}))
-    curriculum = Curriculum(draft, head, config, target, worth_keeping=False)
-    if not arm.lessons:
-        curriculum.skip_lessons()
-    elif not arm.induction:
-        curriculum.teacher = Lesson(draft, head, induction=False)
-    if not arm.refining:
-        curriculum.trainer.refine = curriculum.trainer.optimizer.state.clear  # type: ignore[method-assign]
+    longest = max(len(one.token_ids) for one in trajectories)
+    curriculum = arm.curriculum(seed, longest, draft, head, target)
+    draft = curriculum.candidate
     run, seconds, waiting = Run(), 0.0, 0
     for one in trajectories:
         score = simulate(draft, head, one, DRAFT_LENGTH)
@@ -228,37 +164,6 @@ def learn(
     served, copied = simulate_with_copies(draft, head, trajectories, unseen, DRAFT_LENGTH)
     run.served, run.copied = served.acceptance_length, copied.acceptance_length
     return run
-
-
-def _names(arms: str) -> list[str]:
-    if not arms:
-        return list(ARMS)
-    names = [name.strip() for name in arms.split(",")]
-    names += list(DISCARD) if "discard" in names else []
-    unknown = sorted(set(names) - KNOWN.keys() - {"discard"})
-    if unknown:
-        raise typer.BadParameter(f"no arm {', '.join(unknown)}; known arms: {', '.join(KNOWN)}")
-    return names
-
-
-def _forget(draft: Eagle3Draft) -> None:
-    """Initialise as Aurora's release does without a given draft: matrices normal with deviation 0.02, norms one."""
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.02)
-            else:
-                parameter.fill_(1.0)
-
-
-def _silence(draft: Eagle3Draft) -> None:
-    """Replace the layer's projections as in a quantized target's day-0 draft."""
-    attention, mlp = draft.midlayer.self_attn, draft.midlayer.mlp
-    with torch.no_grad():
-        for inputs in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
-            inputs.weight.normal_(0.0, inputs.in_features**-0.5)
-        for output in (attention.o_proj, mlp.down_proj):
-            output.weight.zero_()
 
 
 def _run(job: tuple[str, int, str]) -> tuple[str, Run]:

@@ -6,20 +6,11 @@ to a quarter longer. Whoever compares speculation with that would count the diff
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from aurora_vllm.spec_decode.frame_stack import with_room
+from aurora_vllm.spec_decode.frame_stack import with_roomy_steps
 
 
+@with_roomy_steps
 class RoomyWorker(CPUWorker):
     """``--worker-cls demo.roomy_worker.RoomyWorker``"""
-
-    @with_room
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        return super().execute_model(*args, **kwargs)
-
-    @with_room
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        return super().sample_tokens(*args, **kwargs)

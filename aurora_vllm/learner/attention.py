@@ -19,8 +19,8 @@ _BLOCK = 128  # queries at a time; not larger, because what lies above a block's
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One sequence's queries and keys in the packed rows.
+class Span:
+    """Where one sequence's queries and keys lie in the packed rows.
 
     Query n is at key ``at[n]`` (ascending) and sees the keys up to there. Without ``at`` the queries are the sequence's
     last rows.
@@ -39,16 +39,16 @@ def ttt_attention(
     value: torch.Tensor,
     own_keys: list[torch.Tensor],
     own_values: list[torch.Tensor],
-    segments: list[Segment],
+    spans: list[Span],
     matmul_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Attention of one unroll step, over packed sequences.
 
     Args:
-        query: [A, heads, D], rotated; the A query rows of all segments.
-        key, value: [S, kv_heads, D] of step 0; the S key rows of all segments.
+        query: [A, heads, D], rotated; the A query rows of all sequences.
+        key, value: [S, kv_heads, D] of step 0; the S key rows of all sequences.
         own_keys, own_values: of steps 1..i, each [A, kv_heads, D]; a row sees only its own.
-        segments: the sequences.
+        spans: of the sequences.
         matmul_dtype: of the products with probabilities and their gradients. Scores and their softmax are always
             float32: in bfloat16 a score of 16 would be off by 0.06.
 
@@ -57,7 +57,7 @@ def ttt_attention(
     """
     inputs = [x.float() for x in (query, key, value, *own_keys, *own_values)]
     with torch.autocast(query.device.type, enabled=False):
-        output: torch.Tensor = _TTTAttention.apply(segments, matmul_dtype, *inputs)
+        output: torch.Tensor = _TTTAttention.apply(spans, matmul_dtype, *inputs)
     return output.flatten(1)
 
 
@@ -65,7 +65,7 @@ class _TTTAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        segments: list[Segment],
+        spans: list[Span],
         dtype: torch.dtype,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -76,13 +76,13 @@ class _TTTAttention(torch.autograd.Function):
         q = _scaled(query, key.shape[1])  # [A, kv, group, D]
         own_scores = _own_scores(q, own[:steps])  # [A, kv, group, steps]
         output, own_p = torch.empty_like(q), torch.empty_like(own_scores)
-        for rows, keys, ahead in _blocks(segments, q.device):
+        for rows, keys, ahead in _blocks(spans, q.device):
             p, own_p[rows] = _probabilities(q[rows], key[keys], own_scores[rows], ahead)
             output[rows] = _rows_first(_product(p, value[keys].transpose(0, 1), dtype), q[rows].shape)
         for i, own_value in enumerate(own[steps:]):
             output.addcmul_(own_p[..., i : i + 1], own_value.unsqueeze(2))
         ctx.save_for_backward(q, key, value, output, *own)
-        ctx.segments, ctx.dtype = segments, dtype
+        ctx.spans, ctx.dtype = spans, dtype
         return output.view_as(query)
 
     @staticmethod
@@ -94,7 +94,7 @@ class _TTTAttention(torch.autograd.Function):
         grad_q, grad_key, grad_value = torch.empty_like(q), torch.zeros_like(key), torch.zeros_like(value)
         own_scores = _own_scores(q, own[:steps])
         own_p = torch.empty_like(own_scores)
-        for rows, keys, ahead in _blocks(ctx.segments, q.device):
+        for rows, keys, ahead in _blocks(ctx.spans, q.device):
             q_block, grad_block = _heads_first(q[rows]), _heads_first(grad[rows])
             k_block, v_block = key[keys].transpose(0, 1), value[keys].transpose(0, 1)
             p, own_p[rows] = _probabilities(q[rows], key[keys], own_scores[rows], ahead)
@@ -132,11 +132,11 @@ def _own_scores(q: torch.Tensor, own_keys: tuple[torch.Tensor, ...] | list[torch
     return torch.stack([(q * key.unsqueeze(2)).sum(-1) for key in own_keys], dim=-1)
 
 
-def _blocks(segments: list[Segment], device: torch.device) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+def _blocks(spans: list[Span], device: torch.device) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Blocks: query rows [n], the key rows they see [seen], and bool [n, m]: which of the last m keys are in a query's
     future. The last query of a block sees the last key of its slice.
     """
-    for one in segments:
+    for one in spans:
         at = one.at if one.at is not None else range(one.keys - one.queries, one.keys)
         for start in range(0, one.queries, _BLOCK):
             stands = at[start : start + _BLOCK]

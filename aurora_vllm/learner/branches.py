@@ -25,7 +25,7 @@ from itertools import groupby
 
 import torch
 
-from aurora_vllm.learner.attention import Segment, ttt_attention
+from aurora_vllm.learner.attention import Span, ttt_attention
 from aurora_vllm.learner.batch import Batch
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.rope import cos_sin
@@ -123,7 +123,7 @@ def unroll_branches(
         the path by then, before the final norm that precedes ``lm_head``.
     """
     attn, layer, config = draft.midlayer.self_attn, draft.midlayer, draft.config
-    query, segments = _places(batch, plan, chains)
+    query, spans = _places(batch, plan, chains)
     positions = batch.positions[chains.sequence, chains.root]
 
     hidden = path.outputs[0][:0]
@@ -144,7 +144,7 @@ def unroll_branches(
             cos, sin = cos_sin(positions[:left] + step, draft.frequencies)
             own_keys.append(rotated_keys(draft, k, cos, sin))
             own_values.append(split_heads(draft, v))
-            here = [one for one in segments if one.query_start < left]
+            here = [one for one in spans if one.query_start < left]
             q = rotated_queries(draft, q, cos, sin)
             attended = ttt_attention(q, path.key, path.value, own_keys, own_values, here, matmul_dtype)
             output = draft.finish(attended, normed if config.norm_before_residual else hidden)
@@ -153,8 +153,8 @@ def unroll_branches(
     return outputs
 
 
-def _places(batch: Batch, plan: UnrollPlan, chains: Chains) -> tuple[torch.Tensor, list[Segment]]:
-    """The chains' roots as indices into the active rows, int64 [N], and one segment for the chains of each sequence."""
+def _places(batch: Batch, plan: UnrollPlan, chains: Chains) -> tuple[torch.Tensor, list[Span]]:
+    """The chains' roots as indices into the active rows, int64 [N], and one span for the chains of each sequence."""
     width = batch.input_ids.shape[1]
     order = plan.sequence * width + plan.row  # [S], ascending; so are the active rows
     active = order if plan.active is None else order[plan.active]
@@ -162,10 +162,10 @@ def _places(batch: Batch, plan: UnrollPlan, chains: Chains) -> tuple[torch.Tenso
     query = torch.searchsorted(active, wanted)
     first_key = torch.searchsorted(order, wanted) - chains.root
     roots, first_keys = chains.root.tolist(), first_key.tolist()
-    segments = []
+    spans = []
     groups = zip(chains.leaves.tolist(), chains.sequence.tolist(), strict=True)
     for _, members in groupby(range(len(roots)), key=list(groups).__getitem__):
         start, *rest = members
         at = tuple(roots[start : start + 1 + len(rest)])
-        segments.append(Segment(start, len(at), first_keys[start], at[-1] + 1, at))
-    return query, segments
+        spans.append(Span(start, len(at), first_keys[start], at[-1] + 1, at))
+    return query, spans

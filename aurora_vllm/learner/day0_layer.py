@@ -8,6 +8,7 @@ zero-initialised residual branches of Zhang et al., "Fixup Initialization", arXi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,8 +77,9 @@ class Day0Layer:
         query_rows, key_rows = own["num_attention_heads"] * dim, own["num_key_value_heads"] * dim
         names = [f"midlayer.{name}.weight" for name in _ATTENTION]
         if (read := self._read(_ATTENTION)) is None:
-            rows = query_rows, key_rows, key_rows
-            return _silent(names, [(count, 2 * hidden) for count in rows], (hidden, query_rows), input_norm.dtype)
+            shapes = [(rows, 2 * hidden) for rows in (query_rows, key_rows, key_rows)]
+            silent = silent_branch([*shapes, (hidden, query_rows)], input_norm.dtype)
+            return dict(zip(names, silent, strict=True))
         *inputs, output = read
         tensors = {}
         for kind, name, weight in zip("qkv", names[:3], inputs, strict=True):  # weight: [the target's heads * D, H]
@@ -94,10 +96,10 @@ class Day0Layer:
 
     def _mlp(self, own: dict[str, Any], norm: torch.Tensor) -> Tensors:
         names = [f"midlayer.{name}.weight" for name in _MLP]
-        if not self._is_moe and (read := self._read(_MLP)) is not None:
-            return dict(zip(names, read, strict=True))
-        hidden, inner = len(norm), own["intermediate_size"]
-        return _silent(names, [(inner, hidden), (inner, hidden)], (hidden, inner), norm.dtype)
+        if self._is_moe or (weights := self._read(_MLP)) is None:
+            hidden, inner = len(norm), own["intermediate_size"]
+            weights = silent_branch([(inner, hidden), (inner, hidden), (hidden, inner)], norm.dtype)
+        return dict(zip(names, weights, strict=True))
 
     def _read(self, parts: tuple[str, ...]) -> list[torch.Tensor] | None:
         """Weights of linear layers; None where they are quantized. Raises ValueError where one is missing."""
@@ -120,11 +122,15 @@ class Day0Layer:
         return self._weights[f"{self._prefix}{part}.weight"]
 
 
-def _silent(names: list[str], inputs: list[tuple[int, int]], output: tuple[int, int], dtype: torch.dtype) -> Tensors:
-    """Linear layers of a residual branch without effect: random ones, and the last one zero."""
+def silent_branch(shapes: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Weights of a residual branch without effect: random input projections, and an output projection of zeros.
+
+    Args:
+        shapes: [rows, columns] of each of its linear layers, its output projection last.
+    """
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator) * shape[1] ** -0.5 for shape in inputs]
-    return dict(zip(names, [tensor.to(dtype) for tensor in (*tensors, torch.zeros(output))], strict=True))
+    inputs = [torch.randn(*shape, generator=generator) * shape[1] ** -0.5 for shape in shapes[:-1]]
+    return [weight.to(dtype) for weight in (*inputs, torch.zeros(*shapes[-1]))]
 
 
 def _fold_head_norm(weight: torch.Tensor, norm: torch.Tensor, input_norm: torch.Tensor) -> torch.Tensor:

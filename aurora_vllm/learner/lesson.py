@@ -19,7 +19,7 @@ own previous output in later ones. So the solution is written into its weights l
     fc     A, corrected for the effect of N - r I in the first step, and codes
     MLP    its last projection starts at zero: no effect at first, and free to learn
     norm   one number, chosen so that the guess's size matches its certainty; zero in code channels
-    head   lm_head's own rows, rotated so that they read y as before
+    head   lm_head's own rows, rotated so that they read y as before (readout.py)
 
 y is the target's last hidden state divided by its final norm's weight, and rotated to make room for codes. Induction
 costs channels, so it is tested on the newest requests: unless first guesses on them, learned from the others, are
@@ -45,6 +45,7 @@ from aurora_vllm.learner.lesson_rows import hold_out, pieces_of, windows
 from aurora_vllm.learner.lesson_shape import unknowns_of
 from aurora_vllm.learner.loss import STEP_DECAY
 from aurora_vllm.learner.normal_equations import NormalEquations, Penalties
+from aurora_vllm.learner.readout import Readout
 from aurora_vllm.learner.target import TargetHead
 from aurora_vllm.learner.trajectory import Trajectory
 
@@ -91,14 +92,12 @@ class Lesson:
         self._may_copy = induction and unknowns_of(draft.config) > self._width + 2 * self._hidden
         self._scale = torch.ones(self._width)
         self._basis = torch.eye(self._hidden)  # target's last state over its norm's weight -> the draft's hidden state
-        self._reads = torch.diag(self._final_norm)  # the same -> what lm_head reads now, ...
-        self._unread = torch.zeros(self._hidden, 0)  # ... and the directions of it that lm_head ignores
+        self._readout = Readout(draft, head, self._final_norm)
         self._induction: Induction | None = None
 
     def start_over(self) -> None:
         """The draft's weights are not those of the last lesson: the next one takes ``lm_head`` from the target."""
-        self._reads = torch.zeros(self._hidden, self._hidden)
-        self._unread = torch.eye(self._hidden)
+        self._readout.start_over()
 
     @torch.no_grad()
     def run(self, trajectories: Sequence[Trajectory]) -> Iterator[None]:
@@ -174,7 +173,7 @@ class Lesson:
         eliminated = equations.eliminate()
         either = self._solution(eliminated.solve())
         neither = self._split_up(eliminated.solve(rest=2 * self._hidden))
-        weight = torch.linalg.vector_norm(self._turned_head(), dim=0)
+        weight = torch.linalg.vector_norm(self._readout.rows(self._basis), dim=0)
         errors = torch.zeros(2)
         for piece in held_out:
             features = self._features(piece)
@@ -234,24 +233,9 @@ class Lesson:
 
     def _install(self, solution: Solution, sample: _Features) -> None:
         """Write the solution into the draft, in place. sample: rows for measuring typical sizes."""
-        draft, states = self._draft, sample.states[0]
+        states = sample.states[0]
         size = float(self._sizes(next(self._guesses(solution, sample, 1))).mean())
         solution = replace(solution, guess=solution.guess * self._gain)
-        install(draft, solution, self._induction, self._scale, size, sample.aux, sample.copies[0])
+        install(self._draft, solution, self._induction, self._scale, size, sample.aux, sample.copies[0])
         width = self._induction.width if self._induction is not None else 0
-        turned = self._turned_head()
-        gain = float(turned.norm() / draft.lm_head.weight.norm())  # keeps the length of lm_head's rows
-        draft.lm_head.weight.copy_(turned / gain)
-        draft.norm.weight.fill_(gain * size / float(rms(states[:, width:]).mean()))
-        draft.norm.weight[:width] = 0.0
-        self._unread = self._basis[:, :width]
-        self._reads = gain * self._basis
-        self._reads[:, :width] = 0.0
-
-    def _turned_head(self) -> torch.Tensor:
-        """Rows of ``lm_head`` for this lesson's hidden states. Directions that the previous lesson dropped are taken
-        from the target's. [draft vocabulary, H]"""
-        draft, head = self._draft, self._head
-        rows = draft.lm_head.weight @ (self._reads.T @ self._basis)
-        theirs = head.lm_head[draft.target_ids].float() * self._final_norm @ self._unread
-        return rows.addmm_(theirs, self._unread.T @ self._basis)
+        self._readout.install(self._basis, width, size / float(rms(states[:, width:]).mean()))

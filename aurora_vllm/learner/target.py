@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from aurora_vllm.config_json import read_text_config
 from aurora_vllm.errors import PLAIN, AuroraError, DamagedFile
@@ -71,20 +71,19 @@ def load_target_head(directory: Path) -> TargetHead:
     """Read the two tensors, and no others, of a safetensors checkpoint, sharded or not.
 
     Raises:
-        AuroraError: there is no checkpoint, or no embedding in it.
+        AuroraError: no draft can be trained for this target, see :func:`check_learnable`; or there is no checkpoint, or
+            no embedding in it.
     """
-    files = sorted(directory.glob("*.safetensors"))
+    check_learnable(directory)
     found: dict[str, torch.Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                for wanted in ("embed_tokens.weight", "lm_head.weight"):
-                    # "model.embed_tokens.weight", or "model.language_model.embed_tokens.weight" in multimodal targets
-                    if name == wanted or name.endswith("." + wanted):
-                        found[wanted] = tensors.get_tensor(name)
+    if (weights := _stored_tensors(directory)) is not None:
+        for name in weights.names():
+            for wanted in ("embed_tokens.weight", "lm_head.weight"):
+                # "model.embed_tokens.weight", or "model.language_model.embed_tokens.weight" in multimodal targets
+                if name == wanted or name.endswith("." + wanted):
+                    found[wanted] = weights[name]
     if "embed_tokens.weight" not in found:
         raise AuroraError(f"no token embedding in {directory}", "a safetensors checkpoint of the target is needed")
-    check_learnable(directory)
     embedding = found["embed_tokens.weight"]
     tied = read_text_config(directory).get("tie_word_embeddings", False) or "lm_head.weight" not in found
     return TargetHead(embedding, embedding if tied else found["lm_head.weight"])
@@ -102,7 +101,7 @@ def lent_target_head(
         shape: V, H.
 
     Raises:
-        AuroraError: as :func:`load_target_head`; or there are fewer than V rows.
+        AuroraError: as :func:`check_learnable`; or there are fewer than V rows.
     """
     check_learnable(directory)
     vocabulary, hidden = shape
@@ -132,16 +131,23 @@ def check_learnable(directory: Path) -> None:
                 "for it",
                 without_learner,
             )
-    try:
-        names = StoredTensors(directory).names() if any(directory.glob("*.safetensors")) else ()
-    except SafetensorError as error:
-        raise DamagedFile(f"{directory} holds a damaged safetensors file: {error}", "download it again") from None
-    for name in names:  # "lm_head.qweight", "lm_head.weight_scale"
+    weights = _stored_tensors(directory)
+    for name in weights.names() if weights is not None else ():  # "lm_head.qweight", "lm_head.weight_scale"
         if name.rpartition(".")[0].endswith("lm_head") and not name.endswith((".weight", ".bias")):
             raise AuroraError(
                 f"the target in {directory} has a quantized lm_head ({name}), so no draft can be trained for it",
                 without_learner,
             )
+
+
+def _stored_tensors(directory: Path) -> StoredTensors | None:
+    """A checkpoint's tensors; None where it has no safetensors files, or not yet."""
+    if not any(directory.glob("*.safetensors")):
+        return None
+    try:
+        return StoredTensors(directory)
+    except SafetensorError as error:
+        raise DamagedFile(f"{directory} holds a damaged safetensors file: {error}", "download it again") from None
 
 
 def weights_fingerprint(directory: Path) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from aurora_vllm.learner.attention import Segment, ttt_attention
+from aurora_vllm.learner.attention import Span, ttt_attention
 from aurora_vllm.learner.batch import Batch
 from aurora_vllm.learner.draft import Eagle3Draft
 from aurora_vllm.learner.rope import cos_sin, rotate
@@ -28,11 +28,11 @@ from aurora_vllm.learner.target import TargetHead
 class UnrollPlan:
     """The rows of an unroll: S key rows (all t up to the last needed one), of which A are active (they predict)."""
 
-    segments: list[Segment]
+    spans: list[Span]
     sequence: torch.Tensor  # int64 [S], b
     row: torch.Tensor  # int64 [S], t
     active: torch.Tensor | None  # int64 [A], indices of key rows; None if all are active
-    last_of_segment: torch.Tensor  # int64 [A], index of the last key row of the same sequence
+    last_of_sequence: torch.Tensor  # int64 [A], index of the last key row of the same sequence
     target_sequence: torch.Tensor  # int64 [M], b of each target row that counts
     target_row: torch.Tensor  # int64 [M], j
     query_of_target: torch.Tensor  # int64 [M], index of the active row with t = j-1; that of step i is i lower
@@ -64,7 +64,7 @@ def plan_unroll(counts: torch.Tensor, ttt_length: int, needed: torch.Tensor | No
         ttt_length: K.
         needed: bool [B, T], further rows t that must be active.
     """
-    segments: list[Segment] = []
+    spans: list[Span] = []
     rows, targets, active = [], [], []
     key_start = query_start = 0
     for b in range(len(counts)):
@@ -74,7 +74,7 @@ def plan_unroll(counts: torch.Tensor, ttt_length: int, needed: torch.Tensor | No
             continue
         keys = int(torch.cat([target, beside + 1]).max())
         first = max(0, int(torch.cat([target - ttt_length, beside]).min()))
-        segments.append(Segment(query_start, keys - first, key_start, keys))
+        spans.append(Span(query_start, keys - first, key_start, keys))
         row = torch.arange(keys, device=counts.device)
         rows.append(torch.stack([torch.full_like(row, b), row]))
         active.append(torch.stack([row[first:] + key_start, torch.full_like(row[first:], key_start + keys - 1)]))
@@ -85,7 +85,7 @@ def plan_unroll(counts: torch.Tensor, ttt_length: int, needed: torch.Tensor | No
     index, last = torch.cat(active, 1) if active else empty[:2]
     target_sequence, target_row, query = torch.cat(targets, 1) if targets else empty
     everything = key_start == query_start
-    return UnrollPlan(segments, sequence, row, None if everything else index, last, target_sequence, target_row, query)
+    return UnrollPlan(spans, sequence, row, None if everything else index, last, target_sequence, target_row, query)
 
 
 def unroll(
@@ -143,13 +143,13 @@ def _unroll(
             query = token_q
         else:
             # Rows past the last target row do not count; they read the last token again, to stay in bounds.
-            shifted = torch.minimum(active + step, plan.last_of_segment)  # [A] into S
+            shifted = torch.minimum(active + step, plan.last_of_sequence)  # [A] into S
             cos, sin = cos_sin(positions[active] + step, draft.frequencies)
             own_keys.append(rotated_keys(draft, token_k[shifted] + F.linear(normed, k_hidden), cos, sin))
             own_values.append(split_heads(draft, token_v[shifted] + F.linear(normed, v_hidden)))
             query = token_q[shifted - query_offset]
         query = rotated_queries(draft, query + F.linear(normed, q_hidden), cos, sin)
-        attended = ttt_attention(query, key, value, own_keys, own_values, plan.segments, dtype)
+        attended = ttt_attention(query, key, value, own_keys, own_values, plan.spans, dtype)
         output = draft.finish(attended, normed if config.norm_before_residual else hidden)
         outputs.append(output)
         hidden = draft.norm(output) if config.norm_output else output

@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+W = TypeVar("W", bound=type)
 
 SLOTS = 1 << 15  # of 8 bytes; the chunk is twice as large, and what is left of it has room for a step's calls
 
@@ -28,3 +29,10 @@ def with_room(function: Callable[P, R]) -> Callable[P, R]:
 
     call.__code__ = call.__code__.replace(co_stacksize=SLOTS)
     return functools.wraps(function)(call)
+
+
+def with_roomy_steps(worker: W) -> W:
+    """Decorates a subclass of vLLM's worker: the two calls that make a step have room."""
+    for name in ("execute_model", "sample_tokens"):
+        setattr(worker, name, with_room(getattr(worker, name)))
+    return worker

@@ -1,6 +1,6 @@
 """AuroraWorker: vLLM's worker, with capture and weight swaps attached after the model is loaded.
 
-Chosen by ``--worker-cls``. It is a subclass of the platform's own worker; six methods are extended, and each calls the
+Chosen by ``--worker-cls``. It is a subclass of the platform's own worker; five methods are extended, and each calls the
 original. If anything fails here, plain serving goes on.
 """
 
@@ -16,7 +16,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 
 from aurora_vllm.spec_decode.attachment import Attachment
-from aurora_vllm.spec_decode.frame_stack import with_room
+from aurora_vllm.spec_decode.frame_stack import with_roomy_steps
 from aurora_vllm.spec_decode.mends import mend
 from aurora_vllm.spec_decode.sampling_fix import sample_plainly_without_drafts
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
+@with_roomy_steps
 class AuroraWorker(PlatformWorker):
     """vLLM's worker with capture and weight swaps."""
 
@@ -50,15 +51,10 @@ class AuroraWorker(PlatformWorker):
         if self._aurora is not None:
             self._aurora.start_serving()
 
-    @with_room
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         if self._aurora is not None:
             self._aurora.step_starts(scheduler_output)
         return super().execute_model(scheduler_output)
-
-    @with_room
-    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        return super().sample_tokens(*args, **kwargs)
 
     def shutdown(self) -> None:
         if self._aurora is not None:

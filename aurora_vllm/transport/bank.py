@@ -30,57 +30,14 @@ from typing import Any
 
 import torch
 
-from aurora_vllm.transport.bank_layout import (
-    EVIDENCE_BYTES,
-    PAGE,
-    SLOTS,
-    SPECS_AT,
-    TensorSpec,
-    bank_bytes,
-    check_tensors,
-    decode,
-    encode,
-    sizes,
-    weights_bytes,
-)
-from aurora_vllm.transport.bank_slot import Slot, SlotWords
-from aurora_vllm.transport.block import Block, Bool, Int
+from aurora_vllm.transport.bank_header import BankHeader
+from aurora_vllm.transport.bank_layout import EVIDENCE_BYTES, TensorSpec, bank_bytes, check_tensors, weights_bytes
+from aurora_vllm.transport.bank_slot import Slot
 from aurora_vllm.transport.fence import fence
-from aurora_vllm.transport.memory import HostMemory, Memory
+from aurora_vllm.transport.memory import Memory
 from aurora_vllm.transport.segment import Segment
 
-MAGIC = int.from_bytes(b"AURORABK", "little")
-FORMAT = 1
-
 __all__ = ["Publication", "TensorSpec", "TornPublish", "WeightBank", "bank_bytes", "weights_bytes"]
-
-
-class _Layout(Block):
-    """Written once, when the bank is made."""
-
-    __slots__ = ()
-
-    magic = Int()
-    format = Int()
-    spec_bytes = Int()
-    weights_elsewhere = Bool()
-
-
-class _LearnerWords(Block):
-    __slots__ = ()
-
-    published = Int()
-
-
-class _WorkerWords(Block):
-    __slots__ = ()
-
-    held = Int()  # live << 32 | previous, so that both change in one store
-
-
-_LEARNER_AT = _Layout.size()
-_WORKER_AT = _LEARNER_AT + _LearnerWords.size()
-_SLOTS_AT = _WORKER_AT + _WorkerWords.size()
 
 
 class TornPublish(RuntimeError):
@@ -113,30 +70,9 @@ class WeightBank:
     """Use :meth:`create` or :meth:`attach`."""
 
     def __init__(self, segment: Segment, memory: Memory | None = None) -> None:
-        layout = _Layout(segment.buf) if segment.size >= PAGE else None
-        if layout is None or layout.magic != MAGIC or layout.format != FORMAT:
-            raise ValueError(f"segment {segment.name} holds no weight bank of format {FORMAT}")
-        encoded = bytes(segment.buf[SPECS_AT : SPECS_AT + layout.spec_bytes])
-        self.specs = decode(encoded)
-        if (memory is not None) != layout.weights_elsewhere:
-            where = "in other memory, which is to be given" if memory is None else "in it, nowhere else"
-            raise ValueError(f"segment {segment.name} holds a bank whose weights lie {where}")
-        header, weights = sizes(self.specs, encoded)
-        if memory is None:
-            memory = HostMemory(segment, header)
-            stride, evidence_at, evidence_stride = weights + EVIDENCE_BYTES, header + weights, weights + EVIDENCE_BYTES
-        else:
-            stride, evidence_at, evidence_stride = weights, header, EVIDENCE_BYTES
-        enough = segment.size >= evidence_at + (SLOTS - 1) * evidence_stride + EVIDENCE_BYTES
-        if not enough or len(memory.bytes) < (SLOTS - 1) * stride + weights:
-            raise ValueError(f"segment {segment.name} is too small for its weight bank")
-        self._learner = _LearnerWords(segment.buf[_LEARNER_AT:])
-        self._worker = _WorkerWords(segment.buf[_WORKER_AT:])
-        self._slots = []
-        for i in range(SLOTS):
-            words = SlotWords(segment.buf[_SLOTS_AT + i * SlotWords.size() :])
-            evidence = segment.buf[evidence_at + i * evidence_stride :][:EVIDENCE_BYTES]
-            self._slots.append(Slot(words, evidence, memory, i * stride, weights, self.specs))
+        header = BankHeader(segment)
+        self.specs = header.specs
+        self._learner, self._worker, self._slots = header.learner, header.worker, header.slots(memory)
 
     @classmethod
     def create(cls, segment: Segment, specs: Sequence[TensorSpec], memory: Memory | None = None) -> WeightBank:
@@ -154,12 +90,7 @@ class WeightBank:
         wanted = bank_bytes(specs, weights_elsewhere=memory is not None)
         if segment.size < wanted:
             raise ValueError(f"a weight bank of {wanted} bytes does not fit into {segment.size} bytes")
-        encoded = encode(specs)
-        layout = _Layout(segment.buf)
-        layout.format, layout.spec_bytes, layout.weights_elsewhere = FORMAT, len(encoded), memory is not None
-        segment.buf[SPECS_AT : SPECS_AT + len(encoded)] = encoded
-        fence()
-        layout.magic = MAGIC  # last, so that a process that finds it finds the rest
+        BankHeader.write(segment, specs, weights_elsewhere=memory is not None)
         return cls(segment, memory)
 
     @classmethod

@@ -37,7 +37,7 @@ class Block:
 
     __slots__ = ("buf", "floats", "ints")
 
-    fields: ClassVar[dict[str, Field[Any]]] = {}  # in the order of their memory; a base class's come first
+    fields: ClassVar[dict[str, BlockField[Any]]] = {}  # in the order of their memory; a base class's come first
 
     def __init__(self, buf: memoryview) -> None:
         """Over the first :meth:`size` bytes of `buf`, aligned to 8 bytes."""
@@ -46,7 +46,7 @@ class Block:
 
     def __init_subclass__(cls) -> None:
         at = sum(field.size for field in cls.fields.values())
-        own = {name: field for name, field in vars(cls).items() if isinstance(field, Field)}
+        own = {name: field for name, field in vars(cls).items() if isinstance(field, BlockField)}
         for field in own.values():
             field.at, at = at, at + field.size
         cls.fields = cls.fields | own
@@ -61,7 +61,7 @@ class Block:
         return {name: _finite(getattr(self, name)) for name in self.fields}
 
 
-class Field(ABC, Generic[T]):
+class BlockField(ABC, Generic[T]):
     """A descriptor: the type of a field, and its place in the block."""
 
     at: int  # offset in bytes in the block
@@ -83,7 +83,7 @@ class Field(ABC, Generic[T]):
     def _load(self, block: Block) -> T: ...
 
 
-class Int(Field[int]):
+class Int(BlockField[int]):
     """int64."""
 
     def _load(self, block: Block) -> int:
@@ -93,7 +93,7 @@ class Int(Field[int]):
         block.ints[self.at // 8] = int(value)
 
 
-class Bool(Field[bool]):
+class Bool(BlockField[bool]):
     """An int64 that is 0 or 1."""
 
     def _load(self, block: Block) -> bool:
@@ -103,7 +103,7 @@ class Bool(Field[bool]):
         block.ints[self.at // 8] = int(value)
 
 
-class Float(Field[float]):
+class Float(BlockField[float]):
     """float64."""
 
     def _load(self, block: Block) -> float:
@@ -113,7 +113,7 @@ class Float(Field[float]):
         block.floats[self.at // 8] = float(value)
 
 
-class Wide(Field[T]):
+class Wide(BlockField[T]):
     """A counter and :data:`COPIES` copies of `width` bytes."""
 
     def __init__(self, width: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aurora_vllm.spec_decode.frame_stack import with_room
+from aurora_vllm.spec_decode.frame_stack import SLOTS, with_room, with_roomy_steps
 
 CALLS, DEEPEST = 200, 400
 
@@ -47,3 +47,22 @@ def test_arguments_results_and_errors_pass() -> None:
         divide(3, by=0)
     with pytest.raises(TypeError):
         divide(3, 2)  # type: ignore[misc]
+
+
+def test_both_calls_of_a_step_have_room_in_the_subclass_only() -> None:
+    class Worker:
+        def execute_model(self, batch: int) -> int:
+            return batch
+
+        def sample_tokens(self, batch: int) -> int:
+            return -batch
+
+    @with_roomy_steps
+    class Ours(Worker):
+        def execute_model(self, batch: int) -> int:
+            return super().execute_model(batch) + 1
+
+    assert (Ours().execute_model(5), Ours().sample_tokens(5)) == (6, -5)
+    for name in ("execute_model", "sample_tokens"):
+        sizes = [getattr(one, name).__code__.co_stacksize for one in (Ours, Worker)]
+        assert sizes[0] == SLOTS and sizes[1] < 100

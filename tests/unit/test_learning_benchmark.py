@@ -15,7 +15,8 @@ from aurora_vllm.learner.evaluate import Score, simulate
 from aurora_vllm.learner.target import load_target_head
 from aurora_vllm.spec_decode.prompt_lookup import KINDS, EarlierAnswers
 from benchmarks.copies import Walk, simulate_with_copies
-from benchmarks.learning import ARMS, DRAFT_LENGTH, RELEASE_BATCH, WINDOW, Arm, Run, _names, learn, summary
+from benchmarks.learning import DRAFT_LENGTH, WINDOW, Run, learn, summary
+from benchmarks.learning_arms import ARMS, RELEASE_BATCH, Arm, arm_names
 from tests.unit.tiny_world import LAYOUT, World
 
 
@@ -53,10 +54,10 @@ def test_an_arm_that_never_gets_there_counts_with_the_length_of_its_run() -> Non
 
 
 def test_arms_by_name() -> None:
-    assert _names("") == list(ARMS)
-    assert {"ours", "discard_0.1_3", "discard_1_8"} <= set(_names("ours,discard"))
+    assert arm_names("") == list(ARMS)
+    assert {"ours", "discard_0.1_3", "discard_1_8"} <= set(arm_names("ours,discard"))
     with pytest.raises(typer.BadParameter, match="no arm nonsense"):
-        _names("ours, nonsense")
+        arm_names("ours, nonsense")
 
 
 def test_a_replay_scores_what_it_has_not_trained_on_and_leaves_the_draft_alone(tmp_path: Path) -> None:

@@ -280,13 +280,13 @@ def test_what_lm_head_was_taught_outlasts_a_lesson() -> None:
     for world in (repetitive_world(head, norm, 80, seed=0), repetitive_world(head, norm, 80, seed=1)):
         with torch.no_grad():
             draft.lm_head.weight += 0.1 * torch.randn(draft.lm_head.weight.shape)
-        made = draft.lm_head.weight @ teacher._reads.T  # of the target's states
-        made += (head.lm_head[draft.target_ids] * norm) @ teacher._unread @ teacher._unread.T
+        made = draft.lm_head.weight @ teacher._readout._reads.T  # of the target's states
+        made += (head.lm_head[draft.target_ids] * norm) @ teacher._readout._unread @ teacher._readout._unread.T
         for _ in teacher.run(world):
             pass
-        assert teacher._unread.shape == (HIDDEN, CODES)
-        made -= made @ teacher._unread @ teacher._unread.T
-        torch.testing.assert_close(draft.lm_head.weight @ teacher._reads.T, made, atol=1e-3, rtol=1e-3)
+        assert teacher._readout._unread.shape == (HIDDEN, CODES)
+        made -= made @ teacher._readout._unread @ teacher._readout._unread.T
+        torch.testing.assert_close(draft.lm_head.weight @ teacher._readout._reads.T, made, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("told", [True, False])
