@@ -5,6 +5,7 @@ One process for all engines that a file asks for, one after the other: importing
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ def serve(
 
 def main() -> None:
     request = json.load(sys.stdin)
+    gc.set_threshold(50_000, 20, 100)  # as to why, see tests/conftest.py
     print("\n" + json.dumps([_serve(arguments, request) for arguments in request["engines"]]))
 
 
