@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # every engine would look into the CPU for a report about tests
+
+# Two processes share the files in this order. Long ones first: one that began last would leave a core without work.
+# test_adaptation before test_server, which kills a server at its end: neither may find what the other leaves behind.
+LONGEST_FIRST = ("test_adaptation.py", "test_server.py", "test_device_copies.py", "test_capture.py", "test_swap.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    places = [place for place, item in enumerate(items) if item.path.parent == here]
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    ordered = sorted((items[place] for place in places), key=lambda item: rank.get(item.path.name, len(rank)))
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
 
 
 @pytest.fixture(scope="session")

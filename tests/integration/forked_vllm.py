@@ -42,7 +42,13 @@ def make_fork(directory: Path, installed: Path) -> Path:
 def _link(source: Path, target: Path, changed: set[Path]) -> None:
     target.mkdir(parents=True)
     for entry in source.iterdir():
-        if entry in changed or entry.name == "__pycache__":
+        if entry in changed:
+            continue
+        if entry.name == "__pycache__":  # linked one by one: what is compiled of the fork must not land in there
+            (target / entry.name).mkdir()
+            for compiled in entry.iterdir():
+                if entry.parent / f"{compiled.name.partition('.')[0]}.py" not in changed:
+                    (target / entry.name / compiled.name).symlink_to(compiled)
             continue
         if entry.is_dir() and any(path.is_relative_to(entry) for path in changed):
             _link(entry, target / entry.name, changed)

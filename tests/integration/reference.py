@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ TOLERANCE = 1e-3
 OF_MASSIVE = 1e-5
 # A rejected branch is text nobody would write ("to to to"); there float32 is off its float64 self by several 1e-3.
 BRANCH_TOLERANCE = 1e-2
-BRANCHES_COMPARED = 6  # of each request; every one costs a forward pass of transformers
+BRANCHES_COMPARED = 6  # of each request; every one costs a forward pass of transformers over its tokens
 
 
 @dataclass
@@ -93,12 +94,40 @@ class Reference:
         self._model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
         self._aux_layers = aux_layers
 
-    @torch.inference_mode()
     def states(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Aux states [T, n*H] and last hidden states [T, H] of a sequence."""
-        out = self._model.model(torch.tensor([tokens]), output_hidden_states=True)
+        return self._forward(tokens)[:2]
+
+    def branching(
+        self, tokens: list[int], branches: list[tuple[int, list[int]]]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """As ``states``; and the same of each branch, which goes on from the cache instead of computing the path again.
+
+        Args:
+            branches: the position at which each leaves the sequence, and its tokens from there on.
+        """
+        aux, last, cache = self._forward(tokens)
+        found = []
+        for start, branch in branches:
+            until_there = copy.deepcopy(cache)
+            until_there.crop(start)
+            found.append(self._forward(branch, until_there)[:2])
+        return aux, last, found
+
+    @torch.inference_mode()
+    def last_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Last hidden states of several sequences of the same length. [n, T] -> [n, T, H]"""
+        out: torch.Tensor = self._model.model(tokens, use_cache=False).last_hidden_state
+        return out
+
+    @torch.inference_mode()
+    def _forward(self, tokens: list[int], cache: Any = None) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Of tokens behind what is in the cache. The states of theirs, and the cache with them."""
+        out = self._model.model(
+            torch.tensor([tokens]), past_key_values=cache, use_cache=True, output_hidden_states=True
+        )
         aux = torch.cat([out.hidden_states[layer][0] for layer in self._aux_layers], dim=-1)
-        return aux, out.last_hidden_state[0]
+        return aux, out.last_hidden_state[0], out.past_key_values
 
 
 def assert_states_agree(reference: Reference, requests: list[RequestRows], full_prefixes: dict[int, list[int]]) -> int:
@@ -108,17 +137,19 @@ def assert_states_agree(reference: Reference, requests: list[RequestRows], full_
         first = min(request.path)
         tokens = full_prefixes.get(index, [])[:first] + request.tokens
         assert sorted(request.path) == list(range(first, len(tokens)))
-        aux, last = reference.states(tokens)
+        branches = request.branches[:BRANCHES_COMPARED]
+        aux, last, of_branches = reference.branching(
+            tokens, [(branch[0][0], [token for _, token, _, _ in branch]) for branch in branches]
+        )
         allowed = (aux.abs().amax(0) * OF_MASSIVE).clamp(min=TOLERANCE)  # [3H]
         for position, (_, got_aux, got_last) in request.path.items():
             assert ((got_aux - aux[position]).abs() <= allowed).all()
             assert (got_last - last[position]).abs().max() <= TOLERANCE
             compared += 1
-        for branch in request.branches[:BRANCHES_COMPARED]:
-            start = branch[0][0]
-            aux, last = reference.states(tokens[:start] + [token for _, token, _, _ in branch])
+        for branch, (aux, last) in zip(branches, of_branches, strict=True):
             for position, _, got_aux, got_last in branch:
-                assert ((got_aux - aux[position]).abs() <= allowed.clamp(min=BRANCH_TOLERANCE)).all()
-                assert (got_last - last[position]).abs().max() <= BRANCH_TOLERANCE
+                at = position - branch[0][0]
+                assert ((got_aux - aux[at]).abs() <= allowed.clamp(min=BRANCH_TOLERANCE)).all()
+                assert (got_last - last[at]).abs().max() <= BRANCH_TOLERANCE
                 compared += 1
     return compared

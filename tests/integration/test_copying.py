@@ -14,12 +14,20 @@ def repeating(served: Served) -> list[list[int]]:
     return [served.text(60, 1) * 2, served.text(40, 2) * 3, *served.short[:2]]
 
 
+@pytest.fixture(scope="module")
+def plain(served_by_v1: Served) -> list[list[int]]:
+    """What the target answers alone."""
+    with served_by_v1.engine.draft_length("never"):
+        outputs = served_by_v1.generate(repeating(served_by_v1), max_tokens=48)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_k": 1}])
-def test_answers_stay_the_target_s_and_rows_agree(served_by_v1: Served, sampling: dict[str, float]) -> None:
+def test_answers_stay_the_target_s_and_rows_agree(
+    served_by_v1: Served, plain: list[list[int]], sampling: dict[str, float]
+) -> None:
     served, prompts = served_by_v1, repeating(served_by_v1)
     engine, booked = served.engine, served.engine.control.scheduler
-    with engine.draft_length("never"):
-        plain = [o.outputs[0].token_ids for o in served.generate(prompts, max_tokens=48)]
     served.finish()
     assert engine.llm.reset_prefix_cache()  # rows from the first position on
     counters = engine.spec_decode_counters()
@@ -29,7 +37,7 @@ def test_answers_stay_the_target_s_and_rows_agree(served_by_v1: Served, sampling
         outputs = served.generate(prompts, max_tokens=48, **sampling)
         rows = served.finish()
         assert len(copier._requests) <= 1  # those that ended are forgotten with the next step
-    assert [o.outputs[0].token_ids for o in outputs] == plain
+    assert [list(o.outputs[0].token_ids) for o in outputs] == plain
     drafts, accepted = booked.copied_drafts - before[0], booked.copied_accepted - before[1]
     assert drafts > 20 and accepted > 60  # of these answers' tokens; of the day-0 draft's next to none are
     counted = served.assert_vllm_counted_the_same(rows, counters)

@@ -19,6 +19,7 @@ from tests.integration import plain
 from tests.integration.test_swap import publish_and_commit
 
 MAX_TOKENS, STEPS = 24, 8
+FORMS = ("eagle3", "speculators")
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +64,24 @@ def learned(engine: Engine, prompts: list[str], tmp_path_factory: pytest.TempPat
     }
 
 
-def plain_vllm(target: Path, draft: Path, prompts: list[str]) -> dict[str, Any]:
-    """The server's own arguments for a draft, but vLLM alone."""
-    return plain.serve(small_arguments(target, draft), prompts, MAX_TOKENS)
+@pytest.fixture(scope="module")
+def served(
+    target: Path, learned: dict[str, Any], prompts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What vLLM alone, with the server's own arguments for a draft, makes of each exported form."""
+    directory = tmp_path_factory.mktemp("exported")
+    for form in FORMS:
+        assert cli.main(["export", str(learned["checkpoint"]), str(directory / form), "--format", form]) == 0
+    engines = [small_arguments(target, directory / form) for form in FORMS]
+    return dict(zip(FORMS, plain.serve(engines, prompts, MAX_TOKENS), strict=True))
 
 
-@pytest.mark.parametrize("form", ["eagle3", "speculators"])
+@pytest.mark.parametrize("form", FORMS)
 def test_plain_vllm_serves_what_was_learned(
-    form: str, target: Path, learned: dict[str, Any], prompts: list[str], tmp_path: Path
+    form: str, learned: dict[str, Any], served: dict[str, dict[str, Any]]
 ) -> None:
     assert learned["acceptance"] > 1.3  # a draft that learned nothing would prove nothing
-    out = tmp_path / "out"
-    assert cli.main(["export", str(learned["checkpoint"]), str(out), "--format", form]) == 0
-    found = plain_vllm(target, out, prompts)
+    found = served[form]
     assert found["aurora"] == []
     assert found["tokens"] == learned["tokens"]
     acceptance = 1 + found["accepted"] / found["drafts"]

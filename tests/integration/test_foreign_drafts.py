@@ -44,13 +44,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def traffic(target: Path) -> list[Trajectory]:
     """What transformers answers, greedily, and its states. Each answer is longer than vLLM's by the drafts."""
     reference, head, done = Reference(target, AUX_LAYERS), load_target_head(target), []
-    for request in range(PROMPTS):
-        tokens = torch.randint(V, (6,), generator=torch.Generator().manual_seed(request)).tolist()
-        while len(tokens) < 6 + ANSWER + 4:
-            _, last = reference.states(tokens)
-            tokens.append(int(head.argmax(last[-1:])))
-        aux, last = reference.states(tokens)
-        done.append(Trajectory(request, 0, torch.tensor(tokens), aux, last, 6, 1, 0.0))
+    seeds = [torch.Generator().manual_seed(request) for request in range(PROMPTS)]
+    tokens = torch.stack([torch.randint(V, (6,), generator=seed) for seed in seeds])
+    while tokens.shape[1] < 6 + ANSWER + 4:
+        tokens = torch.cat([tokens, head.argmax(reference.last_states(tokens)[:, -1])[:, None]], 1)
+    for request, one in enumerate(tokens):
+        aux, last = reference.states(one.tolist())
+        done.append(Trajectory(request, 0, one.clone(), aux, last, 6, 1, 0.0))
     return done
 
 
@@ -94,14 +94,12 @@ def acceptance(draft: Eagle3Draft, target: Path, traffic: list[Trajectory]) -> f
     return sum((simulate(draft, head, one, 3) for one in traffic), Score(0, (0, 0, 0))).acceptance_length
 
 
-@pytest.mark.parametrize("write", [as_yuhuili, as_speculators_with_a_qwen3_layer])
-def test_vllm_accepts_what_the_learner_predicts(
-    write: Any, target: Path, traffic: list[Trajectory], tmp_path: Path
-) -> None:
-    directory = write(target, traffic, tmp_path)
-    draft = load_draft(directory)
-    predicted = acceptance(draft, target, traffic)
-    arguments = {
+FORMATS = (as_yuhuili, as_speculators_with_a_qwen3_layer)
+
+
+def arguments(target: Path, draft: Path) -> dict[str, Any]:
+    """Of vllm.LLM."""
+    return {
         "model": str(target),
         "skip_tokenizer_init": True,
         "dtype": "float32",
@@ -110,9 +108,28 @@ def test_vllm_accepts_what_the_learner_predicts(
         "block_size": 32,
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 16 << 20,
-        "speculative_config": {"method": "eagle3", "model": str(directory), "num_speculative_tokens": 3},
+        "speculative_config": {"method": "eagle3", "model": str(draft), "num_speculative_tokens": 3},
     }
-    found = plain.serve(arguments, [one.token_ids[:6].tolist() for one in traffic], ANSWER)
+
+
+@pytest.fixture(scope="module")
+def drafts(
+    target: Path, traffic: list[Trajectory], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Any, tuple[Path, dict[str, Any]]]:
+    """Of each format a draft, and what vLLM made of it."""
+    written = [write(target, traffic, tmp_path_factory.mktemp(write.__name__)) for write in FORMATS]
+    prompts = [one.token_ids[:6].tolist() for one in traffic]
+    found = plain.serve([arguments(target, directory) for directory in written], prompts, ANSWER)
+    return dict(zip(FORMATS, zip(written, found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_vllm_accepts_what_the_learner_predicts(
+    write: Any, target: Path, traffic: list[Trajectory], drafts: dict[Any, tuple[Path, dict[str, Any]]]
+) -> None:
+    directory, found = drafts[write]
+    draft = load_draft(directory)
+    predicted = acceptance(draft, target, traffic)
     assert found["tokens"] == [one.token_ids[6 : 6 + ANSWER].tolist() for one in traffic]
     served = 1 + found["accepted"] / found["drafts"]
     print(f"{write.__name__}: predicted {predicted:.3f}, served {served:.3f}, {found['drafts']} verifications")
