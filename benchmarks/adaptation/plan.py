@@ -130,7 +130,7 @@ class _Planner:
         ]
 
     def crowd(self) -> list[Slot]:
-        """Sixteen requests at a time; at far fewer, a CPU is already compute-bound."""
+        """Sixteen requests at a time, for at least twice as many; at far fewer, a CPU is already compute-bound."""
         return [self._mix("crowd", CROWD, ("plain", "aurora")) for _ in range(2 * self._sizes.other_windows)]
 
     def file(self) -> list[Slot]:
@@ -166,7 +166,8 @@ class _Planner:
         return Slot(workload, part, domain, _take(source, self._sizes.window, domain), concurrency, 0.0, arms)
 
     def _mix(self, workload: str, concurrency: int, arms: tuple[str, ...], temperature: float = 0.0) -> Slot:
-        names = itertools.islice(itertools.cycle(self._learn), self._sizes.window)
+        window = max(self._sizes.window, 2 * CROWD) if concurrency == CROWD else self._sizes.window
+        names = itertools.islice(itertools.cycle(self._learn), window)
         prompts = [prompt for name in names for prompt in _take(self._learn[name], 1, name)]
         self._rng.shuffle(prompts)
         return Slot(workload, MEASURE, "mixed", tuple(prompts), concurrency, temperature, arms)

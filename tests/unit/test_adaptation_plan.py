@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from aurora_vllm.errors import AuroraError
 from benchmarks.adaptation import __main__ as program
-from benchmarks.adaptation.plan import ARMS, LEARN, MEASURE, WORKLOADS, Sizes, make_plan, order
+from benchmarks.adaptation.plan import ARMS, CROWD, LEARN, MEASURE, WORKLOADS, Sizes, make_plan, order
 from benchmarks.adaptation.prompts import (
     CODING,
     FILE,
@@ -62,7 +62,8 @@ def test_no_prompt_is_sent_twice_and_windows_are_whole(sizes: Sizes, seed: int) 
     slots = make_plan(WORKLOADS, sizes, world(), ARMS, seed)
     texts = [prompt.text for slot in slots for prompt in slot.prompts]
     assert len(set(texts)) == len(texts)
-    assert all(len(slot.prompts) == sizes.window for slot in slots)
+    crowded = 2 * CROWD  # else sixteen would not run together for long
+    assert all(len(slot.prompts) == (crowded if slot.concurrency == CROWD else sizes.window) for slot in slots)
     assert slots == make_plan(WORKLOADS, sizes, world(), ARMS, seed)
     shifted = [slot for slot in slots if slot.workload == "shift"]
     last = max(1, sizes.domain_windows // 3)
