@@ -56,11 +56,14 @@ def test_a_step_beside_a_burst_of_the_learner_says_nothing_of_k(
 @pytest.mark.parametrize("running", [0, 8])
 def test_a_learner_that_was_killed_in_a_burst_works_no_more(tmp_path: Path, running: int) -> None:
     with session(World(), tmp_path) as (current, _):
-        control = SpeculationAdvisor(current, 2)._control
+        advisor = SpeculationAdvisor(current, 2)
+        control, steps = advisor._control, advisor._steps
         control.learner.pid, control.learner.working, control.server.learner_pid = 7, True, running
-        assert not SpeculationAdvisor(current, 2)._learner_works()
-        control.server.learner_pid = 7
-        assert SpeculationAdvisor(current, 2)._learner_works()
+        for expected in (False, True):
+            steps.begin()
+            step = steps.end()
+            assert step is not None and step.beside_learner == expected
+            control.server.learner_pid = 7
 
 
 def test_where_choosing_fails_the_status_does_not_show_what_was_chosen_before(

@@ -98,7 +98,8 @@ def test_stop_gives_a_learner_the_time_to_save(keep: Any, tmp_path: Path) -> Non
     script = (
         "import signal, sys, time\n"
         f"def end(*_): time.sleep(0.5); open({str(saved)!r}, 'w'); sys.exit()\n"
-        f"signal.signal(signal.SIGTERM, end); open({str(up)!r}, 'w'); time.sleep(60)"
+        f"signal.signal(signal.SIGTERM, end); open({str(up)!r}, 'w')\n"
+        "while True: time.sleep(0.1)"  # a signal just before one long sleep would be handled after it
     )
     supervisor, _ = keep(script, stop_s=20.0)
     wait_for(up.exists)
