@@ -204,6 +204,27 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     server.stop()
 
 
+def test_to_ask_a_server_takes_next_to_no_time_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked once a second while it is measured."""
+    script = (
+        "import sys; from http.server import *\n"
+        "class Handler(BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b'{\"a\": 1}')\n"
+        "ThreadingHTTPServer(('127.0.0.1', int(sys.argv[-1])), Handler).serve_forever()\n"
+    )
+    monkeypatch.setattr(servers, "PROGRAM", (sys.executable, "-c", script))
+    server = servers.Server("plain", [], tmp_path / "log", {})
+    try:
+        servers.wait_up([server], 60, lambda waited: None)
+        assert server.status() == {"a": 1}
+        began = time.thread_time()
+        for _ in range(10):
+            server.status()
+        assert time.thread_time() - began < 10 * 0.015  # 0.045 with a client for each
+    finally:
+        server.stop()
+
+
 def test_ending_a_server_ends_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "server.py"
     script.write_text(
