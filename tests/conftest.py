@@ -22,7 +22,6 @@ gc.disable()
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
     gc.enable()
 
 

@@ -17,7 +17,8 @@ from aurora_vllm.control.copy_kinds import CopyKinds
 from aurora_vllm.control.copying import Copies
 
 ORDERS = (1, 2, 3, 8)  # tokens of context that a copy may rest on
-NUM_KINDS = CopyKinds(ORDERS).count
+KINDS = CopyKinds(ORDERS)
+NUM_KINDS = KINDS.count
 COPIED, ORIGINS = 2, 3  # who proposed: 0 and 1 are the newest two versions of the draft, which take turns
 
 

@@ -6,8 +6,7 @@ taken from the counts, which distinguish copies and come a few steps late.
 
 from __future__ import annotations
 
-from aurora_vllm.control.copy_counts import NUM_KINDS, ORDERS, CountsReader, TakeVerdicts
-from aurora_vllm.control.copy_kinds import CopyKinds
+from aurora_vllm.control.copy_counts import KINDS, NUM_KINDS, CountsReader, TakeVerdicts
 from aurora_vllm.control.copying import Copies
 from aurora_vllm.transport.control import ControlBlock
 
@@ -26,7 +25,7 @@ class CopyEvidence:
     def __init__(self, control: ControlBlock, positions: int, take_verdicts: TakeVerdicts) -> None:
         self._control, self._take_verdicts = control, take_verdicts
         self._reader = CountsReader(positions)
-        self._copies = Copies(positions, CopyKinds(ORDERS).usual, ROWS)
+        self._copies = Copies(positions, KINDS.usual, ROWS)
         self._taken = 0
         self._on = False
         self._say_preferred()

@@ -121,17 +121,18 @@ class _Planner:
         if len(self._learn) == 1:
             return []
         arms = ("plain", "suffix", "static", "aurora")
-        return [self._mix("mixed", LEARN_CONCURRENCY, arms) for _ in range(self._sizes.other_windows)]
+        window = self._sizes.window
+        return [self._mix("mixed", LEARN_CONCURRENCY, arms, window) for _ in range(self._sizes.other_windows)]
 
     def sampled(self) -> list[Slot]:
         """Temperature 1. vLLM 0.32 samples wrongly when it speculates on a CPU, so its own methods are left out."""
-        return [
-            self._mix("sampled", LEARN_CONCURRENCY, ("plain", "aurora"), 1.0) for _ in range(self._sizes.other_windows)
-        ]
+        arms, window = ("plain", "aurora"), self._sizes.window
+        return [self._mix("sampled", LEARN_CONCURRENCY, arms, window, 1.0) for _ in range(self._sizes.other_windows)]
 
     def crowd(self) -> list[Slot]:
         """Sixteen requests at a time, for at least twice as many; at far fewer, a CPU is already compute-bound."""
-        return [self._mix("crowd", CROWD, ("plain", "aurora")) for _ in range(2 * self._sizes.other_windows)]
+        arms, requests = ("plain", "aurora"), max(self._sizes.window, 2 * CROWD)
+        return [self._mix("crowd", CROWD, arms, requests) for _ in range(2 * self._sizes.other_windows)]
 
     def file(self) -> list[Slot]:
         """The user's prompts, in the file's order: two thirds to learn from, the rest measured at concurrency 1."""
@@ -165,9 +166,10 @@ class _Planner:
     ) -> Slot:
         return Slot(workload, part, domain, _take(source, self._sizes.window, domain), concurrency, 0.0, arms)
 
-    def _mix(self, workload: str, concurrency: int, arms: tuple[str, ...], temperature: float = 0.0) -> Slot:
-        window = max(self._sizes.window, 2 * CROWD) if concurrency == CROWD else self._sizes.window
-        names = itertools.islice(itertools.cycle(self._learn), window)
+    def _mix(
+        self, workload: str, concurrency: int, arms: tuple[str, ...], requests: int, temperature: float = 0.0
+    ) -> Slot:
+        names = itertools.islice(itertools.cycle(self._learn), requests)
         prompts = [prompt for name in names for prompt in _take(self._learn[name], 1, name)]
         self._rng.shuffle(prompts)
         return Slot(workload, MEASURE, "mixed", tuple(prompts), concurrency, temperature, arms)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from aurora_vllm.control.copy_counts import NUM_KINDS, ORDERS, CountsLayout
-from aurora_vllm.control.copy_kinds import NO_COPY, CopyKinds
+from aurora_vllm.control.copy_counts import KINDS, NUM_KINDS, ORDERS, CountsLayout
+from aurora_vllm.control.copy_kinds import NO_COPY
 from aurora_vllm.spec_decode.consent import LEARN_KEY, note_salt
 from aurora_vllm.spec_decode.device_copies import DeviceCopies
 from aurora_vllm.spec_decode.request_states import request_states
@@ -133,7 +133,7 @@ class Naive:
 
     def propose(self, request: Request) -> tuple[list[int], int]:
         """The copy, and its kind."""
-        text, copy, first, kinds = list(request.text), list[int](), NO_COPY, CopyKinds(ORDERS)
+        text, copy, first, kinds = list(request.text), list[int](), NO_COPY, KINDS
         is_sampled = request.params.temperature > 0
         for _ in range(self.positions):
             found, kind = None, NO_COPY
